@@ -1,0 +1,18 @@
+"""depthscope's probes: record what depth does in a training run, and read it back.
+
+`record` needs torch; `open_run` and `list_runs` do not, and importing this package does not import torch.
+"""
+
+from probes.manifest import RunError
+from probes.run import Run, list_runs, open_run
+
+__all__ = ["Run", "RunError", "list_runs", "open_run", "record"]
+
+
+def __getattr__(name: str):
+    # Lazy, so that a viewer without torch can read runs.
+    if name in ("record", "Recorder"):
+        from probes import recorder
+
+        return getattr(recorder, name)
+    raise AttributeError(f"module 'probes' has no attribute {name!r}")

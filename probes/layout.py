@@ -1,0 +1,141 @@
+"""The layout of a run: which layer, read and source every row and column of a metric stands for.
+
+Numbering (paper: a layer is one sublayer): layers 1..L; source 0 is the token embedding; read row l-1 belongs to
+layer l, the last row is the final read. A read x source triangle is stored packed: row by row, only the sources that
+exist for that read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Layer `index` (from 1): its kind ("attention", "mlp", ...), transformer block (from 1) and module name."""
+
+    index: int
+    kind: str
+    block: int
+    name: str
+
+    @property
+    def label(self) -> str:
+        return f"layer {self.index} ({self.kind if self.kind != 'mlp' else 'MLP'})"
+
+
+@dataclass(frozen=True)
+class Read:
+    """One row of the depth weights: `layer` reads `sources` sources; the final read has layer None."""
+
+    label: str
+    kind: str
+    layer: int | None
+    sources: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """One column of the depth weights: the layers first..last (0 is the embedding) whose outputs it sums."""
+
+    label: str
+    kind: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Layers, reads (L+1) and sources of one model. `block_of_state` is derived, nothing is stored twice."""
+
+    layers: list[Layer]
+    reads: list[Read] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
+
+    @classmethod
+    def build(cls, layers: Sequence[Layer], depth_sources: Sequence[int] | None = None) -> "Layout":
+        """Name reads and sources from the number of sources of each read ([L+1]; None: every earlier output)."""
+        counts = list(depth_sources) if depth_sources is not None else list(range(1, len(layers) + 2))
+        if len(counts) != len(layers) + 1:
+            raise ValueError(f"{len(layers)} layers need {len(layers) + 1} reads, not {len(counts)}")
+        reads = [
+            Read(layer.label, layer.kind, layer.index, n) for layer, n in zip(layers, counts[:-1], strict=True)
+        ]
+        reads.append(Read("final read", "final", None, counts[-1]))
+        return cls(list(layers), reads, _sources(layers, counts))
+
+    @property
+    def blocks(self) -> int:
+        """Number of transformer blocks B."""
+        return max((layer.block for layer in self.layers), default=0)
+
+    @property
+    def outputs(self) -> list[str]:
+        """Labels of source 0..L, the rows of output metrics."""
+        return ["embedding", *(layer.label for layer in self.layers)]
+
+    @property
+    def states(self) -> list[str]:
+        """Labels of the states, the rows of hidden metrics: what each layer receives, and the final state."""
+        return [*(f"into {layer.label}" for layer in self.layers), "final state"]
+
+    def length(self, axis: str) -> int:
+        """Number of entries along a vocabulary axis."""
+        return {
+            "state": len(self.layers) + 1,
+            "output": len(self.layers) + 1,
+            "layer": len(self.layers),
+            "transformer block": self.blocks,
+            "read": len(self.reads),
+            "source": len(self.sources),
+        }[axis]
+
+    def triangle(self) -> np.ndarray:
+        """bool [R, S]: which source exists for which read."""
+        counts = np.array([read.sources for read in self.reads])[:, None]
+        return np.arange(len(self.sources))[None, :] < counts
+
+    def pack(self, dense: np.ndarray) -> np.ndarray:
+        """[..., R, S] -> [..., cells]: the existing cells, row by row."""
+        return dense[..., self.triangle()]
+
+    def unpack(self, packed: np.ndarray) -> np.ndarray:
+        """[..., cells] -> float32 [..., R, S], NaN where a source does not exist for a read."""
+        triangle = self.triangle()
+        dense = np.full((*packed.shape[:-1], *triangle.shape), np.nan, np.float32)
+        dense[..., triangle] = packed
+        return dense
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict) -> "Layout":
+        return cls(
+            [Layer(**row) for row in data["layers"]],
+            [Read(**row) for row in data["reads"]],
+            [Source(**row) for row in data["sources"]],
+        )
+
+
+def _sources(layers: Sequence[Layer], counts: Sequence[int]) -> list[Source]:
+    embedding = Source("embedding", "embedding", 0, 0)
+    if counts[-1] == len(layers) + 1:
+        return [embedding, *(Source(layer.label, layer.kind, layer.index, layer.index) for layer in layers)]
+    # Block AttnRes: a column appears with the first read that sees the first output of a new depth block, so the
+    # read of layer l that first counts n+1 sources says that depth block n begins with layer l-1.
+    firsts, most = [], 1
+    for position, count in enumerate(counts):
+        if count > most:
+            firsts.append(position)
+            most = count
+    lasts = [first - 1 for first in firsts[1:]] + [len(layers)]
+    spans = zip(firsts, lasts, strict=True)
+    return [
+        embedding,
+        *(
+            Source(f"depth block {n} (layers {a}–{b})" if b > a else f"depth block {n} (layer {a})", "depth block", a, b)
+            for n, (a, b) in enumerate(spans, 1)
+        ),
+    ]

@@ -1,0 +1,169 @@
+"""The words of a run: every metric's name, axes, unit and meaning.
+
+This page crosses the disk: the writer, the reader, the charts and the docs take names from here and nowhere else.
+It imports nothing.
+"""
+
+from dataclasses import dataclass
+
+FORMAT_VERSION = 1
+
+# Axes. "layer" is one sublayer; a triangle axis pair is stored packed (see layout.py).
+SCALAR: tuple[str, ...] = ()
+STATE = ("state",)  # L+1: h_1..h_L and the final state
+OUTPUT = ("output",)  # L+1: source 0 (embedding) and the output of each layer
+BLOCK = ("transformer block",)  # B
+LAYER = ("layer",)  # L
+READ = ("read",)  # R = L+1
+TRIANGLE = ("read", "source")  # R x S
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured quantity: `axes` name the shape of one recorded step, `title` is its axis title."""
+
+    name: str
+    axes: tuple[str, ...]
+    title: str
+    unit: str
+    meaning: str
+
+
+_ROWS = [
+    Metric(
+        "hidden_rms",
+        STATE,
+        "Hidden-state RMS",
+        "activation units",
+        "RMS over tokens and channels of the state h_l that each layer's pre-norm receives, and of the final state.",
+    ),
+    Metric(
+        "output_rms",
+        OUTPUT,
+        "Output RMS",
+        "activation units",
+        "RMS over tokens and channels of each source: the embedding and what each layer adds to the stream.",
+    ),
+    Metric(
+        "block_rms",
+        BLOCK,
+        "Transformer-block output RMS",
+        "activation units",
+        "RMS of what leaves each transformer block: the cumulative stream of a plain residual, the running partial sum "
+        "of Block AttnRes, the MLP's own output of Full AttnRes (paper, Fig. 5b).",
+    ),
+    Metric(
+        "output_grad_rms",
+        OUTPUT,
+        "Output gradient RMS",
+        "loss per activation unit",
+        "RMS of the loss gradient with respect to each source. It means the same in every architecture, so gradient "
+        "claims use it.",
+    ),
+    Metric(
+        "hidden_grad_rms",
+        STATE,
+        "State gradient RMS",
+        "loss per activation unit",
+        "RMS of the loss gradient with respect to each state. Not comparable between residual types: the state of a "
+        "plain residual carries every later path, an AttnRes state is read once.",
+    ),
+    Metric(
+        "block_grad_rms",
+        BLOCK,
+        "Transformer-block gradient RMS",
+        "loss per activation unit",
+        "RMS of the loss gradient at the place of block_rms. Not comparable between residual types.",
+    ),
+    Metric(
+        "param_grad_norm",
+        LAYER,
+        "Parameter gradient norm",
+        "L2",
+        "L2 norm of the gradient over a layer's parameters (sublayer, its pre-norm and its depth query), accumulated "
+        "over micro-batches and before clipping.",
+    ),
+    Metric(
+        "param_norm",
+        LAYER,
+        "Parameter norm",
+        "L2",
+        "L2 norm of a layer's parameters (sublayer, its pre-norm and its depth query) before the update.",
+    ),
+    Metric(
+        "other_grad_norm",
+        SCALAR,
+        "Other gradient norm",
+        "L2",
+        "L2 norm of the gradient over all parameters of no layer: embedding, head, final norm, final read.",
+    ),
+    Metric(
+        "depth_weight",
+        TRIANGLE,
+        "Depth weight",
+        "share of the read",
+        "Mean over tokens of the softmax weight each read gives to each source (paper, Eq. 2-6). A row sums to one.",
+    ),
+    Metric(
+        "depth_weight_std",
+        TRIANGLE,
+        "Spread of the depth weight",
+        "standard deviation over tokens",
+        "Standard deviation over tokens of the depth weight: near zero means the same skip for every token.",
+    ),
+    Metric(
+        "contribution_rms",
+        TRIANGLE,
+        "Contribution RMS",
+        "activation units",
+        "RMS of weight times source: a large weight on a small source adds little.",
+    ),
+    Metric(
+        "depth_entropy",
+        READ,
+        "Depth entropy",
+        "share of the maximum",
+        "Mean over tokens of the entropy of a read's weights divided by ln(number of sources): 1 is an even average, "
+        "0 a single source.",
+    ),
+    Metric(
+        "depth_entropy_of_mean",
+        READ,
+        "Entropy of the mean weights",
+        "share of the maximum",
+        "Entropy of a read's token-averaged weights divided by ln(number of sources): all that a published heatmap of "
+        "mean weights can be compared with.",
+    ),
+    Metric(
+        "query_norm",
+        READ,
+        "Depth query norm",
+        "L2",
+        "L2 norm of the effective depth query, gain times query. Zero gives an even average.",
+    ),
+    Metric("loss", SCALAR, "Training loss", "nats per token", "The training loss as logged."),
+    Metric("val_loss", SCALAR, "Validation loss", "nats per token", "The validation loss as logged."),
+    Metric("lr", SCALAR, "Learning rate", "", "Learning rate of the optimizer's first parameter group."),
+    Metric(
+        "grad_norm",
+        SCALAR,
+        "Gradient norm",
+        "L2",
+        "L2 norm of the gradient over all parameters, accumulated over micro-batches and before clipping.",
+    ),
+    Metric("step_time", SCALAR, "Step time", "s", "Wall time from one optimizer step to the next."),
+    Metric(
+        "probe_time",
+        SCALAR,
+        "Probe time",
+        "s",
+        "Host time spent inside the taps in one step; blank where the model is compiled.",
+    ),
+]
+
+METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}
+
+
+def metric(name: str) -> Metric:
+    """The entry of a metric; a name that is not in the vocabulary is a scalar somebody logged."""
+    return METRICS.get(name) or Metric(name, SCALAR, name, "", "Logged by the training script.")
