@@ -1,0 +1,15 @@
+"""Attention Residuals: the definition, the residual streams, a decoder, real text and a training loop."""
+
+# Another package on PyPI, fast-attnres, also installs an `attnres`: this tells ours apart.
+__depthscope__ = True
+
+try:
+    import torch  # noqa: F401
+except ImportError as error:
+    raise ImportError('attnres needs torch: pip install "depthscope[probes]"') from error
+
+from attnres.decoder import Decoder, DecoderConfig
+from attnres.depth_attention import DepthAttention
+from attnres.residual import Block, Full, PreNorm
+
+__all__ = ["Block", "Decoder", "DecoderConfig", "DepthAttention", "Full", "PreNorm"]

@@ -1,0 +1,42 @@
+"""One read over depth: softmax over the logits of the sources, and the mix of the sources."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class DepthAttention(nn.Module):
+    """One read of AttnRes (Eq. 2-4): a learned query, a key norm's gain, a softmax over `depth_sources`.
+
+    The query starts at zero, so that the first step weighs all sources alike. Both are bare parameters: an
+    `apply(init)` over Linear and Embedding weights leaves them alone, and rules for matrices do not fit them.
+    """
+
+    def __init__(self, width: int, depth_sources: int, eps: float = 1e-6):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(width))
+        self.gain = nn.Parameter(torch.ones(width))
+        self.depth_sources = depth_sources
+        self.eps = eps
+
+    def effective_query(self) -> Tensor:
+        """gain · query, [D]: all that the two parameters mean to the weights."""
+        return self.gain * self.query
+
+    def forward(self, sources: Sequence[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The mix [B, T, D], always a new tensor in the embedding's dtype, and the weights [S, B, T].
+
+        `sources` are S tensors [B, T, D], oldest first; `logits` [S, B, T] in float32 or float64.
+        """
+        weight = torch.softmax(logits, dim=0)
+        embedding, *later = sources
+        first, *rest = weight.to(embedding.dtype).unsqueeze(-1).unbind(0)
+        # An unstacked sum: a stack would copy every source again at every read.
+        mix = first * embedding
+        for share, source in zip(rest, later, strict=True):
+            mix = torch.addcmul(mix, share, source)
+        return mix, weight
+
+    def extra_repr(self) -> str:
+        return f"width={len(self.query)}, depth_sources={self.depth_sources}, eps={self.eps}"

@@ -1,0 +1,60 @@
+"""The logits of one source for every read that will ever see it, in one product.
+
+Queries are parameters, known before the pass starts, so a source meets all of its later queries the moment
+it is written: one pass over [B, T, D] instead of one per read.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def source_logits(source: Tensor, queries: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """q · RMSNorm(source) for R effective queries (Eq. 2): R tensors [B, T].
+
+    `source` is [B, T, D], `queries` [R, D]. float32, or float64 where the source is; also under autocast.
+    """
+    # One unbind, not R selects: its backward is one stack, theirs would each fill an [R, B, T] of zeros.
+    return _SourceLogits.apply(source, queries, eps).unbind(0)
+
+
+class _SourceLogits(torch.autograd.Function):
+    """Keeps the source in its own dtype for backward, where autograd would keep a float32 copy, D wide."""
+
+    @staticmethod
+    def forward(ctx, source: Tensor, queries: Tensor, eps: float) -> Tensor:
+        with _without_autocast(source):
+            rows = _rows(source)
+            wide = queries.to(rows.dtype)
+            scale = torch.rsqrt(rows.square().mean(-1) + eps)
+            logits = (wide @ rows.T) * scale
+        ctx.save_for_backward(source, queries, scale, logits)
+        return logits.view(len(queries), *source.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        source, queries, scale, logits = ctx.saved_tensors
+        with _without_autocast(source):
+            rows = _rows(source)
+            grad = grad.reshape(len(queries), -1)
+            scaled = grad * scale
+            # The norm's own part: every logit shrinks as the source grows along itself.
+            along = (grad * logits).sum(0) * scale.square() / rows.shape[-1]
+            grad_source = torch.addcmul(
+                scaled.T @ queries.to(rows.dtype), rows, along.unsqueeze(-1), value=-1
+            )
+            grad_queries = scaled @ rows
+        return grad_source.view_as(source).to(source.dtype), grad_queries.to(queries.dtype), None
+
+
+def _rows(source: Tensor) -> Tensor:
+    """The source as [B·T, D], at least float32."""
+    return source.flatten(0, -2).to(torch.promote_types(source.dtype, torch.float32))
+
+
+def _without_autocast(source: Tensor) -> AbstractContextManager:
+    # Meta tensors have no autocast to leave.
+    if source.device.type == "meta":
+        return nullcontext()
+    return torch.autocast(source.device.type, enabled=False)
