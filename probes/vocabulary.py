@@ -151,6 +151,8 @@ _ROWS = [
         "L2",
         "L2 norm of the gradient over all parameters, accumulated over micro-batches and before clipping.",
     ),
+    Metric("wall_time", SCALAR, "Wall time", "s", "Seconds from the start of the recording to the end of the step."),
+    Metric("tokens", SCALAR, "Training tokens", "tokens", "Training tokens seen so far, as logged."),
     Metric("step_time", SCALAR, "Step time", "s", "Wall time from one optimizer step to the next."),
     Metric(
         "probe_time",

@@ -1,0 +1,250 @@
+"""Record a training run: one line in the training script.
+
+    recorder = probes.record(model, "runs/my-run", optimizer=optimizer)
+
+The recorder owns the taps, knows the step, and hands each recorded step to the writer.
+"""
+
+import atexit
+import dataclasses
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from probes.flush import start_copy
+from probes.gradients import GradientNorms
+from probes.manifest import Manifest, RunError
+from probes.sites import Sites, find_sites
+from probes.taps import MATRICES, OFF, VECTORS, Taps
+from probes.writer import RunWriter
+
+# Logged scalars of unrecorded steps wait for company before they cross to the host.
+_PENDING_SCALARS = 64
+_PENDING_SECONDS = 1.0
+
+
+def record(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    every: int = 10,
+    matrices_every: int = 100,
+    config: dict | None = None,
+    tags: Sequence[str] = (),
+) -> "Recorder":
+    """Attach probes to `model` and record its training at `path`, a new folder.
+
+    Call it before the first forward, also before torch.compile has run. Step s is the number of optimizer steps
+    completed; vectors are recorded when s % every == 0, matrices when s % matrices_every == 0. Without an `optimizer`
+    call `recorder.step()` after each update. `config` (JSON values) is stored beside the model's own configuration.
+
+    Raises RunError: a run or other files at `path`, a model without recognisable layers, a bad interval.
+    """
+    for name, interval in (("every", every), ("matrices_every", matrices_every)):
+        if not isinstance(interval, int) or interval < 1:
+            raise RunError(f"{name} is {interval!r}: give a whole number of steps, 1 or more.")
+    sites = find_sites(model)
+    created = time.time()
+    described = _model_config(sites.root) | dict(config or {})
+    try:
+        described = json.loads(json.dumps(described))
+    except (TypeError, ValueError) as error:
+        raise RunError(f"config must hold plain JSON values (text, numbers, lists, dicts): {error}.") from error
+    manifest = Manifest(sites.layout, created, every, matrices_every, described, tuple(tags), _versions(sites))
+    return Recorder(sites, RunWriter(Path(path), manifest), manifest, optimizer)
+
+
+class Recorder:
+    """A run being recorded. Use as a context manager, or let it close at exit."""
+
+    def __init__(
+        self,
+        sites: Sites,
+        writer: RunWriter,
+        manifest: Manifest,
+        optimizer: torch.optim.Optimizer | None,
+    ):
+        self._writer, self._manifest, self._optimizer = writer, manifest, optimizer
+        self._step = 0
+        self._asked = False
+        self._closed = False
+        self._process = os.getpid()
+        self._scalars: list[tuple[str, int, object]] = []
+        self._put_at = self._stepped_at = time.perf_counter()
+        self._taps = Taps(sites)
+        self._gradients = GradientNorms(sites, lambda: self._taps.mode != OFF)
+        self._taps.mode = self._mode(0)
+        self._hooks = [optimizer.register_step_post_hook(lambda *_: self.step())] if optimizer is not None else []
+        atexit.register(self._at_exit)
+        self._old_sigterm = self._catch_sigterm()
+
+    # What a training script calls
+
+    def log(self, **scalars) -> None:
+        """Record scalars (numbers or one-element tensors) for the latest training forward. Never waits."""
+        step = self._step if self._taps.seen else max(self._step - 1, 0)
+        for name, value in scalars.items():
+            if isinstance(value, torch.Tensor):
+                if value.numel() != 1:
+                    raise ValueError(f"log({name}=…) takes a single number, not a tensor of {value.numel()} values")
+                # A copy: the tensor's memory may be reused before it is fetched.
+                value = value.detach().reshape(()).clone()
+            else:
+                value = float(value)
+            self._scalars.append((name, step, value))
+
+    def now(self) -> None:
+        """Record the next training step with matrices, whatever the schedule says."""
+        self._asked = True
+        if not self._taps.seen:
+            self._taps.mode = MATRICES
+
+    def step(self) -> None:
+        """An optimizer step is complete. Called by the optimizer's hook; call it yourself where there is none."""
+        if self._closed:
+            return
+        now = time.perf_counter()
+        if self._taps.mode != OFF:
+            self._log_host(now)
+            values = {(name, self._step): value for name, value in self._measured().items()}
+            self._put(values)
+            self._taps.reset()
+            self._gradients.reset()
+        elif len(self._scalars) >= _PENDING_SCALARS or (self._scalars and now - self._put_at > _PENDING_SECONDS):
+            self._put({})
+        self._step += 1
+        self._stepped_at = now
+        self._taps.seen = False
+        self._taps.mode = self._mode(self._step)
+
+    def close(self, status: str = "finished", reason: str = "") -> None:
+        """Take all hooks off, seal what is left and mark the end. Closing twice does nothing."""
+        if self._closed or os.getpid() != self._process:
+            return
+        self._closed = True
+        self._taps.detach()
+        self._gradients.detach()
+        for hook in self._hooks:
+            hook.remove()
+        atexit.unregister(self._at_exit)
+        self._release_sigterm()
+        self._put({})
+        self._writer.close(status, reason)
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.close("stopped", _describe(error))
+
+    # One step
+
+    def _mode(self, step: int) -> int:
+        asked, self._asked = self._asked, False
+        if asked or step % self._manifest.matrices_every == 0:
+            return MATRICES
+        return VECTORS if step % self._manifest.every == 0 else OFF
+
+    def _measured(self) -> dict[str, torch.Tensor]:
+        if not self._taps.seen:  # an optimizer step without a training forward saw nothing
+            return {}
+        return self._taps.finish() | self._gradients.finish()
+
+    def _log_host(self, now: float) -> None:
+        """Host-side scalars of a recorded step."""
+        scalars = {"step_time": now - self._stepped_at, "wall_time": time.time() - self._manifest.created}
+        scalars["probe_time"] = self._taps.seconds or float("nan")  # taps inside a compiled graph are not timed
+        if self._optimizer is not None:
+            scalars["lr"] = self._optimizer.param_groups[0]["lr"]
+        self.log(**scalars)
+
+    def _put(self, values: dict) -> None:
+        """Hand `values` and all pending scalars to the writer."""
+        pending, self._scalars = self._scalars, []
+        known = [(name, step, np.float32(v)) for name, step, v in pending if not isinstance(v, torch.Tensor)]
+        for position, (name, step, value) in enumerate(pending):
+            if isinstance(value, torch.Tensor):
+                values[name, step, position] = value
+        fetch = start_copy(values)
+
+        def rows():
+            yield from known
+            for (name, step, *_), value in fetch().items():
+                if not np.isnan(value).all():  # a metric nobody observed is absent, not a row of blanks
+                    yield name, step, value
+
+        # Rows of this very step may still be logged until the next forward.
+        self._writer.put(rows, complete=self._step - 1)
+        self._put_at = time.perf_counter()
+
+    # The end
+
+    def _at_exit(self) -> None:
+        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+        if error is None:
+            self.close()
+        else:
+            self.close("stopped", _describe(error))
+
+    def _catch_sigterm(self):
+        """Where nobody else handles SIGTERM, mark the run as stopped before the process goes."""
+        try:
+            if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+                return None
+            return signal.signal(signal.SIGTERM, self._on_sigterm)
+        except ValueError:  # not in the main thread
+            return None
+
+    def _on_sigterm(self, number, frame) -> None:
+        self.close("stopped", "SIGTERM")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _release_sigterm(self) -> None:
+        if self._old_sigterm is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+            signal.signal(signal.SIGTERM, self._old_sigterm)
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _model_config(root: nn.Module) -> dict:
+    """The model's own configuration, where it carries one."""
+    config = getattr(root, "config", None)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return dataclasses.asdict(config)
+    return dict(config.to_dict()) if hasattr(config, "to_dict") else {}
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("depthscope")
+    except metadata.PackageNotFoundError:  # used from a checkout without installing
+        return "checkout"
+
+
+def _versions(sites: Sites) -> dict:
+    parameter = next(sites.root.parameters())
+    return {
+        "depthscope": _own_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else parameter.device.type,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in sites.root.parameters()),
+    }

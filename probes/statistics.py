@@ -1,0 +1,95 @@
+"""The statistics of depth, as sums on the device: update per tensor, add over micro-batches, finish once per step.
+
+Everything is a running sum, so micro-batches merge by themselves and `finish` of the sum is the statistic of the
+whole. Nothing here reads a number back to the host.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Sum of squares and count of elements for `rows` tensors of any shape: their RMS."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self.squares = torch.zeros(rows, device=device)
+        self.count = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def reset(self) -> None:
+        self.squares.zero_()
+        self.count.zero_()
+
+    def finish(self) -> Tensor:
+        """RMS of each row, float32 [rows]; NaN for a row that saw nothing."""
+        return (self.squares / self.count).sqrt()
+
+
+def add_moments(x: Tensor, squares: Tensor, count: Tensor, row: int) -> None:
+    """Add `x` to row `row`: one pass over it, accumulated in float32 whatever its type."""
+    norm = torch.linalg.vector_norm(x, dtype=torch.float32)
+    squares[row].addcmul_(norm, norm)
+    count[row].add_(x.numel())
+
+
+class DepthSums:
+    """Sums over tokens of the depth weights of every read: mean, spread, entropy and contribution.
+
+    Weights are centred on the even average 1/S before they are summed: the spread of a nearly even read would
+    otherwise drown in rounding.
+    """
+
+    def __init__(self, sources: list[int], device: torch.device):
+        shape = (len(sources), max(sources))
+        self.centred = torch.zeros(shape, device=device)
+        self.squared = torch.zeros(shape, device=device)
+        self.contribution = torch.zeros(shape, device=device)
+        self.entropy = torch.zeros(len(sources), device=device)
+        self.tokens = torch.zeros(len(sources), dtype=torch.int64, device=device)
+        self._sources = torch.tensor(sources, device=device, dtype=torch.float32)
+        exists = torch.arange(shape[1]) < torch.tensor(sources)[:, None]
+        # Flat positions of the cells that exist, computed on the host so that packing needs no device-side count.
+        self._cells = exists.flatten().nonzero().flatten().to(device)
+
+    def reset(self) -> None:
+        for sums in (self.centred, self.squared, self.contribution, self.entropy, self.tokens):
+            sums.zero_()
+
+    def add(self, row: int, weight: Tensor, mean_squares: list[Tensor]) -> None:
+        """Add one read: weight [S, B, T] and the mean square over channels of each source, S times [B, T]."""
+        weight = weight.detach().float().flatten(1)
+        sources, tokens = weight.shape
+        centred = weight - 1 / sources
+        size = torch.stack(mean_squares).flatten(1)
+        self.centred[row, :sources].add_(centred.sum(1))
+        self.squared[row, :sources].add_((centred * centred).sum(1))
+        self.contribution[row, :sources].add_((weight * weight * size).sum(1))
+        self.entropy[row].add_(torch.special.entr(weight).sum())
+        self.tokens[row].add_(tokens)
+
+    def finish(self) -> dict[str, Tensor]:
+        """The depth metrics: triangles packed to [cells], the rest [R]; NaN for a read that saw nothing."""
+        tokens = self.tokens[:, None]
+        even = 1 / self._sources[:, None]
+        mean_centred = self.centred / tokens
+        mean = mean_centred + even
+        variance = (self.squared / tokens - mean_centred**2).clamp_min(0)
+        # ln(1) = 0: with a single source the entropy is 0/0, blank as it should be.
+        largest = self._sources.log()
+        exists = torch.arange(mean.shape[1], device=mean.device) < self._sources[:, None]
+        entropy_of_mean = torch.special.entr(mean).where(exists, 0).sum(1)
+        return {
+            "depth_weight": self._pack(mean),
+            "depth_weight_std": self._pack(variance.sqrt()),
+            "contribution_rms": self._pack((self.contribution / tokens).sqrt()),
+            "depth_entropy": self.entropy / self.tokens / largest,
+            "depth_entropy_of_mean": entropy_of_mean / largest,
+        }
+
+    def _pack(self, dense: Tensor) -> Tensor:
+        return dense.flatten()[self._cells]
+
+
+def token_mean_square(x: Tensor) -> Tensor:
+    """Mean square over channels, [..., D] -> float32 [...]."""
+    norm = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32)
+    return norm * norm / x.shape[-1]

@@ -1,0 +1,194 @@
+"""Taps: hooks on a model's sites that feed the statistics. They add no node to the autograd graph.
+
+A Python integer, `mode`, says what is looked at. torch.compile guards on it, so a compiled model has one graph for
+each mode (off, vectors, matrices) and recompiles no further. Backward taps are tensor hooks; inside a compiled graph
+they call an operator with ordered effects, because a plain in-place write is not allowed there.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+
+from probes.sites import Sites
+from probes.statistics import DepthSums, Moments, add_moments, token_mean_square
+
+OFF, VECTORS, MATRICES = 0, 1, 2
+
+
+@torch.library.custom_op("depthscope::add_moments", mutates_args={"squares", "count"})
+def _add_moments_op(x: Tensor, squares: Tensor, count: Tensor, row: int) -> None:
+    add_moments(x, squares, count, row)
+
+
+@_add_moments_op.register_fake
+def _(x, squares, count, row):
+    return None
+
+
+_register_effectful_op(torch.ops.depthscope.add_moments.default, _EffectType.ORDERED)
+
+
+class Taps:
+    """All taps of one model. Set `mode` between steps; `finish` gives a step's metrics, `reset` clears them."""
+
+    def __init__(self, sites: Sites):
+        self.mode = OFF
+        self.seen = False  # a training forward has begun since the last optimizer step
+        self.seconds = 0.0  # host time inside eager taps
+        self._live = False
+        self._sites = sites
+        self._block_rows = _block_rows(sites)
+        device = next(sites.root.parameters()).device
+        sizes = {"state": len(sites.layers) + 1, "output": len(sites.layers) + 1}
+        if self._block_rows is None:
+            sizes["block"] = len(_last_layers(sites))
+        self._forward = {place: Moments(rows, device) for place, rows in sizes.items()}
+        self._backward = {place: Moments(rows, device) for place, rows in sizes.items()}
+        self._depth = DepthSums([read.depth_sources for read in sites.reads], device) if sites.reads else None
+        self._mean_squares: dict[int, tuple[Tensor, Tensor]] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        try:
+            self._attach()
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Take every hook off the model."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def reset(self) -> None:
+        self.seconds = 0.0
+        for moments in (*self._forward.values(), *self._backward.values()):
+            moments.reset()
+        if self._depth is not None:
+            self._depth.reset()
+
+    def finish(self) -> dict[str, Tensor]:
+        """Metrics of the step just taken, float32 on the device, by name of the vocabulary."""
+        metrics = {}
+        for suffix, table in (("rms", self._forward), ("grad_rms", self._backward)):
+            done = {place: moments.finish() for place, moments in table.items()}
+            metrics[f"hidden_{suffix}"] = done["state"]
+            metrics[f"output_{suffix}"] = done["output"]
+            if self._block_rows is None:
+                metrics[f"block_{suffix}"] = done["block"]
+            else:
+                place, rows = self._block_rows
+                metrics[f"block_{suffix}"] = done[place][rows]
+        if self.mode == MATRICES and self._depth is not None:
+            metrics |= self._depth.finish()
+        return metrics
+
+    # Hooks are plain functions, not bound methods: copying a model copies bound methods with all they hold.
+
+    def _attach(self) -> None:
+        sites = self._sites
+
+        def begin(root: nn.Module, args) -> None:
+            # Validation and generation forwards are not recorded; recomputation in backward finds `_live` off.
+            training = root.training and torch.is_grad_enabled()
+            if training:
+                self.seen = True
+            self._live = training and self.mode != OFF
+
+        def end(root: nn.Module, args, output) -> None:
+            self._live = False
+            self._mean_squares.clear()
+
+        self._handles.append(sites.root.register_forward_pre_hook(begin))
+        if sites.reads:
+            self._before(sites.reads[0], lambda args: self._tap(args[0][0], "output", 0))
+        else:
+            # What the first layer receives is the embedding: with its position and dropout, where a model has them.
+            self._before(sites.layers[0].norm, lambda args: self._tap(args[0], "output", 0))
+        for row, site in enumerate(sites.layers):
+            self._before(site.norm, lambda args, row=row: self._tap(args[0], "state", row))
+            self._after(site.sublayer, lambda args, out, row=row: self._tap(_first(out), "output", row + 1))
+        self._before(sites.final_norm, lambda args, row=len(sites.layers): self._tap(args[0], "state", row))
+        for row, read in enumerate(sites.reads):
+            self._after(read, lambda args, out, row=row: self._read(row, args[0], out[1]))
+        if "block" in self._forward:
+            for block, read in enumerate(_reads_after_blocks(sites)):
+                # The newest source of the read after a transformer block is the partial sum the block left.
+                self._before(read, lambda args, block=block: self._tap(args[0][-1], "block", block))
+        self._handles.append(sites.root.register_forward_hook(end))
+
+    def _before(self, module: nn.Module, action: Callable) -> None:
+        def hook(module, args):
+            if self._live:
+                self._timed(action, args)
+
+        self._handles.append(module.register_forward_pre_hook(hook))
+
+    def _after(self, module: nn.Module, action: Callable) -> None:
+        def hook(module, args, output):
+            if self._live:
+                self._timed(action, args, output)
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def _timed(self, action: Callable, *values) -> None:
+        if torch.compiler.is_compiling():
+            action(*values)
+            return
+        started = time.perf_counter()
+        action(*values)
+        self.seconds += time.perf_counter() - started
+
+    def _tap(self, x: Tensor, place: str, row: int) -> None:
+        forward, backward = self._forward[place], self._backward[place]
+        add_moments(x.detach(), forward.squares, forward.count, row)
+        if not x.requires_grad:
+            return
+        if torch.compiler.is_compiling():
+
+            def gradient_tap(gradient: Tensor) -> None:
+                torch.ops.depthscope.add_moments(gradient, backward.squares, backward.count, row)
+        else:
+
+            def gradient_tap(gradient: Tensor) -> None:
+                self._timed(add_moments, gradient.detach(), backward.squares, backward.count, row)
+
+        x.register_hook(gradient_tap)
+
+    def _read(self, row: int, sources: list[Tensor], weight: Tensor) -> None:
+        if self.mode == MATRICES:
+            self._depth.add(row, weight, [self._mean_square(source) for source in sources])
+
+    def _mean_square(self, source: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # the compiler removes the repeated computation by itself
+            return token_mean_square(source)
+        # A source is read many times in one forward; keeping the tensor beside its result keeps its id from reuse.
+        if id(source) not in self._mean_squares:
+            self._mean_squares[id(source)] = source, token_mean_square(source)
+        return self._mean_squares[id(source)][1]
+
+
+def _first(output) -> Tensor:
+    """The tensor a sublayer adds to the stream: its output, or the first of several."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def _last_layers(sites: Sites) -> list[int]:
+    """Index of the last layer of each transformer block."""
+    return list({site.layer.block: site.layer.index for site in sites.layers}.values())
+
+
+def _reads_after_blocks(sites: Sites) -> list[nn.Module]:
+    return [sites.reads[layer] for layer in _last_layers(sites)]
+
+
+def _block_rows(sites: Sites) -> tuple[str, list[int]] | None:
+    """Where block_rms is found among the other rows: a plain residual's is the next state, Full AttnRes' the output
+    of the last layer. None for Block AttnRes, whose partial sums need taps of their own."""
+    last = _last_layers(sites)
+    if not sites.reads:
+        return "state", last
+    if sites.reads[-1].depth_sources == len(sites.layers) + 1:
+        return "output", last
+    return None
