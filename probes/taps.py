@@ -1,8 +1,8 @@
 """Taps: hooks on a model's sites that feed the statistics. They add no node to the autograd graph.
 
 A Python integer, `mode`, says what is looked at. torch.compile guards on it, so a compiled model has one graph for
-each mode (off, vectors, matrices) and recompiles no further. Backward taps are tensor hooks; inside a compiled graph
-they call an operator with ordered effects, because a plain in-place write is not allowed there.
+each mode (off, vectors, matrices) and recompiles no further. Backward taps are tensor hooks, which the compiler traces
+into the backward graph.
 """
 
 import time
@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 from probes.sites import Sites
 from probes.statistics import DepthSums, Moments, add_moments, token_mean_square
@@ -18,17 +17,14 @@ from probes.statistics import DepthSums, Moments, add_moments, token_mean_square
 OFF, VECTORS, MATRICES = 0, 1, 2
 
 
-@torch.library.custom_op("depthscope::add_moments", mutates_args={"squares", "count"})
-def _add_moments_op(x: Tensor, squares: Tensor, count: Tensor, row: int) -> None:
-    add_moments(x, squares, count, row)
+@torch._dynamo.allow_in_graph
+def _tap_gradient_in_graph(x: Tensor, squares: Tensor, count: Tensor, row: int) -> None:
+    # Opaque to dynamo on purpose: where it traces `register_hook` itself, torch 2.13 forgets what the model assigned
+    # to attributes of Python objects, and the compiled model computes something else.
+    def tap(gradient: Tensor) -> None:
+        add_moments(gradient, squares, count, row)
 
-
-@_add_moments_op.register_fake
-def _(x, squares, count, row):
-    return None
-
-
-_register_effectful_op(torch.ops.depthscope.add_moments.default, _EffectType.ORDERED)
+    x.register_hook(tap)
 
 
 class Taps:
@@ -146,15 +142,11 @@ class Taps:
         if not x.requires_grad:
             return
         if torch.compiler.is_compiling():
-
-            def gradient_tap(gradient: Tensor) -> None:
-                torch.ops.depthscope.add_moments(gradient, backward.squares, backward.count, row)
+            _tap_gradient_in_graph(x, backward.squares, backward.count, row)
         else:
-
-            def gradient_tap(gradient: Tensor) -> None:
-                self._timed(add_moments, gradient.detach(), backward.squares, backward.count, row)
-
-        x.register_hook(gradient_tap)
+            x.register_hook(
+                lambda gradient: self._timed(add_moments, gradient.detach(), backward.squares, backward.count, row)
+            )
 
     def _read(self, row: int, sources: list[Tensor], weight: Tensor) -> None:
         if self.mode == MATRICES:
