@@ -47,7 +47,7 @@ def test_the_same_files_are_the_same_corpus(folder):
     assert Corpus.from_path(folder).sha256 != one.sha256
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.dictionaries(st.text(min_size=1, max_size=5), st.binary(max_size=5), min_size=1, max_size=60))
 def test_no_file_is_in_both_parts_and_none_is_lost(files):
     marked = {path: content + b"." for path, content in files.items()}

@@ -49,7 +49,7 @@ def streams(draw):
     return residual, list(sources * magnitudes.double()[:, None, None, None])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(streams())
 def test_rows_sum_to_one_and_states_stay_within_the_largest_source(case):
     residual, sources = case
@@ -80,7 +80,7 @@ def test_weights_look_at_directions_and_mixes_at_sizes(case, factor):
 
 
 @given(st.integers(1, 40), st.integers(1, 45))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_source_counts_of_block(layers, size):
     counts = [read.depth_sources for read in Block(2, layers, size).reads]
     assert counts[0] == 1

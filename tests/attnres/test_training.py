@@ -54,6 +54,13 @@ def test_validation_changes_nothing():
     assert watched.validate() == watched.validate()
 
 
+def test_validation_runs_in_eval_mode_and_without_gradients():
+    one, modes = training(), []
+    one.model.register_forward_hook(lambda m, args, out: modes.append((m.training, out.requires_grad)))
+    one.validate()
+    assert set(modes) == {(False, False)}
+
+
 def test_the_mode_comes_back_even_from_an_error(monkeypatch):
     one = training()
     monkeypatch.setattr(one.corpus, "validation_batches", lambda *_: 1 / 0)
@@ -108,11 +115,10 @@ def test_bfloat16_trains_and_keeps_float32_parameters():
     assert {p.dtype for p in one.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.long
 def test_a_compiled_training_is_the_same_training():
     torch._dynamo.reset()
-    compiled = training("block of 4, ragged")
-    compiled.model.compile(backend="aot_eager")
-    assert losses(compiled, 3) == pytest.approx(losses(training("block of 4, ragged"), 3), rel=1e-5)
+    assert losses(training(compile=True)) == pytest.approx(losses(training()), rel=1e-5)
 
 
 @pytest.mark.parametrize(
