@@ -27,7 +27,11 @@ class DecoderConfig:
     layers_per_block: int | None = None
     """Layers (sublayers, so two per transformer block) in a depth block; for residual "block" only."""
     norm_eps: float = 1e-6
-    """Eps of every RMSNorm, the key norm of depth attention too."""
+    """Eps of every RMSNorm, the key norm of depth attention too.
+
+    At step 0 AttnRes divides the state by the number of sources, and eps then counts: with the other defaults
+    the gradients of Full differ from PreNorm's by 41 % at 1e-6, 0.6 % at 1e-8, and below 1e-6 at 1e-12.
+    """
     rope_base: float = 10000.0
 
     def __post_init__(self):
