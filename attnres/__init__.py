@@ -8,8 +8,20 @@ try:
 except ImportError as error:
     raise ImportError('attnres needs torch: pip install "depthscope[probes]"') from error
 
+from attnres.corpus import Corpus
 from attnres.decoder import Decoder, DecoderConfig
 from attnres.depth_attention import DepthAttention
 from attnres.residual import Block, Full, PreNorm
+from attnres.training import Training, TrainingConfig
 
-__all__ = ["Block", "Decoder", "DecoderConfig", "DepthAttention", "Full", "PreNorm"]
+__all__ = [
+    "Block",
+    "Corpus",
+    "Decoder",
+    "DecoderConfig",
+    "DepthAttention",
+    "Full",
+    "PreNorm",
+    "Training",
+    "TrainingConfig",
+]

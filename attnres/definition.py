@@ -50,16 +50,19 @@ def depth_attention(query: Tensor, sources: Sequence[Tensor], eps: float) -> tup
 def prenorm(embedding: Tensor, layers: Sequence[Layer]) -> DepthPass:
     """The ordinary residual stream: a state is the sum of all sources so far, every weight one (Eq. 1)."""
 
-    def read(sources: list[Tensor]) -> tuple[Tensor, Tensor]:
-        return torch.stack(sources).sum(0), torch.ones(len(sources), *embedding.shape[:-1]).to(embedding)
+    def read() -> tuple[Tensor, Tensor]:
+        sources = torch.stack([embedding, *outputs])
+        return sources.sum(0), torch.ones_like(sources[..., 0])
 
-    states, outputs, weights = [], [], []
+    states: list[Tensor] = []
+    outputs: list[Tensor] = []
+    weights: list[Tensor] = []
     for layer in layers:
-        state, weight = read([embedding, *outputs])
+        state, weight = read()
         states.append(state)
         weights.append(weight)
         outputs.append(layer(state))
-    final_state, weight = read([embedding, *outputs])
+    final_state, weight = read()
     return DepthPass(states, final_state, outputs, [*weights, weight])
 
 

@@ -35,7 +35,7 @@ class DepthAttention(nn.Module):
         # An unstacked sum: a stack would copy every source again at every read.
         mix = first * embedding
         for share, source in zip(rest, later, strict=True):
-            mix = torch.addcmul(mix, share, source)
+            mix += share * source
         return mix, weight
 
     def extra_repr(self) -> str:

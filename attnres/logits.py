@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def source_logits(source: Tensor, queries: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -20,7 +21,10 @@ def source_logits(source: Tensor, queries: Tensor, eps: float) -> tuple[Tensor, 
 
 
 class _SourceLogits(torch.autograd.Function):
-    """Keeps the source in its own dtype for backward, where autograd would keep a float32 copy, D wide."""
+    """Keeps the source in its own dtype for backward, where autograd would keep a float32 copy, D wide.
+
+    Its gradient has none of its own: asking for a second derivative raises.
+    """
 
     @staticmethod
     def forward(ctx, source: Tensor, queries: Tensor, eps: float) -> Tensor:
@@ -33,6 +37,7 @@ class _SourceLogits(torch.autograd.Function):
         return logits.view(len(queries), *source.shape[:-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         source, queries, scale, logits = ctx.saved_tensors
         with _without_autocast(source):

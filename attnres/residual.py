@@ -34,6 +34,7 @@ class PreNorm(nn.Module):
     """The ordinary residual stream: a running sum (Eq. 1). No parameters."""
 
     def open(self, embedding: Tensor) -> "PreNormStream":
+        """The stream of one pass, from the embedding [B, T, D]."""
         return PreNormStream(embedding)
 
 
@@ -58,6 +59,7 @@ class Full(nn.Module):
         self.reads = nn.ModuleList(DepthAttention(width, row + 1, eps) for row in range(layers + 1))
 
     def open(self, embedding: Tensor) -> "FullStream":
+        """The stream of one pass, from the embedding [B, T, D]."""
         return FullStream(self.reads, embedding)
 
 
@@ -72,6 +74,7 @@ class Block(nn.Module):
         self.reads = nn.ModuleList(DepthAttention(width, count, eps) for count in sources)
 
     def open(self, embedding: Tensor) -> "BlockStream":
+        """The stream of one pass, from the embedding [B, T, D]."""
         return BlockStream(self.reads, embedding, self.layers_per_block)
 
 

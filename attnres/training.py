@@ -1,0 +1,142 @@
+"""One decoder learning one corpus, a step at a time, so that several can take turns."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attnres.config import check_count
+from attnres.corpus import Corpus
+from attnres.decoder import Decoder, DecoderConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train. A field that cannot be raises ValueError, in one sentence that names it."""
+
+    steps: int = 200
+    """Length of the learning rate's schedule; steps after it run at its end."""
+    batch: int = 8
+    context: int = 256
+    lr: float = 2e-3
+    """The highest learning rate, reached after the warmup."""
+    lr_end: float = 0.1
+    """The last learning rate, as a share of the highest."""
+    warmup: int = 20
+    """Steps of linear warmup."""
+    weight_decay: float = 0.1
+    """For matrices only; see `Decoder.parameter_groups`."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    """The largest gradient norm."""
+    seed: int = 0
+    """Of the initial weights and of the batches."""
+    validation_batches: int = 4
+    device: str = "cpu"
+    dtype: str = "float32"
+    """float32, or bfloat16 for autocast; parameters and optimizer stay float32."""
+    compile: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "context", "validation_batches"):
+            check_count(name, getattr(self, name))
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}.")
+        for name in ("warmup", "weight_decay", "lr_end"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, and {getattr(self, name)!r} is.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
+
+
+class Training:
+    """A model, its optimizer and its batches; `step()` as often as you like.
+
+    `model` and `optimizer` are there before the first step, for anything that wants to watch them. Trainings
+    with one seed see the same batches, and start from the same shared weights whatever their residual.
+    """
+
+    def __init__(self, decoder: DecoderConfig, config: TrainingConfig, corpus: Corpus):
+        if config.context > decoder.context:
+            raise ValueError(f"context is {config.context}, and the decoder's is only {decoder.context}.")
+        if decoder.vocabulary < 256:
+            raise ValueError(f"vocabulary must be at least 256 to hold all bytes, not {decoder.vocabulary}.")
+        self.config = config
+        self.corpus = corpus
+        self.steps_done = 0
+        self.grad_norm: Tensor | None = None
+        """Before clipping, of the latest step; a tensor on the device."""
+        self.model = _seeded_decoder(decoder, config.seed).to(config.device)
+        if config.compile:
+            # In place, so that `model` stays the decoder; hooks set before the first step are compiled too.
+            self.model.compile()
+        groups = self.model.parameter_groups(config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_share)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self.scheduler.get_last_lr()[0]
+
+    def step(self) -> Tensor:
+        """One optimizer step; its loss before the step, in nats per byte, a scalar tensor on the device.
+
+        Reads nothing back from the device. Gradients stay until the next step.
+        """
+        config = self.config
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(
+            *self.corpus.train_batch(self.steps_done, config.batch, config.context, config.seed)
+        )
+        loss.backward()
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.steps_done += 1
+        return loss.detach()
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """The mean loss over the fixed validation batches, in nats per byte."""
+        config = self.config
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            batches = self.corpus.validation_batches(config.validation_batches, config.batch, config.context)
+            return torch.stack([self._loss(*pair) for pair in batches]).mean().item()
+        finally:
+            self.model.train(was_training)
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        inputs, targets = (x.to(self.config.device, non_blocking=True) for x in (inputs, targets))
+        with self._autocast():
+            logits = self.model(inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.config.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(torch.device(self.config.device).type, DTYPES[self.config.dtype])
+
+    def _lr_share(self, step: int) -> float:
+        """Linear warmup, then half a cosine down to `lr_end`."""
+        config = self.config
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        done = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+        return config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _seeded_decoder(decoder: DecoderConfig, seed: int) -> Decoder:
+    """The same weights for the same seed, and the caller's random numbers left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return Decoder(decoder)
