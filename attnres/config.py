@@ -26,7 +26,7 @@ class DecoderConfig:
     """prenorm, full or block."""
     layers_per_block: int | None = None
     """Layers (sublayers, so two per transformer block) in a depth block; for residual "block" only."""
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-8
     """Eps of every RMSNorm, the key norm of depth attention too.
 
     At step 0 AttnRes divides the state by the number of sources, and eps then counts: with the other defaults
