@@ -1,0 +1,141 @@
+"""`depthscope demo`: three small models learn side by side on this machine, and the dashboard watches them grow.
+
+Two processes: the training (reniced, so that the page stays quick) and the dashboard. This one starts both, waits,
+and says how to come back.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import webbrowser
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+from app.ports import HOST, free
+
+SAMPLE_RUNS = Path(__file__).resolve().parent.parent / "sample_runs"
+
+# About three minutes for the three on two CPU cores.
+SHAPE = {"width": 128, "blocks": 12, "heads": 4, "kv_heads": 2, "context": 256}
+BATCH = 4
+BLOCK_LAYERS = 3  # eight depth blocks
+
+
+@click.command()
+@click.option("--runs", type=click.Path(path_type=Path), help="Folder for the three runs  [default: runs/demo-<time>]")
+@click.option("--port", default=8501, show_default=True, type=click.IntRange(1, 65535), help="Local port to serve on.")
+@click.option("--serve/--no-serve", default=True, help="Open the dashboard, or only train and record.")
+@click.option("--no-browser", is_flag=True, help="Serve the dashboard without opening a browser.")
+@click.option("--steps", default=200, show_default=True, type=click.IntRange(1), help="Training steps of each model.")
+@click.option("--text", type=click.Path(path_type=Path), help="File or folder to learn  [default: Python's own library]")
+def demo(runs: Path | None, port: int, serve: bool, no_browser: bool, steps: int, text: Path | None) -> None:
+    """Train a PreNorm, a Full AttnRes and a Block AttnRes model in turn, and watch them in the dashboard."""
+    runs = runs or Path("runs") / f"demo-{datetime.now():%Y-%m-%d-%H%M%S}"
+    if serve and not free(port):
+        raise click.ClickException(f"Port {port} is in use: choose another with --port (or PORT=… make demo).")
+    if not serve:
+        train_three(runs, steps, text)
+        return
+    _supervise(runs, port, not no_browser, steps, text)
+
+
+def train_three(runs: Path, steps: int, text: Path | None) -> None:
+    """Train and record the three models of equal size into `runs`, a step of each in turn."""
+    try:
+        from app.training import Corpus, DecoderConfig, RecordedTraining, Schedule, TrainingConfig, in_turn
+    except ImportError as error:
+        raise click.ClickException(str(error)) from error
+    from probes import RunError
+
+    kinds = {"prenorm": {}, "full": {}, "block": {"layers_per_block": BLOCK_LAYERS}}
+    try:
+        corpus = Corpus.from_path(text) if text else Corpus.standard_library()
+        config = TrainingConfig(steps=steps, batch=BATCH, context=SHAPE["context"])
+        trainings = [
+            RecordedTraining(
+                runs / kind, DecoderConfig(residual=kind, **SHAPE, **extra), config, corpus, Schedule(), ["demo"]
+            )
+            for kind, extra in kinds.items()
+        ]
+    except (ValueError, RunError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"Three models of equal size learn {corpus.name}, {steps} steps each; recording to {runs}.", err=True)
+    try:
+        in_turn(trainings)
+    except KeyboardInterrupt:
+        click.echo("\nStopped; what was recorded stays.", err=True)
+
+
+def _supervise(runs: Path, port: int, browser: bool, steps: int, text: Path | None) -> None:
+    """Run the two processes until both are done or Ctrl-C; the training first, so that there is something to see."""
+    runs.mkdir(parents=True, exist_ok=True)
+    # The child must find this very package, wherever the command was given.
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SAMPLE_RUNS.parent), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "app"]
+    training = [*command, "demo", "--no-serve", "--runs", str(runs), "--steps", str(steps)]
+    training += ["--text", str(text)] if text else []
+    folders = [str(runs), *([str(SAMPLE_RUNS)] if SAMPLE_RUNS.is_dir() else [])]
+    dashboard = [*command, "dash", *folders, "--port", str(port), "--no-browser"]
+    url = f"http://{HOST}:{port}"
+
+    trainer = subprocess.Popen(training, env=here, preexec_fn=_renice if os.name == "posix" else None)
+    server = subprocess.Popen(dashboard, env=here, stdout=subprocess.DEVNULL)
+    click.echo(f"Dashboard: {url}  (Ctrl-C ends everything)", err=True)
+    if browser:
+        threading.Thread(target=_open_when_up, args=(url,), daemon=True).start()
+    try:
+        failed = _wait(trainer, server)
+        if failed:
+            raise click.ClickException(failed)
+        click.echo("Training is done; the dashboard stays open until Ctrl-C.", err=True)
+        server.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        _end(trainer, server)
+        click.echo(f"\nThe runs are in {runs}. To come back: depthscope dash {' '.join(folders)}", err=True)
+
+
+def _wait(trainer: subprocess.Popen, server: subprocess.Popen) -> str | None:
+    """Until the training is done; what went wrong, if something did."""
+    while trainer.poll() is None:
+        if server.poll() is not None:
+            return "The dashboard ended; its message is above."
+        time.sleep(0.2)
+    return "The training ended early; its message is above." if trainer.returncode else None
+
+
+def _end(*processes: subprocess.Popen) -> None:
+    """Ctrl-C reaches children by itself; whoever is still there is asked, and given time to seal its runs."""
+    # A second Ctrl-C must not leave children behind.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        for process in processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _renice() -> None:
+    os.nice(10)
+
+
+def _open_when_up(url: str) -> None:
+    for _ in range(100):
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/_stcore/health", timeout=1):
+            webbrowser.open(url)
+            return
+        time.sleep(0.2)
