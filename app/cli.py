@@ -1,4 +1,4 @@
-"""The command line: `depthscope dash runs/` opens the dashboard. Importing this is quick and needs no torch."""
+"""The command line: `depthscope dash runs/` opens the dashboard. Importing it is quick and needs no torch."""
 
 import socket
 from pathlib import Path
@@ -44,19 +44,21 @@ def free(port: int) -> bool:
 
 def serve(folders: tuple[Path, ...], port: int, browser: bool) -> None:
     """Serve the dashboard on this machine only, until Ctrl-C."""
-    from streamlit.web import bootstrap
+    # Imported before the server is up, so that the first page does not wait for them.
+    import altair  # noqa: F401
+    import pandas  # noqa: F401
+    from streamlit.web import cli as streamlit
 
-    flags = {
-        "server_address": HOST,
-        "server_port": port,
-        "server_headless": not browser,
-        "server_allowedHosts": ["localhost", HOST],
-        "server_fileWatcherType": "none",
-        "browser_gatherUsageStats": False,
-        "client_toolbarMode": "minimal",
+    settings = {
+        "server.address": HOST,
+        "server.port": port,
+        "server.headless": not browser,
+        "server.showEmailPrompt": False,
+        "browser.gatherUsageStats": False,
     }
-    bootstrap.load_config_options(flag_options=flags)
-    bootstrap.run(str(SCRIPT), False, [str(folder.resolve()) for folder in folders], flags)
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value).lower())]
+    paths = [str(folder.resolve()) for folder in folders]
+    streamlit.main(["run", str(SCRIPT), *flags, "--", *paths], prog_name="depthscope dash")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ def growth(frame: pd.DataFrame, name: str) -> str:
     """How much a metric grows from the first to the last layer, run by run, at the shown step."""
     if frame.empty:
         return f"{metric(name).title}: nothing recorded yet"
-    ends = _ends(name)
     factors = [(run, _growth(part, name)) for run, part in by_run(frame)]
+    ends, when = _ends(name), _when(frame)
     if len(factors) == 1:
         run, value = factors[0]
-        return f"{run}’s {_noun(name)} {_moves(value)} {ends} {_when(frame)}"
+        return f"{run}’s {_noun(name)} {_moves(value)} {ends} {when}"
     told = words.joined(f"{words.factor(value)} in {run}" for run, value in factors)
-    return f"{words.capital(_noun(name))} changes {ends} by {told} {_when(frame)}"
+    return f"{words.capital(_noun(name))} {ends} {when}: {told}"
 
 
 def unevenness(frame: pd.DataFrame, name: str) -> str:
@@ -39,22 +39,27 @@ def unevenness(frame: pd.DataFrame, name: str) -> str:
     noun, when = _noun(name), _when(frame)
     if len(ratios) == 1:
         return f"{ratios[0][0]}’s largest {noun} is {words.factor(ratios[0][1])} its smallest {when}"
-    told = words.joined(f"{words.factor(value)} the smallest in {run}" for run, value in ratios)
-    return f"The largest {noun} is {told} {when}"
+    told = words.joined(
+        f"{words.factor(value)} {'the smallest ' if i == 0 else ''}in {run}"
+        for i, (run, value) in enumerate(ratios)
+    )
+    return f"Largest {noun} {when}: {told}"
 
 
-def grid(frame: pd.DataFrame, label: str, name: str) -> str:
-    """Where the largest value of a layer × step grid sits at its last step, and how it got there."""
-    known = frame[np.isfinite(frame["value"])]
-    if known.empty:
-        return f"{label}: no finite {_noun(name)} recorded"
-    first, last = (known[known["step"] == step] for step in (known["step"].min(), known["step"].max()))
-    peak = last.loc[last["value"].idxmax()]
-    told = f"{label}: largest at {_place(str(peak['place']))}, {words.number(peak['value'])} at step {words.step(int(peak['step']))}"
-    if len(known["step"].unique()) == 1:
-        return told
-    start = first.loc[first["value"].idxmax()]
-    return f"{told} (step {words.step(int(start['step']))}: {words.number(start['value'])}, {_place(str(start['place']))})"
+def grid(first: pd.DataFrame, last: pd.DataFrame, label: str, name: str) -> str:
+    """Where the largest value over depth sits at the last recorded step, and what it was at the first."""
+    end, start = _peak(last), _peak(first)
+    if end is None:
+        return f"{label}: no finite {_noun(name)} at step {words.step(int(last['step'].iloc[0]))}"
+    where = f"{label}: largest {_place(str(end['place']))}, {words.number(end['value'])} at step {words.step(int(end['step']))}"
+    if start is None or start["step"] == end["step"]:
+        return where
+    return f"{where}, {words.number(start['value'])} at step {words.step(int(start['step']))}"
+
+
+def _peak(frame: pd.DataFrame) -> pd.Series | None:
+    known = frame[np.isfinite(frame["value"].astype(float))]
+    return None if known.empty else known.loc[known["value"].idxmax()]
 
 
 def evenness(frame: pd.DataFrame, column: str) -> str:
@@ -63,17 +68,17 @@ def evenness(frame: pd.DataFrame, column: str) -> str:
     for run, part in by_run(frame.dropna(subset=[column])):
         value = part[column].iloc[-1]
         parts.append((run, words.factor(value) if column == "ratio" else words.number(value)))
-    what = "Largest over smallest gradient" if column == "ratio" else "Coefficient of variation over depth"
+    what = "Max/min over depth" if column == "ratio" else "CV over depth"
     if not parts:
         return f"{what}: no finite values recorded"
-    return f"{what} now: {words.joined(f'{value} in {run}' for run, value in parts)}"
+    return f"{what} at the last step: {words.joined(f'{value} in {run}' for run, value in parts)}"
 
 
 def routing(cells: pd.DataFrame, label: str) -> str:
     """Where the weight of one triangle goes: newest source, embedding, over reads with more than two sources."""
     if cells.empty:
         return f"{label}: no depth weights recorded"
-    wide = cells[cells.groupby("row")["source"].transform("max") >= 2]
+    wide = cells[cells["sources"] > 2]
     when = f"at step {words.step(int(cells['step'].iloc[0]))}"
     if wide.empty:
         return f"{label} {when}"
@@ -142,7 +147,9 @@ def _ends(name: str) -> str:
 
 
 def _place(place: str) -> str:
-    return f"the {place}" if place in ("embedding", "final state", "final read") else place
+    if place in ("embedding", "final state", "final read"):
+        return f"at the {place}"
+    return place if place.startswith("into ") else f"at {place}"
 
 
 def _noun(name: str) -> str:

@@ -141,13 +141,15 @@ def evenness(run: Run, label: str, name: str) -> pd.DataFrame:
 def cells(run: Run, step: int, kind: str = "all") -> pd.DataFrame:
     """One row per existing read × source cell at the nearest matrix step not after `step`.
 
-    step, row (position among the shown reads), read, source (column), from, kind, newest, depth_weight,
-    depth_weight_std, contribution_rms. `kind` "attention" or "mlp" keeps those reads and the final read.
+    step, row (position among the shown reads), read, source (column), from, kind, sources (of the
+    read), newest, depth_weight, depth_weight_std, contribution_rms. `kind` "attention" or "mlp" keeps those reads and the final read.
     """
-    steps, weights = series(run, "depth_weight")
+    steps = series(run, "depth_weight")[0]
     index = nearest(steps, step)
     if index is None:
-        return pd.DataFrame(columns=["step", "row", "read", "source", "from", "kind", "newest", *_TRIANGLES])
+        return pd.DataFrame(
+            columns=["step", "row", "read", "source", "from", "kind", "sources", "newest", *_TRIANGLES]
+        )
     reads, sources = run.reads, run.sources
     chosen = [row for row, read in enumerate(reads) if kind == "all" or read.kind in (kind, "final")]
     exists = run.layout.triangle()[chosen]
@@ -161,6 +163,7 @@ def cells(run: Run, step: int, kind: str = "all") -> pd.DataFrame:
         "source": column.astype(np.int16),
         "from": pd.Categorical.from_codes(column, [source.label for source in sources]),
         "kind": [reads[chosen[r]].kind for r in row],
+        "sources": counts[row],
         "newest": column == counts[row] - 1,
     }
     for name in _TRIANGLES:

@@ -12,7 +12,11 @@ import streamlit as st  # noqa: E402
 
 from app import room, view  # noqa: E402
 
-st.set_page_config(page_title="depthscope", page_icon=":material/layers:", layout="wide")
+st.set_page_config(
+    page_title="depthscope", page_icon=str(Path(__file__).with_name("icon.svg")), layout="wide"
+)
+# Streamlit's own margins take a third of a laptop screen.
+st.html("<style>.stMainBlockContainer{padding:2.2rem 2.5rem 3rem} .stSidebar{width:230px !important}</style>")
 view.arrive()
 page = st.navigation(
     [

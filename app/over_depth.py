@@ -72,5 +72,7 @@ def heatmaps(shown: Sequence[room.Shown], name: str) -> None:
             st.columns(across, gap="medium"), pairs[start : start + across], strict=False
         ):
             with column:
-                chart = over_training(grid, name, findings.grid(grid, one.name, name), domain)
+                steps = one.run.steps(name)
+                first, last = (frames.profile(one.run, one.name, name, int(steps[end])) for end in (0, -1))
+                chart = over_training(grid, name, findings.grid(first, last, one.name, name), domain)
                 draw.show(chart, key=f"training {name} {one.name}", data=grid)

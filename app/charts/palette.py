@@ -4,13 +4,19 @@ from collections.abc import Sequence
 
 import altair as alt
 
+from app.charts import axes
+
 RUNS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
 
-# Small to large for the light theme; app/.streamlit/config.toml repeats it, and its reverse idea for the dark one.
+# Small to large, on paper; app/.streamlit/config.toml has the same for the light theme and one for the dark.
 RAMP = [
     "#edf6f1", "#d0efd9", "#a3e0bf", "#66d0ad", "#3fb6ad", "#359caa", "#3580a5", "#3a60a0", "#403a75", "#2a1a3a",
 ]  # fmt: skip
+
+
+# Thousands of cells: drawn as pixels, not as elements of the page.
+CANVAS = {"embedOptions": {"renderer": "canvas"}}
 
 
 def assign(everyone: Sequence[str], selected: Sequence[str]) -> dict[str, str]:
@@ -24,19 +30,19 @@ def assign(everyone: Sequence[str], selected: Sequence[str]) -> dict[str, str]:
     return {run: taken[run] for run in selected}
 
 
-def colour(colours: dict[str, str], legend: bool = True) -> alt.Color:
-    """The colour channel of a chart whose rows have a `run`."""
+def colour(colours: dict[str, str], symbol: str = "") -> alt.Color:
+    """The colour channel of a chart whose rows have a `run`; a legend where there are several."""
     return alt.Color(
         "run:N",
         sort=list(colours),
         scale=alt.Scale(domain=list(colours), range=list(colours.values())),
-        legend=_legend() if legend and len(colours) > 1 else None,
+        legend=_legend(symbol) if len(colours) > 1 else None,
     )
 
 
 def shape(colours: dict[str, str]) -> alt.Shape:
     """The shape channel: the same run, told without colour."""
-    shapes = [SHAPES[RUNS.index(value) % len(SHAPES)] for value in colours.values()]
+    shapes = [SHAPES[RUNS.index(value)] for value in colours.values()]
     return alt.Shape(
         "run:N",
         sort=list(colours),
@@ -45,15 +51,36 @@ def shape(colours: dict[str, str]) -> alt.Shape:
     )
 
 
-def _legend() -> alt.Legend:
+def gradient(title: str, domain: tuple[float, float] | None = None) -> alt.Legend:
+    """A legend of a colour scale, flat above the chart; `domain` gives the ends their labels on a log scale."""
+    values = axes.decades(*domain)[-6:] if domain else alt.Undefined
+    return alt.Legend(
+        title=wrapped(title, 34),
+        titleLimit=0,
+        orient="top",
+        direction="horizontal",
+        gradientLength=190,
+        gradientThickness=8,
+        labelExpr=axes.SMALL,
+        tickCount=4,
+        values=values,
+        offset=22,
+    )
+
+
+def _legend(symbol: str = "") -> alt.Legend:
+    look = {"symbolType": symbol, "symbolStrokeWidth": 3} if symbol else {}
     return alt.Legend(
         title=None,
         orient="top",
         direction="horizontal",
+        columns=3,
         labelLimit=0,
         symbolSize=90,
+        symbolOpacity=1,
         columnPadding=18,
-        offset=4,
+        offset=22,
+        **look,
     )
 
 

@@ -3,12 +3,14 @@
 import altair as alt
 import pandas as pd
 
-from app.charts import axes
+from app.charts import axes, palette
 from probes.vocabulary import metric
+
+SHOWN = ("depth_weight", "depth_weight_std", "contribution_rms")
 
 
 def triangle(
-    cells: pd.DataFrame, name: str, title: str, domain: tuple[float, float], height: int = 460
+    cells: pd.DataFrame, name: str, title: str, domain: tuple[float, float], height: int = 540
 ) -> alt.Chart:
     """Rows row, read, source, from and the metrics of app.frames.cells; `name` is the one drawn.
 
@@ -16,47 +18,46 @@ def triangle(
     """
     reads = dict(zip(cells["row"].astype(int), cells["read"].astype(str), strict=True))
     sources = dict(zip(cells["source"].astype(int), cells["from"].astype(str), strict=True))
-    size = 10 if len(reads) > 60 else 11
-    options = {"grid": False, "labelOverlap": False, "labelFontSize": size, "ticks": True, "tickSize": 3}
+    blocks = any(label.startswith("depth block ") for label in sources.values())
+    known = [other for other in SHOWN if cells[other].notna().any()]
+    # Seams between few cells are a grid; between many they are noise, so there a cell reaches under the next.
+    end = "0.5" if len(reads) <= 64 else "0.6"
+    half = {"left": "source - 0.5", "right": f"source + {end}", "top": "row - 0.5", "bottom": f"row + {end}"}
     return (
         alt.Chart(cells)
-        .transform_calculate(
-            left="datum.source - 0.5", right="datum.source + 0.5", top="datum.row - 0.5", bottom="datum.row + 0.5"
-        )
-        .mark_rect(strokeWidth=0)
+        .transform_calculate(**{side: f"datum.{where}" for side, where in half.items()})
+        .mark_rect(strokeWidth=0, clip=True)
         .encode(
             x=alt.X(
                 "left:Q",
                 scale=_span(sources),
-                axis=alt.Axis(title=_source_title(sources), **_labels(sources, _short_source), **options),
+                axis=alt.Axis(
+                    title="Source: embedding, then depth block"
+                    if blocks
+                    else "Source: embedding, then layer",
+                    **_labels(sources, _short_source),
+                ),
             ),
             x2="right:Q",
             y=alt.Y(
                 "top:Q",
                 scale=_span(reads, reverse=True),
-                axis=alt.Axis(title="Read of layer", **_labels(reads, _short_read), **options),
+                axis=alt.Axis(title="Read of layer", **_labels(reads, _short_read), **axes.FLAT),
             ),
             y2="bottom:Q",
             color=alt.Color(
                 f"{name}:Q",
                 scale=alt.Scale(type="sqrt", domain=list(domain), clamp=True, nice=False),
-                legend=alt.Legend(
-                    title=axes.measure(name), titleLimit=0, orient="top", direction="horizontal", titleOrient="left",
-                    titleAnchor="middle", gradientLength=180, gradientThickness=10, format=".2~g", tickCount=4,
-                ),
+                legend=palette.gradient(axes.measure(name)),
             ),
             tooltip=[
                 alt.Tooltip("read:N", title="Read"),
                 alt.Tooltip("from:N", title="Source"),
-                *(
-                    alt.Tooltip(f"{other}:Q", title=metric(other).title, format=".3~f" if "weight" in other else ".3~g")
-                    for other in ("depth_weight", "depth_weight_std", "contribution_rms")
-                    if cells[other].notna().any()
-                ),
+                *(alt.Tooltip(f"{other}:Q", title=metric(other).title, format=".3~g") for other in known),
             ],
         )
-        .properties(title=axes.title(title), height=height, usermeta={"embedOptions": {"renderer": "canvas"}})
-    )  # fmt: skip
+        .properties(title=axes.title(title), height=height, usermeta=palette.CANVAS)
+    )
 
 
 def _span(names: dict[int, str], reverse: bool = False) -> alt.Scale:
@@ -64,35 +65,23 @@ def _span(names: dict[int, str], reverse: bool = False) -> alt.Scale:
 
 
 def _labels(names: dict[int, str], short) -> dict:
-    """Sparse ticks: first, last and round layer numbers between, each by its short name."""
+    """Sparse ticks: the first, the last and evenly spaced ones between, each by its short name."""
     last = max(names, default=0)
-    every = max(1, round(last / 12))
-    values = [i for i in range(last + 1) if i in (0, last) or (i % every == 0 and last - i >= 0.7 * every)]
-    shown = {i: short(names[i]) for i in values}
-    return {"values": values, "labelExpr": axes.lookup(shown, "''")}
+    every = max(1, -(-last // 13)) | 1  # odd, so that attention and MLP reads both get labels
+    values = [i for i in range(last + 1) if i in (0, last) or (i % every == 0 and last - i >= 0.8 * every)]
+    shown = axes.lookup({i: short(names[i]) for i in values}, "''")
+    return {"values": values, "labelExpr": shown, "grid": False, "labelOverlap": False}
 
 
 def _short_read(label: str) -> str:
     """ "layer 12 (MLP)" is "12 MLP", the final read "final"."""
     if label == "final read":
         return "final"
-    return _numbered(label)
+    return label.removeprefix("layer ").replace("(", "").replace(")", "").replace("attention", "att.")
 
 
 def _short_source(label: str) -> str:
+    """ "emb.", and the number of a layer or depth block."""
     if label == "embedding":
         return "emb."
-    if label.startswith("depth block "):
-        return label.split()[2]
-    return _numbered(label).split()[0]
-
-
-def _numbered(label: str) -> str:
-    words = label.removeprefix("layer ").replace("(", "").replace(")", "").replace("attention", "att.")
-    return words
-
-
-def _source_title(names: dict[int, str]) -> str:
-    if any(name.startswith("depth block ") for name in names.values()):
-        return "Source: embedding, then depth blocks (the newest one still growing)"
-    return "Source: embedding, then the output of each layer"
+    return next((word for word in label.split() if word.isdecimal()), label)

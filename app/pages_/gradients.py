@@ -52,7 +52,7 @@ def _evenness(have: list[room.Shown], name: str) -> None:
             scale = "log" if column == "ratio" else "linear"
             title = findings.evenness(frame, column)
             chart = lines(
-                frame, column, label, room.colours(have), title, scale, zero=column == "cv", height=240
+                frame, column, label, room.colours(have), title, scale, zero=column == "cv", height=290
             )
             draw.show(chart, key=f"{column} {name}", data=frame)
 

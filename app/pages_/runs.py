@@ -41,7 +41,7 @@ def _curves(shown: list[room.Shown], name: str) -> None:
         return
     frame = pd.concat(parts, ignore_index=True)
     title = findings.losses(frame, name)
-    chart = lines(frame, "value", axes.measure(name), room.colours(have), title, height=360)
+    chart = lines(frame, "value", axes.measure(name), room.colours(have), title, height=380)
     draw.show(chart, key=f"runs {name}", data=frame)
 
 
@@ -68,7 +68,8 @@ def _table() -> pd.DataFrame:
                 "Tags": ", ".join(run.tags),
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table if table["Tags"].any() else table.drop(columns="Tags")
 
 
 def _differing(shown: list[room.Shown]) -> pd.DataFrame:
