@@ -12,9 +12,9 @@ import streamlit as st  # noqa: E402
 
 from app import room, view  # noqa: E402
 
-st.set_page_config(
-    page_title="depthscope", page_icon=str(Path(__file__).with_name("icon.svg")), layout="wide"
-)
+ICON = str(Path(__file__).with_name("icon.svg"))
+st.set_page_config(page_title="depthscope", page_icon=ICON, layout="wide")
+st.logo(ICON, size="large")
 # Streamlit's own margins take a third of a laptop screen.
 st.html("<style>.stMainBlockContainer{padding:2.2rem 2.5rem 3rem} .stSidebar{width:230px !important}</style>")
 view.arrive()

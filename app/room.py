@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import streamlit as st
+from altair.utils import schemapi
 
 from app import opener, pick, words
 from app.charts import palette
@@ -64,7 +65,9 @@ def enter(question: str, answer: str, draw: Callable[[list[Shown]], None], watch
         _state(shown)
         if not shown:
             st.info("No run is chosen: pick one or more in the sidebar.")
-        draw(shown)
+        # Checking every chart against Vega-Lite's schema takes half of a page's time; the tests check them.
+        with schemapi.debug_mode(False):
+            draw(shown)
         _problems(entries, shown)
 
     body()

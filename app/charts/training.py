@@ -22,7 +22,7 @@ def over_training(
             above="datum.depth + 0.6",
             until="datum.until + 0.2 * (datum.until - datum.step)",
         )
-        .mark_rect(strokeWidth=0, clip=True)
+        .mark_rect(strokeWidth=0, opacity=1, clip=True)
         .encode(
             x=alt.X("step:Q", axis=axes.steps(), scale=alt.Scale(domain=span, zero=False, nice=False)),
             x2="until:Q",

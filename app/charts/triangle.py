@@ -6,6 +6,10 @@ import pandas as pd
 from app.charts import axes, palette
 from probes.vocabulary import metric
 
+# Distances between labels; odd ones show attention and MLP reads in turn.
+ODD = (1, 3, 5, 7, 9, 15, 25, 35, 55)
+EVEN = (1, 2, 4, 5, 10, 20, 25, 50)
+
 SHOWN = ("depth_weight", "depth_weight_std", "contribution_rms")
 
 
@@ -26,7 +30,7 @@ def triangle(
     return (
         alt.Chart(cells)
         .transform_calculate(**{side: f"datum.{where}" for side, where in half.items()})
-        .mark_rect(strokeWidth=0, clip=True)
+        .mark_rect(strokeWidth=0, opacity=1, clip=True)
         .encode(
             x=alt.X(
                 "left:Q",
@@ -35,14 +39,14 @@ def triangle(
                     title="Source: embedding, then depth block"
                     if blocks
                     else "Source: embedding, then layer",
-                    **_labels(sources, _short_source),
+                    **_labels(sources, _short_source, EVEN),
                 ),
             ),
             x2="right:Q",
             y=alt.Y(
                 "top:Q",
                 scale=_span(reads, reverse=True),
-                axis=alt.Axis(title="Read of layer", **_labels(reads, _short_read), **axes.FLAT),
+                axis=alt.Axis(title="Read of layer", **_labels(reads, _short_read, ODD), **axes.FLAT),
             ),
             y2="bottom:Q",
             color=alt.Color(
@@ -64,10 +68,10 @@ def _span(names: dict[int, str], reverse: bool = False) -> alt.Scale:
     return alt.Scale(domain=[-0.5, max(names, default=0) + 0.5], nice=False, zero=False, reverse=reverse)
 
 
-def _labels(names: dict[int, str], short) -> dict:
+def _labels(names: dict[int, str], short, distances: tuple[int, ...]) -> dict:
     """Sparse ticks: the first, the last and evenly spaced ones between, each by its short name."""
     last = max(names, default=0)
-    every = max(1, -(-last // 13)) | 1  # odd, so that attention and MLP reads both get labels
+    every = next((distance for distance in distances if last / distance <= 13), distances[-1] * 2)
     values = [i for i in range(last + 1) if i in (0, last) or (i % every == 0 and last - i >= 0.8 * every)]
     shown = axes.lookup({i: short(names[i]) for i in values}, "''")
     return {"values": values, "labelExpr": shown, "grid": False, "labelOverlap": False}
