@@ -106,8 +106,8 @@ def over_training(run: Run, name: str) -> pd.DataFrame:
         groups = np.split(_finite(values), starts[1:])
         grid = np.stack([np.nanmean(group, axis=0) for group in groups])
     first = steps[starts]
-    spacing = int(np.median(np.diff(first))) if len(first) > 1 else max(1, run.manifest.every)
-    until = np.append(first[1:], first[-1] + spacing)
+    spacing = int(np.median(np.diff(steps))) if len(steps) > 1 else max(1, run.manifest.every)
+    until = np.append(first[1:], steps[-1] + spacing)
     depths, labels = zip(*places(run.layout, metric(name).axes), strict=True)
     return pd.DataFrame(
         {

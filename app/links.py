@@ -68,8 +68,8 @@ def strongest(
 def trend_of(steps: np.ndarray, values: np.ndarray, still: float = STILL) -> tuple[str, int]:
     """How a series came to its last value: ("rising" | "falling" | "steady" | "", the step since when).
 
-    Steady when the value has stayed within `still` for half of the recorded steps or more; else rising from the
-    lowest (falling from the highest) point since which it never went back by more than `still`.
+    Steady when the value has stayed within `still` for half of the recorded steps or more; else rising since it
+    left the lowest (falling since the highest) point from which it never went back by more than `still`.
     """
     known = np.isfinite(values)
     steps, values = steps[known], values[known]
@@ -87,14 +87,13 @@ def trend_of(steps: np.ndarray, values: np.ndarray, still: float = STILL) -> tup
 
 
 def _run_up(values: np.ndarray, still: float) -> int:
-    """Index of the low point from which `values` climbed to its end without falling back by more than `still`."""
-    lowest = start = len(values) - 1
+    """Index where `values` left the low point from which they climbed to their end without falling by `still`."""
+    low, first = values[-1], len(values) - 1
     for i in range(len(values) - 2, -1, -1):
-        if values[i] > values[lowest] + still:
+        if values[i] > low + still:
             break
-        if values[i] <= values[lowest]:
-            lowest = start = i
-    return start
+        low, first = min(low, values[i]), i
+    return first + int(np.nonzero(values[first:] <= low + still / 2)[0][-1])
 
 
 def _still(values: np.ndarray, name: str) -> float:
