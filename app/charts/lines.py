@@ -1,0 +1,44 @@
+"""A scalar against the step: one line per run, a band from minimum to maximum where points were averaged."""
+
+import altair as alt
+import pandas as pd
+
+from app.charts import axes, palette
+
+FEW = 40  # up to this many points a line shows each
+
+
+def lines(
+    frame: pd.DataFrame,
+    column: str,
+    label: str,
+    colours: dict[str, str],
+    title: str,
+    scale: str = "linear",
+    zero: bool = False,
+    height: int = 340,
+) -> alt.LayerChart:
+    """Rows run, step, `column` and, for bands, low and high. `label` is the axis title with its unit."""
+    if scale == "log":
+        frame = frame[frame[column] > 0]
+    y = axes.value(column, label, frame[column], scale, zero)
+    base = alt.Chart(frame).encode(
+        x=alt.X("step:Q", axis=axes.steps(), scale=alt.Scale(nice=False, zero=False)),
+        color=palette.colour(colours, symbol="stroke"),
+    )
+    layers = []
+    if "low" in frame and (frame["low"] < frame["high"]).any():
+        low = alt.Y("low:Q", scale=y.scale, axis=y.axis)
+        layers.append(base.mark_area(opacity=0.18).encode(y=low, y2="high:Q"))
+    layers.append(base.mark_line(strokeWidth=1.8).encode(y=y))
+    few = frame.groupby("run").size().max() <= FEW if len(frame) else True
+    # Invisible points carry the tooltip where visible ones would blur the line.
+    points = base.mark_circle(size=36 if few else 50, opacity=1 if few else 0).encode(
+        y=y,
+        tooltip=[
+            alt.Tooltip("run:N", title="Run"),
+            alt.Tooltip("step:Q", title="Step", format=",d"),
+            alt.Tooltip(f"{column}:Q", title=label, format=".4~g"),
+        ],
+    )
+    return alt.layer(*layers, points).properties(title=axes.title(title), height=height)

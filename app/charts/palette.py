@@ -1,0 +1,124 @@
+"""Colours and print settings. Run colours are Okabe and Ito's, apart for every common colour blindness."""
+
+from collections.abc import Sequence
+
+import altair as alt
+
+from app.charts import axes
+
+RUNS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]
+SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
+
+# Small to large, on paper; app/.streamlit/config.toml has the same for the light theme and one for the dark.
+RAMP = [
+    "#edf6f1", "#d0efd9", "#a3e0bf", "#66d0ad", "#3fb6ad", "#359caa", "#3580a5", "#3a60a0", "#403a75", "#2a1a3a",
+]  # fmt: skip
+
+
+# Thousands of cells: drawn as pixels, not as elements of the page.
+CANVAS = {"embedOptions": {"renderer": "canvas"}}
+
+
+def assign(everyone: Sequence[str], selected: Sequence[str]) -> dict[str, str]:
+    """A colour for each selected run: its place among all runs decides, the next free one settles a tie."""
+    place = {run: index for index, run in enumerate(everyone)}
+    taken: dict[str, str] = {}
+    for run in sorted(selected, key=lambda run: place.get(run, len(place))):
+        want = place.get(run, len(place))
+        order = [RUNS[(want + shift) % len(RUNS)] for shift in range(len(RUNS))]
+        taken[run] = next((colour for colour in order if colour not in taken.values()), order[0])
+    return {run: taken[run] for run in selected}
+
+
+def colour(colours: dict[str, str], symbol: str = "") -> alt.Color:
+    """The colour channel of a chart whose rows have a `run`; a legend where there are several."""
+    return alt.Color(
+        "run:N",
+        sort=list(colours),
+        scale=alt.Scale(domain=list(colours), range=list(colours.values())),
+        legend=_legend(symbol) if len(colours) > 1 else None,
+    )
+
+
+def shape(colours: dict[str, str]) -> alt.Shape:
+    """The shape channel: the same run, told without colour."""
+    shapes = [SHAPES[RUNS.index(value)] for value in colours.values()]
+    return alt.Shape(
+        "run:N",
+        sort=list(colours),
+        scale=alt.Scale(domain=list(colours), range=shapes),
+        legend=_legend() if len(colours) > 1 else None,
+    )
+
+
+def gradient(title: str, domain: tuple[float, float] | None = None) -> alt.Legend:
+    """A legend of a colour scale, flat above the chart; `domain` gives the ends their labels on a log scale."""
+    values = axes.decades(*domain)[-6:] if domain else alt.Undefined
+    return alt.Legend(
+        title=wrapped(title, 34),
+        titleLimit=0,
+        orient="top",
+        direction="horizontal",
+        gradientLength=190,
+        gradientThickness=8,
+        labelExpr=axes.SMALL,
+        tickCount=4,
+        values=values,
+        offset=22,
+    )
+
+
+def _legend(symbol: str = "") -> alt.Legend:
+    look = {"symbolType": symbol, "symbolStrokeWidth": 3} if symbol else {}
+    return alt.Legend(
+        title=None,
+        orient="top",
+        direction="horizontal",
+        columns=3,
+        labelLimit=0,
+        symbolSize=90,
+        symbolOpacity=1,
+        columnPadding=18,
+        offset=22,
+        **look,
+    )
+
+
+def printed(chart: alt.TopLevelMixin) -> dict:
+    """The chart as a specification for paper: white, own fonts, own ramp, its title wrapped to its width."""
+    with alt.data_transformers.enable("default", max_rows=None):
+        spec = chart.to_dict(format="vega-lite")
+    title = spec.get("title")
+    if isinstance(title, dict) and isinstance(title.get("text"), str):
+        title["text"] = wrapped(title["text"], 86)
+    spec.setdefault("width", 680)
+    spec["background"] = "white"
+    spec["padding"] = 16
+    text = {"labelFontSize": 11, "titleFontSize": 12, "labelColor": "#3d4450", "titleColor": "#1c2430"}
+    spec["config"] = {
+        "font": "Source Sans 3, Source Sans Pro, Liberation Sans, Arial, sans-serif",
+        "title": {"anchor": "start", "fontSize": 15, "fontWeight": 600, "color": "#1c2430", "offset": 12},
+        "axis": {
+            **text,
+            "gridColor": "#e6e9ee",
+            "domainColor": "#c4cad4",
+            "tickColor": "#c4cad4",
+            "titleFontWeight": 500,
+        },
+        "legend": {**text, "titleFontWeight": 500},
+        "range": {"heatmap": RAMP, "ramp": RAMP, "category": RUNS},
+        "view": {"stroke": None},
+        **spec.get("config", {}),
+    }
+    return spec
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` characters, broken at spaces."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines

@@ -1,0 +1,44 @@
+"""A metric against depth: one line per run, shapes and colours by run."""
+
+import altair as alt
+import pandas as pd
+
+from app.charts import axes, palette
+
+
+def profile(
+    frame: pd.DataFrame,
+    name: str,
+    colours: dict[str, str],
+    title: str,
+    scale: str = "linear",
+    height: int = 340,
+) -> alt.LayerChart:
+    """Rows run, step, depth, place, value."""
+    if scale == "log":
+        frame = frame[frame["value"] > 0]
+    lasts = frame.groupby("run")["depth"].max().unique()
+    last = int(lasts[0]) if len(lasts) == 1 else None
+    first, most = (int(frame["depth"].min()), int(max(lasts))) if len(frame) else (0, 1)
+    base = alt.Chart(frame).encode(
+        x=alt.X(
+            "depth:Q",
+            scale=alt.Scale(domain=[first, most], nice=False, zero=False, padding=8),
+            axis=axes.depth(name, last),
+        ),
+        y=axes.value("value", axes.measure(name), frame["value"], scale),
+        color=palette.colour(colours),
+        order="depth:Q",
+    )
+    lines = base.mark_line(strokeWidth=2 if most <= 64 else 1.6)
+    size = 34 if most <= 32 else 14 if most <= 80 else 6
+    points = base.mark_point(filled=True, opacity=1, size=size).encode(
+        shape=palette.shape(colours),
+        tooltip=[
+            alt.Tooltip("run:N", title="Run"),
+            alt.Tooltip("place:N", title="Where"),
+            alt.Tooltip("value:Q", title=axes.measure(name), format=".4~g"),
+            alt.Tooltip("step:Q", title="Step", format=",d"),
+        ],
+    )
+    return alt.layer(lines, points).properties(title=axes.title(title), height=height)

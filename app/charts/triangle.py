@@ -1,0 +1,91 @@
+"""The read × source triangle: who reads whom. Cells that do not exist stay blank."""
+
+import altair as alt
+import pandas as pd
+
+from app.charts import axes, palette
+from probes.vocabulary import metric
+
+# Distances between labels; odd ones show attention and MLP reads in turn.
+ODD = (1, 3, 5, 7, 9, 15, 25, 35, 55)
+EVEN = (1, 2, 4, 5, 10, 20, 25, 50)
+
+SHOWN = ("depth_weight", "depth_weight_std", "contribution_rms")
+
+
+def triangle(
+    cells: pd.DataFrame, name: str, title: str, domain: tuple[float, float], height: int = 540
+) -> alt.Chart:
+    """Rows row, read, source, from and the metrics of app.frames.cells; `name` is the one drawn.
+
+    Colour is on a square-root scale, so that small weights stay apart from none.
+    """
+    reads = dict(zip(cells["row"].astype(int), cells["read"].astype(str), strict=True))
+    sources = dict(zip(cells["source"].astype(int), cells["from"].astype(str), strict=True))
+    blocks = any(label.startswith("depth block ") for label in sources.values())
+    known = [other for other in SHOWN if cells[other].notna().any()]
+    # Seams between few cells are a grid; between many they are noise, so there a cell reaches under the next.
+    end = "0.5" if len(reads) <= 64 else "0.6"
+    half = {"left": "source - 0.5", "right": f"source + {end}", "top": "row - 0.5", "bottom": f"row + {end}"}
+    return (
+        alt.Chart(cells)
+        .transform_calculate(**{side: f"datum.{where}" for side, where in half.items()})
+        .mark_rect(strokeWidth=0, opacity=1, clip=True)
+        .encode(
+            x=alt.X(
+                "left:Q",
+                scale=_span(sources),
+                axis=alt.Axis(
+                    title="Source: embedding, then depth block"
+                    if blocks
+                    else "Source: embedding, then layer",
+                    **_labels(sources, _short_source, EVEN),
+                ),
+            ),
+            x2="right:Q",
+            y=alt.Y(
+                "top:Q",
+                scale=_span(reads, reverse=True),
+                axis=alt.Axis(title="Read of layer", **_labels(reads, _short_read, ODD), **axes.FLAT),
+            ),
+            y2="bottom:Q",
+            color=alt.Color(
+                f"{name}:Q",
+                scale=alt.Scale(type="sqrt", domain=list(domain), clamp=True, nice=False),
+                legend=palette.gradient(axes.measure(name)),
+            ),
+            tooltip=[
+                alt.Tooltip("read:N", title="Read"),
+                alt.Tooltip("from:N", title="Source"),
+                *(alt.Tooltip(f"{other}:Q", title=metric(other).title, format=".3~g") for other in known),
+            ],
+        )
+        .properties(title=axes.title(title), height=height, usermeta=palette.CANVAS)
+    )
+
+
+def _span(names: dict[int, str], reverse: bool = False) -> alt.Scale:
+    return alt.Scale(domain=[-0.5, max(names, default=0) + 0.5], nice=False, zero=False, reverse=reverse)
+
+
+def _labels(names: dict[int, str], short, distances: tuple[int, ...]) -> dict:
+    """Sparse ticks: the first, the last and evenly spaced ones between, each by its short name."""
+    last = max(names, default=0)
+    every = next((distance for distance in distances if last / distance <= 13), distances[-1] * 2)
+    values = [i for i in range(last + 1) if i in (0, last) or (i % every == 0 and last - i >= 0.8 * every)]
+    shown = axes.lookup({i: short(names[i]) for i in values}, "''")
+    return {"values": values, "labelExpr": shown, "grid": False, "labelOverlap": False}
+
+
+def _short_read(label: str) -> str:
+    """ "layer 12 (MLP)" is "12 MLP", the final read "final"."""
+    if label == "final read":
+        return "final"
+    return label.removeprefix("layer ").replace("(", "").replace(")", "").replace("attention", "att.")
+
+
+def _short_source(label: str) -> str:
+    """ "emb.", and the number of a layer or depth block."""
+    if label == "embedding":
+        return "emb."
+    return next((word for word in label.split() if word.isdecimal()), label)

@@ -1,0 +1,164 @@
+"""Findings: what a chart shows, said in one sentence of computed numbers. Frames in, titles out."""
+
+import numpy as np
+import pandas as pd
+
+from app import words
+from probes.vocabulary import STATE, metric
+
+TAIL = 10  # recorded losses that a compared loss averages
+
+
+def by_run(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The frame of each run, in the order the runs were given."""
+    return [(str(run), part) for run, part in frame.groupby("run", sort=False)]
+
+
+def growth(frame: pd.DataFrame, name: str) -> str:
+    """How much a metric grows from the first to the last layer, run by run, at the shown step."""
+    if frame.empty:
+        return f"{metric(name).title}: nothing recorded yet"
+    factors = [(run, _growth(part, name)) for run, part in by_run(frame)]
+    ends, when = _ends(name), _when(frame)
+    if len(factors) == 1:
+        run, value = factors[0]
+        return f"{run}’s {_noun(name)} {_moves(value)} {ends} {when}"
+    told = words.joined(f"{words.factor(value)} in {run}" for run, value in factors)
+    return f"{words.capital(_noun(name))} {ends} {when}: {told}"
+
+
+def unevenness(frame: pd.DataFrame, name: str) -> str:
+    """How far apart the largest and the smallest value over depth are, run by run (embedding left out)."""
+    ratios = []
+    for run, part in by_run(frame):
+        values = part.loc[part["depth"] >= 1, "value"].to_numpy(float)
+        values = values[np.isfinite(values)]
+        ratios.append((run, values.max() / values.min() if len(values) and values.min() > 0 else np.nan))
+    if not ratios:
+        return f"{metric(name).title}: nothing recorded yet"
+    noun, when = _noun(name), _when(frame)
+    if len(ratios) == 1:
+        return f"{ratios[0][0]}’s largest {noun} is {words.factor(ratios[0][1])} its smallest {when}"
+    told = words.joined(
+        f"{words.factor(value)} {'the smallest ' if i == 0 else ''}in {run}"
+        for i, (run, value) in enumerate(ratios)
+    )
+    return f"Largest {noun} {when}: {told}"
+
+
+def grid(first: pd.DataFrame, last: pd.DataFrame, label: str, name: str) -> str:
+    """Where the largest value over depth sits at the last recorded step, and what it was at the first."""
+    end, start = _peak(last), _peak(first)
+    if end is None:
+        return f"{label}: no finite {_noun(name)} at step {words.step(int(last['step'].iloc[0]))}"
+    where = f"{label}: largest {_place(str(end['place']))}, {words.number(end['value'])} at step {words.step(int(end['step']))}"
+    if start is None or start["step"] == end["step"]:
+        return where
+    return f"{where}, {words.number(start['value'])} at step {words.step(int(start['step']))}"
+
+
+def _peak(frame: pd.DataFrame) -> pd.Series | None:
+    known = frame[np.isfinite(frame["value"].astype(float))]
+    return None if known.empty else known.loc[known["value"].idxmax()]
+
+
+def evenness(frame: pd.DataFrame, column: str) -> str:
+    """The last CV or max/min over depth, run by run."""
+    parts = []
+    for run, part in by_run(frame.dropna(subset=[column])):
+        value = part[column].iloc[-1]
+        parts.append((run, words.factor(value) if column == "ratio" else words.number(value)))
+    what = "Max/min over depth" if column == "ratio" else "CV over depth"
+    if not parts:
+        return f"{what}: no finite values recorded"
+    return f"{what} at the last step: {words.joined(f'{value} in {run}' for run, value in parts)}"
+
+
+def routing(cells: pd.DataFrame, label: str) -> str:
+    """Where the weight of one triangle goes: newest source, embedding, over reads with more than two sources."""
+    if cells.empty:
+        return f"{label}: no depth weights recorded"
+    wide = cells[cells["sources"] > 2]
+    when = f"at step {words.step(int(cells['step'].iloc[0]))}"
+    if wide.empty:
+        return f"{label} {when}"
+    reads = wide["row"].nunique()
+    newest = wide.loc[wide["newest"], "depth_weight"].sum() / reads
+    embedding = wide.loc[wide["source"] == 0, "depth_weight"].sum() / reads
+    return (
+        f"{label} {when}: {words.percent(newest)} of the weight goes to the newest source, "
+        f"{words.percent(embedding)} to the embedding"
+    )
+
+
+def contributions(cells: pd.DataFrame, label: str) -> str:
+    """Which source adds most over all reads of one triangle."""
+    known = cells.dropna(subset=["contribution_rms"])
+    if known.empty:
+        return f"{label}: no contributions recorded at this step"
+    peak = known.loc[known["contribution_rms"].idxmax()]
+    return (
+        f"{label} at step {words.step(int(peak['step']))}: the largest contribution is "
+        f"{words.number(peak['contribution_rms'])}, {peak['from']} in the read of {peak['read']}".replace(
+            "the read of final read", "the final read"
+        )
+    )
+
+
+def decisiveness(frame: pd.DataFrame) -> str:
+    """Mean entropy over the shown reads, run by run."""
+    parts = [(run, part["value"].mean()) for run, part in by_run(frame.dropna(subset=["value"]))]
+    if not parts:
+        return "Depth entropy: nothing recorded yet"
+    told = words.joined(f"{value:.2f} in {run}" for run, value in parts)
+    return f"Mean depth entropy is {told} {_when(frame)} (1 is an even average)"
+
+
+def losses(frame: pd.DataFrame, name: str) -> str:
+    """The metric at the last step all runs reached: the mean of the last ten recorded points of each."""
+    parts = [(run, part.dropna(subset=["value"])) for run, part in by_run(frame)]
+    parts = [(run, part) for run, part in parts if len(part)]
+    title = metric(name).title
+    if not parts:
+        return f"{title}: nothing recorded yet"
+    common = min(int(part["step"].iloc[-1]) for _, part in parts)
+    means = [(run, part.loc[part["step"] <= common, "value"].tail(TAIL).mean()) for run, part in parts]
+    means = sorted(((run, value) for run, value in means if np.isfinite(value)), key=lambda pair: pair[1])
+    if not means:
+        return f"{title} of {words.joined(run for run, _ in parts)}"
+    return f"{title} at step {words.step(common)}: {words.joined(f'{words.number(value)} in {run}' for run, value in means)}"
+
+
+def _growth(part: pd.DataFrame, name: str) -> float:
+    values = part.loc[part["depth"] >= 1, "value"].to_numpy(float)
+    return float(values[-1] / values[0]) if len(values) and values[0] > 0 else np.nan
+
+
+def _moves(value: float) -> str:
+    if not np.isfinite(value):
+        return "cannot be compared"
+    return f"grows {words.factor(value)}" if value >= 1 else f"falls to {words.factor(value)}"
+
+
+def _ends(name: str) -> str:
+    if metric(name).axes == STATE:
+        return "from layer 1 to the final state"
+    return "from the first to the last " + ("transformer block" if name.startswith("block_") else "layer")
+
+
+def _place(place: str) -> str:
+    if place in ("embedding", "final state", "final read"):
+        return f"at the {place}"
+    return place if place.startswith("into ") else f"at {place}"
+
+
+def _noun(name: str) -> str:
+    title = metric(name).title
+    return title[0].lower() + title[1:]
+
+
+def _when(frame: pd.DataFrame) -> str:
+    steps = sorted({int(step) for step in frame["step"]})
+    if len(steps) == 1:
+        return f"at step {words.step(steps[0])}"
+    return f"at steps {words.step(steps[0])}–{words.step(steps[-1])}"

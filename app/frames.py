@@ -1,0 +1,190 @@
+"""Frames: a run's numbers in the rows a chart draws. Run in, DataFrame out; a metric a run lacks gives no rows."""
+
+import warnings
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+
+from probes import Run
+from probes.layout import Layout
+from probes.vocabulary import BLOCK, LAYER, OUTPUT, READ, STATE, TRIANGLE, metric
+
+POINTS = 2_000  # a line's points at most
+COLUMNS = 200  # a heatmap's columns at most
+STOPS = 400  # a step slider's stops at most
+
+
+def series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps int64 [N] and values float32 [N, ...] of one metric; N = 0 where it was not recorded."""
+    if name not in run:
+        return np.empty(0, np.int64), np.empty(0, np.float32)
+    steps, values = run.steps(name), run[name]
+    count = min(len(steps), len(values))  # a refresh may fall between the two reads
+    return steps[:count], values[:count]
+
+
+def nearest(steps: np.ndarray, step: int) -> int | None:
+    """Index of the last recorded step that is not after `step`; None when the first comes later."""
+    index = int(np.searchsorted(steps, step, side="right")) - 1
+    return index if index >= 0 else None
+
+
+def stops(runs: Iterable[Run], names: Iterable[str]) -> list[int]:
+    """Every step at which any of the runs recorded any of the metrics, thinned to at most 400, ends kept."""
+    names = list(names)
+    found = [series(run, name)[0] for run in runs for name in names]
+    steps = np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
+    if len(steps) > STOPS:
+        steps = steps[np.unique(np.linspace(0, len(steps) - 1, STOPS).round().astype(int))]
+    return [int(step) for step in steps]
+
+
+def scalars(runs: Iterable[Run]) -> list[str]:
+    """Names of the scalars that any of the runs recorded, losses first."""
+    names = {name for run in runs for name in run.metrics if metric(name).axes == ()}
+    return sorted(names, key=lambda name: (name != "loss", name != "val_loss", name))
+
+
+def places(layout: Layout, axes: tuple[str, ...]) -> list[tuple[int, str]]:
+    """Position and label of each entry of a metric over depth: source 0 is the embedding, states count from 1."""
+    if axes == OUTPUT:
+        return list(enumerate(layout.outputs))
+    if axes == STATE:
+        return list(enumerate(layout.states, 1))
+    if axes == LAYER:
+        return [(layer.index, layer.label) for layer in layout.layers]
+    if axes == READ:
+        return [(row, read.label) for row, read in enumerate(layout.reads, 1)]
+    if axes == BLOCK:
+        return [(block, f"transformer block {block}") for block in range(1, layout.blocks + 1)]
+    raise ValueError(f"{axes} is not an axis over depth")
+
+
+def scalar(run: Run, label: str, name: str) -> pd.DataFrame:
+    """run, step, low, value, high: one row per recorded step, or minimum, mean and maximum of equal bins."""
+    steps, values = series(run, name)
+    values = _finite(values)
+    if len(steps) > POINTS:
+        starts = np.unique(np.linspace(0, len(steps), POINTS, endpoint=False).astype(int))
+        low, high = np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts)
+        counts = np.add.reduceat(np.isfinite(values).astype(np.float32), starts)
+        total = np.add.reduceat(np.nan_to_num(values), starts)
+        mean = np.divide(total, counts, out=np.full_like(total, np.nan), where=counts > 0)
+        steps = steps[starts]
+    else:
+        low = mean = high = values
+    return pd.DataFrame({"run": label, "step": steps, "low": low, "value": mean, "high": high})
+
+
+def profile(run: Run, label: str, name: str, step: int) -> pd.DataFrame:
+    """run, step, depth, place, value: one metric over depth at the nearest recorded step not after `step`."""
+    steps, values = series(run, name)
+    index = nearest(steps, step)
+    if index is None:
+        return pd.DataFrame(columns=["run", "step", "depth", "place", "value"])
+    depths, labels = zip(*places(run.layout, metric(name).axes), strict=True)
+    return pd.DataFrame(
+        {
+            "run": label,
+            "step": steps[index],
+            "depth": depths,
+            "place": labels,
+            "value": _finite(values[index]),
+        }
+    )
+
+
+def over_training(run: Run, name: str) -> pd.DataFrame:
+    """step, until, depth, value, place: a layer × step grid, columns averaged down to at most 200."""
+    steps, values = series(run, name)
+    if not len(steps):
+        return pd.DataFrame(columns=["step", "until", "depth", "value", "place"])
+    starts = np.unique(np.linspace(0, len(steps), min(len(steps), COLUMNS), endpoint=False).astype(int))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a bin of blanks stays blank
+        groups = np.split(_finite(values), starts[1:])
+        grid = np.stack([np.nanmean(group, axis=0) for group in groups])
+    first = steps[starts]
+    spacing = int(np.median(np.diff(steps))) if len(steps) > 1 else max(1, run.manifest.every)
+    until = np.append(first[1:], steps[-1] + spacing)
+    depths, labels = zip(*places(run.layout, metric(name).axes), strict=True)
+    return pd.DataFrame(
+        {
+            "step": np.repeat(first, len(depths)),
+            "until": np.repeat(until, len(depths)),
+            "depth": np.tile(np.array(depths, np.int16), len(first)),
+            "value": grid.ravel().astype(np.float32),
+            "place": pd.Categorical.from_codes(np.tile(np.arange(len(depths)), len(first)), list(labels)),
+        }
+    )
+
+
+def evenness(run: Run, label: str, name: str) -> pd.DataFrame:
+    """run, step, cv, ratio: coefficient of variation and max/min over depth, without the embedding, per step."""
+    steps, values = series(run, name)
+    if not len(steps):
+        return pd.DataFrame(columns=["run", "step", "cv", "ratio"])
+    values = _finite(values.astype(np.float64))
+    if metric(name).axes == OUTPUT:
+        values = values[:, 1:]
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        cv = np.nanstd(values, axis=1) / np.nanmean(values, axis=1)
+        ratio = np.nanmax(values, axis=1) / np.nanmin(values, axis=1)
+    frame = pd.DataFrame({"run": label, "step": steps, "cv": _finite(cv), "ratio": _finite(ratio)})
+    if len(frame) > POINTS:
+        frame = frame.iloc[np.unique(np.linspace(0, len(frame) - 1, POINTS).astype(int))]
+    return frame.reset_index(drop=True)
+
+
+def cells(run: Run, step: int, kind: str = "all") -> pd.DataFrame:
+    """One row per existing read × source cell at the nearest matrix step not after `step`.
+
+    step, row (position among the shown reads), read, source (column), from, kind, sources (of the
+    read), newest, depth_weight, depth_weight_std, contribution_rms. `kind` "attention" or "mlp" keeps those reads and the final read.
+    """
+    steps = series(run, "depth_weight")[0]
+    index = nearest(steps, step)
+    if index is None:
+        return pd.DataFrame(
+            columns=["step", "row", "read", "source", "from", "kind", "sources", "newest", *_TRIANGLES]
+        )
+    reads, sources = run.reads, run.sources
+    chosen = [row for row, read in enumerate(reads) if kind == "all" or read.kind in (kind, "final")]
+    exists = run.layout.triangle()[chosen]
+    row, column = np.nonzero(exists)
+    counts = np.array([reads[r].sources for r in chosen])
+    at = steps[index]
+    frame = {
+        "step": at,
+        "row": row.astype(np.int16),
+        "read": pd.Categorical.from_codes(row, [reads[r].label for r in chosen]),
+        "source": column.astype(np.int16),
+        "from": pd.Categorical.from_codes(column, [source.label for source in sources]),
+        "kind": [reads[chosen[r]].kind for r in row],
+        "sources": counts[row],
+        "newest": column == counts[row] - 1,
+    }
+    for name in _TRIANGLES:
+        frame[name] = _at_step(run, name, int(at), exists.shape, chosen)[exists]
+    return pd.DataFrame(frame)
+
+
+_TRIANGLES = [
+    name for name in ("depth_weight", "depth_weight_std", "contribution_rms") if metric(name).axes == TRIANGLE
+]
+
+
+def _at_step(run: Run, name: str, step: int, shape: tuple[int, int], rows: list[int]) -> np.ndarray:
+    """float32 [rows, S] of a triangle at exactly `step`, blank where it was not recorded."""
+    steps, values = series(run, name)
+    index = nearest(steps, step)
+    if index is None or steps[index] != step:
+        return np.full(shape, np.nan, np.float32)
+    return _finite(values[index])[rows]
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """Infinities become blanks: a chart has no place for them."""
+    return np.where(np.isfinite(values), values, np.nan)

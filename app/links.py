@@ -1,0 +1,101 @@
+"""Links: which read leans on which source, in sentences, with how the weight has moved so far."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from app import words
+from app.frames import nearest, series
+from probes import Run
+from probes.vocabulary import metric
+
+STILL = 0.02  # a weight that stays within this of its present value has not moved
+
+
+@dataclass(frozen=True)
+class Link:
+    """One strong read: its value, how far it is above the read's even average, and its trend."""
+
+    read: str
+    source: str
+    value: float
+    excess: float
+    trend: str  # "rising", "falling", "steady" or "" with a single recorded step
+    since: int
+
+    def sentence(self, name: str = "depth_weight") -> str:
+        """ "Layer 12 (MLP) reads layer 3 (attention) with 0.61, rising since step 300"."""
+        unit = " RMS" if name == "contribution_rms" else ""
+        verb = "gets" if unit else "reads"
+        told = f", {self.trend} since step {words.step(self.since)}" if self.trend else ""
+        read = words.capital("the " + self.read if self.read == "final read" else self.read)
+        source = "the embedding" if self.source == "embedding" else self.source
+        if unit:
+            return f"{read} {verb} {words.number(self.value)}{unit} from {source}{told}"
+        return f"{read} {verb} {source} with {self.value:.2f}{told}"
+
+
+def strongest(
+    run: Run, step: int, name: str = "depth_weight", kind: str = "all", count: int = 8
+) -> list[Link]:
+    """The `count` links furthest above their read's mean, newest source left out, most outstanding first.
+
+    Against the mean (for weights 1 / number of sources), because a read of two sources gives half to each without
+    preferring any.
+    """
+    steps, values = series(run, name)
+    index = nearest(steps, step)
+    if index is None or metric(name).axes != ("read", "source"):
+        return []
+    found = []
+    for row, read in enumerate(run.reads):
+        if read.sources < 2 or (kind != "all" and read.kind not in (kind, "final")):
+            continue
+        line = values[index, row, : read.sources]
+        excess = line - np.nanmean(line) if np.isfinite(line).any() else line
+        found += [(float(excess[s]), row, s) for s in range(read.sources - 1) if np.isfinite(excess[s])]
+    found = sorted((link for link in found if link[0] > 0), key=lambda link: (-link[0], link[1], link[2]))
+    links = []
+    for excess, row, column in found[:count]:
+        past = values[: index + 1, row, column]
+        trend, since = trend_of(steps[: index + 1], past, _still(past, name))
+        links.append(
+            Link(run.reads[row].label, run.sources[column].label, float(past[-1]), excess, trend, since)
+        )
+    return links
+
+
+def trend_of(steps: np.ndarray, values: np.ndarray, still: float = STILL) -> tuple[str, int]:
+    """How a series came to its last value: ("rising" | "falling" | "steady" | "", the step since when).
+
+    Steady when the value has stayed within `still` for half of the recorded steps or more; else rising since it
+    left the lowest (falling since the highest) point from which it never went back by more than `still`.
+    """
+    known = np.isfinite(values)
+    steps, values = steps[known], values[known]
+    if len(values) < 2:
+        return "", int(steps[-1]) if len(steps) else 0
+    moved = np.nonzero(np.abs(values - values[-1]) > still)[0]
+    first = int(moved[-1]) + 1 if len(moved) else 0
+    if len(values) - first >= max(2, len(values) / 2):
+        return "steady", int(steps[first])
+    up, down = _run_up(values, still), _run_up(-values, still)
+    start = up if values[-1] - values[up] >= values[down] - values[-1] else down
+    if abs(values[-1] - values[start]) <= still:
+        return "steady", int(steps[first])
+    return ("rising" if values[-1] > values[start] else "falling"), int(steps[start])
+
+
+def _run_up(values: np.ndarray, still: float) -> int:
+    """Index where `values` left the low point from which they climbed to their end without falling by `still`."""
+    low, first = values[-1], len(values) - 1
+    for i in range(len(values) - 2, -1, -1):
+        if values[i] > low + still:
+            break
+        low, first = min(low, values[i]), i
+    return first + int(np.nonzero(values[first:] <= low + still / 2)[0][-1])
+
+
+def _still(values: np.ndarray, name: str) -> float:
+    """Weights have a natural scale; a contribution is still within 5% of its largest value."""
+    return STILL if name == "depth_weight" else 0.05 * float(np.nanmax(np.abs(values), initial=0.0))

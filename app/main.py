@@ -1,0 +1,30 @@
+"""The dashboard's script: `streamlit run app/main.py -- FOLDER ...`, or `depthscope dash FOLDER ...`."""
+
+import sys
+from pathlib import Path
+
+# Streamlit puts this folder on the path, not the one that holds it.
+_ROOT = str(Path(__file__).resolve().parents[1])
+if _ROOT not in sys.path:
+    sys.path.append(_ROOT)
+
+import streamlit as st  # noqa: E402
+
+from app import room, view  # noqa: E402
+
+ICON = str(Path(__file__).with_name("icon.svg"))
+st.set_page_config(page_title="depthscope", page_icon=ICON, layout="wide")
+st.logo(ICON, size="large")
+# Streamlit's own margins take a third of a laptop screen.
+st.html("<style>.stMainBlockContainer{padding:2.2rem 2.5rem 3rem} .stSidebar{width:230px !important}</style>")
+view.arrive()
+page = st.navigation(
+    [
+        st.Page("pages_/runs.py", title="Runs", icon=":material/monitoring:", default=True),
+        st.Page("pages_/dilution.py", title="Dilution", icon=":material/water_drop:"),
+        st.Page("pages_/gradients.py", title="Gradients", icon=":material/trending_down:"),
+        st.Page("pages_/depth_attention.py", title="Depth attention", icon=":material/stacked_line_chart:"),
+    ]
+)
+room.sidebar()
+page.run()

@@ -1,0 +1,78 @@
+"""A metric over depth, as two pages draw it: lines at one step, and a layer × step heatmap per run."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from app import draw, findings, frames, room, words
+from app.charts.profile import profile
+from app.charts.training import over_training
+
+ACROSS = 3  # heatmaps side by side
+
+
+def profiles(
+    shown: Sequence[room.Shown],
+    name: str,
+    step: int | None,
+    scale: str,
+    finding: Callable[[pd.DataFrame, str], str],
+) -> None:
+    """One line a run at its nearest recorded step not after `step`; says which step where it is another one."""
+    have = room.recorded(shown, name)
+    parts = {one: frames.profile(one.run, one.name, name, step) for one in have} if step is not None else {}
+    parts = {one: part for one, part in parts.items() if len(part)}
+    if not parts:
+        return
+    frame = pd.concat(parts.values(), ignore_index=True)
+    chart = profile(frame, name, room.colours(list(parts)), finding(frame, name), scale)
+    draw.show(chart, key=f"profile {name}", data=frame)
+    note = nearest({one.name: int(part["step"].iloc[0]) for one, part in parts.items()}, step)
+    late = [one.name for one in have if one not in parts]
+    if late:
+        note += f" Nothing was recorded up to step {words.step(step)} in {words.joined(late)}."
+    hidden = (
+        int((~(frame["value"] > 0)).sum()) if scale == "log" else int((~np.isfinite(frame["value"])).sum())
+    )
+    if hidden:
+        note += f" {hidden} blank{'s' if hidden > 1 else ''}: not finite" + (
+            ", or zero on this scale." if scale == "log" else "."
+        )
+    if note.strip():
+        st.caption(words.plain(note.strip()))
+
+
+def nearest(steps: dict[str, int], step: int) -> str:
+    """ "Nearest recorded step: full 180, block 200." where a run has none at the chosen step, else nothing."""
+    if all(found == step for found in steps.values()):
+        return ""
+    told = words.joined(f"{words.step(found)} in {name}" for name, found in steps.items())
+    return f"Last recorded up to step {words.step(step)}: {told}."
+
+
+def heatmaps(shown: Sequence[room.Shown], name: str) -> None:
+    """One layer × step heatmap a run, all on one logarithmic colour scale."""
+    have = room.recorded(shown, name)
+    grids = {one: frames.over_training(one.run, name) for one in have}
+    grids = {one: grid for one, grid in grids.items() if len(grid)}
+    if not grids:
+        return
+    values = np.concatenate([grid["value"].to_numpy(float) for grid in grids.values()])
+    values = values[np.isfinite(values) & (values > 0)]
+    # The colour scale leaves the outermost hundredth to its ends, so that one spike does not flatten the rest.
+    domain = tuple(float(v) for v in np.quantile(values, [0.01, 0.995])) if len(values) else None
+    if domain and domain[0] >= domain[1]:
+        domain = (domain[0] / 2, domain[1] * 2)
+    pairs = list(grids.items())
+    across = min(ACROSS, len(pairs))
+    for start in range(0, len(pairs), across):
+        for column, (one, grid) in zip(
+            st.columns(across, gap="medium"), pairs[start : start + across], strict=False
+        ):
+            with column:
+                steps = one.run.steps(name)
+                first, last = (frames.profile(one.run, one.name, name, int(steps[end])) for end in (0, -1))
+                chart = over_training(grid, name, findings.grid(first, last, one.name, name), domain)
+                draw.show(chart, key=f"training {name} {one.name}", data=grid)

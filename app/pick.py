@@ -1,0 +1,120 @@
+"""Pickers: widgets that show a part of the view and change it."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import streamlit as st
+
+from app import frames, view, words
+from app.opener import Entry
+from probes import Run
+
+FIRST = 3  # runs shown when nobody has chosen yet
+MOST = 6  # runs whose lines stay apart in one chart
+
+
+def runs(entries: Sequence[Entry]) -> list[Entry]:
+    """The runs to look at, picked in the sidebar; the newest three until somebody chooses."""
+    readable = {entry.name: entry for entry in entries if not entry.problem}
+    asked = view.current().runs
+    chosen = [name for name in asked if name in readable][:MOST]
+    key = "pick runs"
+    # Nothing asked is a first visit, or somebody who just emptied the box: only the box can tell them apart.
+    if not asked and key not in st.session_state:
+        chosen = list(readable)[-FIRST:]
+        view.change(runs=tuple(chosen))
+    st.session_state[key] = chosen
+    st.multiselect(
+        "Runs",
+        list(readable),
+        key=key,
+        max_selections=MOST,
+        placeholder="Choose runs",
+        on_change=lambda: view.change(runs=tuple(st.session_state[key]), pair=()),
+    )
+    lost = [name for name in asked if name not in readable]
+    if lost:
+        st.warning(f"The link names {words.joined(map(words.plain, lost))}: no such run is here.")
+    return [readable[name] for name in chosen]
+
+
+def step(recorded: Sequence[Run], names: Sequence[str], where=None) -> int | None:
+    """The step to look at: the latest until somebody moves the slider, and again once it is at its end."""
+    stops = frames.stops(recorded, names)
+    where = where or st
+    if not stops:
+        return None
+    asked = view.current().step
+    at = len(stops) - 1 if asked is None else frames.nearest(np.array(stops), asked) or 0
+    if len(stops) == 1:
+        where.caption(
+            f"Only step {words.step(stops[0])} is recorded so far: a slider appears with the next one."
+        )
+        return stops[0]
+    key, last = "pick step", stops[-1]
+
+    def moved() -> None:
+        picked = st.session_state[key]
+        view.change(step=None if picked == last else picked)
+
+    st.session_state[key] = stops[at]
+    where.select_slider(
+        "Training step",
+        stops,
+        key=key,
+        format_func=words.step,
+        on_change=moved,
+        help="At its right end the slider follows a running run.",
+    )
+    # Between stops (thinned, or a link's step) the asked step itself decides which recorded step is nearest.
+    return stops[at] if asked is None else max(asked, stops[0])
+
+
+def choice(field: str, label: str, options: Mapping[str, str], help: str | None = None, where=None) -> str:
+    """One of a few named options, as buttons; an unknown one in a link falls back to the first."""
+    asked = getattr(view.current(), field)
+    key = f"pick {field}"
+    st.session_state[key] = asked if asked in options else next(iter(options))
+    (where or st).segmented_control(
+        label,
+        list(options),
+        key=key,
+        format_func=lambda option: options[option],
+        required=True,
+        help=help,
+        on_change=lambda: view.change(**{field: st.session_state[key]}),
+    )
+    return st.session_state[key]
+
+
+def one(field: str, label: str, options: Mapping[str, str], help: str | None = None, where=None) -> str:
+    """One of many named options, as a list."""
+    asked = getattr(view.current(), field)
+    key = f"pick {field}"
+    st.session_state[key] = asked if asked in options else next(iter(options))
+    (where or st).selectbox(
+        label,
+        list(options),
+        key=key,
+        format_func=lambda option: options[option],
+        help=help,
+        on_change=lambda: view.change(**{field: st.session_state[key]}),
+    )
+    return st.session_state[key]
+
+
+def pair(names: Sequence[str], where=None) -> list[str]:
+    """At most two of the names, side by side; the first two until somebody chooses."""
+    if len(names) <= 2:
+        return list(names)
+    asked = [name for name in view.current().pair if name in names][:2]
+    key = "pick pair"
+    st.session_state[key] = asked or list(names[:2])
+    (where or st).multiselect(
+        "Side by side",
+        list(names),
+        key=key,
+        max_selections=2,
+        on_change=lambda: view.change(pair=tuple(st.session_state[key])),
+    )
+    return st.session_state[key]

@@ -1,0 +1,178 @@
+"""What all pages share: a question, the picked runs with their state, live refreshing, words for what is missing."""
+
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import streamlit as st
+from altair.utils import schemapi
+
+from app import opener, pick, words
+from app.charts import palette
+from app.opener import Entry, SharedRun
+from probes import RunError
+from probes.vocabulary import metric
+
+LIVE_SECONDS = 1.5
+IDLE_SECONDS = 5.0
+
+_FOUND, _PICKED = "entries", "picked entries"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picked run: its name and colour on every page."""
+
+    name: str
+    colour: str
+    run: SharedRun
+
+    @property
+    def attnres(self) -> bool:
+        """Whether its layers choose their sources; told by what was recorded, else by the configuration."""
+        return "depth_weight" in self.run or self.run.config.get("residual") in ("full", "block")
+
+
+def sidebar() -> None:
+    """Find the runs and let somebody pick; call in every full run of the script, before the page."""
+    entries = opener.find(opener.folders())
+    st.session_state[_FOUND] = entries
+    with st.sidebar:
+        st.session_state[_PICKED] = pick.runs(entries) if any(not e.problem for e in entries) else []
+
+
+def enter(question: str, answer: str, draw: Callable[[list[Shown]], None], watch: bool = False) -> None:
+    """A page: its question, one line of answer, and `draw` for the picked runs, again while one of them runs.
+
+    `watch` keeps looking for new runs even when none is running.
+    """
+    st.title(question, anchor=False)
+    st.markdown(f":gray[{answer}]")
+    entries, picked = st.session_state[_FOUND], st.session_state[_PICKED]
+    live = any(shown.run.status == "running" for shown in _open(entries, picked))
+    seconds = LIVE_SECONDS if live else IDLE_SECONDS if watch or not entries else None
+
+    @st.fragment(run_every=seconds)
+    def body() -> None:
+        if seconds and [e.name for e in opener.find(opener.folders())] != [e.name for e in entries]:
+            st.rerun()
+        shown = _open(entries, picked)
+        if live and not any(one.run.status == "running" for one in shown):
+            st.rerun()
+        if not any(not entry.problem for entry in entries):
+            _welcome(entries)
+            return
+        _state(shown)
+        if not shown:
+            st.info("No run is chosen: pick one or more in the sidebar.")
+        # Checking every chart against Vega-Lite's schema takes half of a page's time; the tests check them.
+        with schemapi.debug_mode(False):
+            draw(shown)
+        _problems(entries, shown)
+
+    body()
+
+
+def entries() -> list[Entry]:
+    """Every run found when the page was opened."""
+    return st.session_state[_FOUND]
+
+
+def colours(shown: Sequence[Shown]) -> dict[str, str]:
+    return {one.name: one.colour for one in shown}
+
+
+def recorded(shown: Sequence[Shown], name: str) -> list[Shown]:
+    """The runs that recorded a metric; a sentence on the page for the others."""
+    have = [one for one in shown if one.name and name in one.run]
+    lack = [one.name for one in shown if name not in one.run]
+    if lack:
+        who = words.joined(f"**{words.plain(one)}**" for one in lack)
+        st.caption(f"{who} did not record {metric(name).title.lower()} (`{name}`).")
+    return have
+
+
+def explain(names: Sequence[str], extra: str = "") -> None:
+    """What each metric on the page means, in the vocabulary's words."""
+    with st.expander("What is measured here", icon=":material/help:"):
+        for name in names:
+            row = metric(name)
+            unit = f", in {row.unit}" if row.unit else ""
+            st.markdown(f"**{row.title}** (`{name}`{unit}). {words.plain(row.meaning)}")
+        st.markdown(
+            "A *layer* is one sublayer, attention or MLP; a *transformer block* is the pair; a *depth block* is a "
+            f"block of Block AttnRes. Source 0 is the token embedding, source *i* the output of layer *i*. {extra}"
+        )
+
+
+def _open(entries: Sequence[Entry], picked: Sequence[Entry]) -> list[Shown]:
+    everyone = [entry.name for entry in entries]
+    shades = palette.assign(everyone, [entry.name for entry in picked])
+    shown = []
+    for entry in picked:
+        try:
+            shown.append(Shown(entry.name, shades[entry.name], opener.opened(entry)))
+        except RunError as error:
+            st.warning(words.plain(str(error)))
+    return shown
+
+
+def _state(shown: Sequence[Shown]) -> None:
+    """One chip a run: colour, name, how it is and how far."""
+    chips = []
+    for one in shown:
+        last, status = one.run.last_step, one.run.status
+        far = f"step {words.step(last)}" if last >= 0 else "nothing recorded yet"
+        how = {"running": "live", "stopped": "stopped", "finished": "finished"}[status]
+        dot = "border-radius:50%" if status == "running" else "border-radius:2px"
+        chips.append(
+            f'<span style="display:inline-flex;align-items:center;gap:.45em;margin:0 1.4em .2em 0;white-space:nowrap">'
+            f'<span style="width:.75em;height:.75em;{dot};background:{one.colour}"></span>'
+            f"<b>{html.escape(one.name)}</b> <span style='opacity:.65'>{how}, {far}</span></span>"
+        )
+    if chips:
+        st.html(f'<div style="font-size:.9rem">{"".join(chips)}</div>')
+
+
+def _problems(entries: Sequence[Entry], shown: Sequence[Shown]) -> None:
+    for one in shown:
+        for problem in one.run.problems:
+            st.warning(f"**{words.plain(one.name)}**: {words.plain(problem)}", icon=":material/warning:")
+        if one.run.status == "stopped":
+            st.caption(
+                f"**{words.plain(one.name)}** stopped: {words.plain(one.run.status_reason or 'no reason given')}."
+            )
+    for entry in entries:
+        if entry.problem:
+            st.warning(words.plain(entry.problem), icon=":material/warning:")
+
+
+def _welcome(entries: Sequence[Entry]) -> None:
+    """What an empty folder opens: how to record a first run."""
+    places = opener.folders()
+    missing = [str(place) for place in places if not place.is_dir()]
+    if missing:
+        st.warning(
+            f"There is no folder {words.joined(map(words.plain, missing))}.", icon=":material/warning:"
+        )
+    where = words.joined((f"`{place}`" for place in places), "or") or "`runs`"
+    folder = places[0] if places else "runs"
+    st.subheader("No run is here yet", anchor=False)
+    st.markdown(
+        f"This page looks in {where} and opens the first run by itself. To record one, wrap your training loop:"
+    )
+    st.code(
+        f'''import probes
+
+with probes.record(model, "{folder}/first", optimizer=optimizer) as recorder:
+    for batch in batches:
+        loss = model(batch)
+        loss.backward()
+        recorder.log(loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()''',
+        language="python",
+    )
+    st.markdown("Each run is a folder of small files; the pages follow it while it trains.")
+    for entry in entries:
+        st.warning(words.plain(entry.problem), icon=":material/warning:")

@@ -1,0 +1,57 @@
+"""Numbers and names for people: steps with thousands separators, factors, percentages, markdown-safe names."""
+
+import math
+import re
+from collections.abc import Iterable
+
+
+def number(value: float) -> str:
+    """Three significant digits, no exponent between 0.001 and 99,999."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size < 1e-3 or size >= 1e5:
+        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+    digits = max(0, 2 - math.floor(math.log10(size)))
+    return f"{value:,.{digits}f}"
+
+
+def step(value: int) -> str:
+    return f"{value:,}"
+
+
+def factor(value: float) -> str:
+    """ "14×", "1.3×", "0.62×"."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:,.0f}×" if value >= 10 else f"{value:.2g}×" if value < 1 else f"{value:.1f}×"
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}" if math.isfinite(share) else "–"
+
+
+def size(count: float) -> str:
+    """Bytes as "812 KB", "1.4 MB"."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def joined(parts: Iterable[str], last: str = "and") -> str:
+    """ "a", "a and b", "a, b and c"."""
+    parts = list(parts)
+    return f" {last} ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def plain(text: str) -> str:
+    """Text that markdown shows as it is written."""
+    return re.sub(r"([\\`*_{}\[\]<>#$~|:])", r"\\\1", text)

@@ -1,0 +1,184 @@
+"""The pages in a real browser: no error, quick, nothing fetched from elsewhere, and a growing run that grows on screen."""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from probes.writer import RunWriter
+from tests.app import made
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+PAGES = ["", "dilution", "gradients", "depth_attention"]
+CHART = '[data-testid="stVegaLiteChart"] :is(canvas, svg)'
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: install one to drive the pages in a browser"),
+]
+pytest.importorskip("pytest_playwright", reason="pytest-playwright is not installed")
+
+
+@pytest.fixture(scope="session")
+def browser_type_launch_args(browser_type_launch_args):
+    return {**browser_type_launch_args, "executable_path": CHROMIUM, "args": FLAGS}
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory):
+    """serve(folder) starts the real command on a free port and returns its address."""
+    started = []
+
+    def start(folder: Path) -> str:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "app.cli", "dash", str(folder), "--port", str(port), "--no-browser"]
+        log = tmp_path_factory.mktemp("server") / "log"
+        with log.open("wb") as out:
+            started.append(subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT))
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{address}/_stcore/health", timeout=1)
+                return address
+            except (urllib.error.URLError, OSError):
+                assert started[-1].poll() is None, log.read_text()
+                time.sleep(0.1)
+        raise AssertionError(log.read_text())
+
+    yield start
+    for server in started:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture
+def watched(page):
+    """The page, and after the test: no error on its console, no exception, no request to another machine."""
+    wrong = []
+
+    def said(message) -> None:
+        # A page opened by its own address makes Streamlit look for its server below that address first.
+        probing = re.search(r"/\w+/_stcore/(health|host-config)$", message.location.get("url", ""))
+        if message.type == "error" and not probing:
+            wrong.append(message.text)
+
+    page.on("console", said)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: _local(request.url) or wrong.append(f"fetched {request.url}"))
+    yield page
+    assert page.locator('[data-testid="stException"]').count() == 0
+    assert wrong == []
+
+
+def _local(url: str) -> bool:
+    return url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:"))
+
+
+@pytest.fixture(scope="module")
+def static(serve, folder) -> str:
+    return serve(folder)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_draws(static, watched, name, scheme):
+    watched.emulate_media(color_scheme=scheme)
+    watched.goto(f"{static}/{name}")
+    watched.wait_for_selector(CHART, timeout=30_000)
+    watched.wait_for_timeout(500)
+
+
+def test_a_warm_page_shows_its_chart_within_three_seconds(static, watched):
+    took = []
+    for _ in range(4):
+        start = time.monotonic()
+        watched.goto(f"{static}/dilution")
+        watched.wait_for_selector(CHART, timeout=30_000)
+        took.append(time.monotonic() - start)
+    assert min(took[1:]) < 3.0, took
+
+
+def test_a_link_and_the_slider_meet_in_the_url(static, watched):
+    watched.goto(f"{static}/dilution?runs=full&step=100")
+    watched.wait_for_selector("text=/at step 100/")
+    watched.locator('[data-testid="stSlider"] [role="slider"], [data-testid="stSlider"] input').first.press("ArrowLeft")
+    watched.wait_for_selector("text=/at step 90/")
+    watched.wait_for_url("**/dilution?*step=90*")
+    watched.get_by_role("link", name="Gradients").click()
+    watched.wait_for_selector("text=/at step 90/")
+    watched.wait_for_url("**/gradients?*step=90*")
+
+
+def test_a_chart_is_saved(static, watched):
+    watched.goto(f"{static}/dilution?runs=full")
+    watched.wait_for_selector(CHART)
+    watched.get_by_text("Save").first.click()
+    with watched.expect_download() as download:
+        watched.get_by_role("button", name="Numbers (CSV)").first.click()
+    lines = Path(download.value.path()).read_text().splitlines()
+    assert lines[0] == "run,step,depth,place,value" and len(lines) == 14
+
+
+def test_a_growing_run_grows_on_screen(serve, watched, tmp_path):
+    told = made.manifest("full", blocks=2)
+    writer = RunWriter(tmp_path / "growing", told)
+    stop = threading.Event()
+
+    def train() -> None:
+        step = 0
+        while not stop.wait(0.1):
+            rows = list(made.rows("full", told.layout, step))
+            writer.put(lambda rows=rows: rows, step)
+            step += 10
+
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    try:
+        address = serve(tmp_path)
+        watched.goto(address)
+        watched.wait_for_selector(CHART, timeout=30_000)
+        watched.evaluate("window.kept = document.querySelector('[data-testid=stVegaLiteChart]')")
+        line = watched.locator(".mark-line path").first
+        before, early = line.get_attribute("d"), _live_step(watched)
+        watched.wait_for_function(
+            "before => document.querySelector('.mark-line path')?.getAttribute('d') !== before", arg=before, timeout=15_000
+        )
+        watched.wait_for_timeout(4_000)
+        assert _live_step(watched) > early
+        assert watched.evaluate("window.kept === document.querySelector('[data-testid=stVegaLiteChart]')")
+
+        watched.get_by_role("link", name="Dilution").click()
+        watched.wait_for_selector("text=/hidden-state RMS grows/")
+        slider = watched.locator('[data-testid="stSlider"] [role="slider"], [data-testid="stSlider"] input').first
+        slider.press("Home")
+        watched.wait_for_selector("text=/at step 0/")
+        held = _live_step(watched)
+        watched.wait_for_function(f"() => {LIVE} > {held}", timeout=15_000)
+        assert watched.get_by_text("from layer 1 to the final state at step 0").count() == 1
+    finally:
+        stop.set()
+        thread.join()
+        writer.close("finished")
+    watched.wait_for_selector("text=/finished, step/", timeout=15_000)
+
+
+LIVE = "Number(document.body.innerText.match(/live, step ([\\d,]+)/)?.[1].replace(/,/g, ''))"
+
+
+def _live_step(page) -> int:
+    return page.evaluate(f"() => {LIVE}")

@@ -1,0 +1,148 @@
+"""Every page opens on every kind of folder: no exception, and a sentence where something is missing."""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from streamlit.testing.v1 import AppTest
+
+import app
+from probes import open_run
+from tests.app import made
+
+MAIN = Path(app.__file__).with_name("main.py")
+PAGES = ["runs", "dilution", "gradients", "depth_attention"]
+FOLDERS = [
+    "prenorm", "full", "block", "empty", "missing metrics", "broken shard", "single step", "few steps",
+    "nothing yet", "unreadable manifest",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+
+
+def opened(folder: Path, page: str = "", **params) -> AppTest:
+    """The page of a folder, run once."""
+    sys.argv = ["main.py", str(folder)]
+    at = AppTest.from_file(str(MAIN), default_timeout=60)
+    at.query_params.from_dict(params) if hasattr(at.query_params, "from_dict") else at.query_params.update(params)
+    if page:
+        at.switch_page(page)
+    return at.run()
+
+
+def said(at: AppTest) -> str:
+    kinds = (at.title, at.subheader, at.markdown, at.caption, at.info, at.warning)
+    return "\n".join(element.value for kind in kinds for element in kind).replace("\\", "")
+
+
+def plotted(at: AppTest) -> list[tuple[dict, list]]:
+    """Specification and rows of every chart on the page."""
+    found = []
+    for element in at.get("vega_lite_chart"):
+        rows = [pa.ipc.open_stream(data.data.data).read_pandas() for data in element.proto.datasets]
+        found.append((json.loads(element.proto.spec), rows))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_every_page_opens_every_folder(folders, name, page):
+    at = opened(folders[name], f"pages_/{page}.py")
+    assert not at.exception
+    assert at.title[0].value.endswith("?")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_an_empty_folder_says_how_to_record(folders, page):
+    at = opened(folders["empty"], f"pages_/{page}.py")
+    assert "No run is here yet" in said(at)
+    assert "probes.record(model" in at.code[0].value
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    assert "no folder" in said(opened(tmp_path / "nowhere"))
+
+
+def test_a_broken_shard_is_told_in_one_sentence(folders):
+    assert "Steps 300 to 310 are missing" in said(opened(folders["broken shard"]))
+
+
+def test_an_unreadable_run_is_told_and_the_others_open(folders):
+    at = opened(folders["unreadable manifest"])
+    assert "cannot be opened" in said(at) and len(at.get("vega_lite_chart")) == 1
+
+
+def test_missing_metrics_are_named(folders):
+    assert "did not record hidden-state rms" in said(opened(folders["missing metrics"], "pages_/dilution.py")).lower()
+    told = said(opened(folders["missing metrics"], "pages_/depth_attention.py"))
+    assert "has recorded no depth weights" in told
+
+
+def test_a_stopped_run_says_why(folders):
+    assert "stopped: KeyboardInterrupt" in said(opened(folders["few steps"]))
+
+
+def test_a_plain_residual_has_nothing_to_read(folders):
+    told = said(opened(folders["prenorm"], "pages_/depth_attention.py"))
+    assert "adds every earlier output with weight one" in told
+
+
+def test_the_compute_advantage_is_not_an_early_gap(folder, folders):
+    assert "1.25×" in said(opened(folder))
+    assert "1.25×" not in said(opened(folders["full"]))
+    assert "1.25×" not in said(opened(folder, runs=["full", "block"]))
+
+
+def test_dilution_shows_the_recorded_numbers(folder):
+    at = opened(folder, "pages_/dilution.py", step="105")
+    _, (frame,) = plotted(at)[0]
+    for name in ("prenorm", "full", "block"):
+        run = open_run(folder / name)
+        shown = frame[frame["run"] == name]
+        assert shown["step"].unique().tolist() == [100]
+        row = run.steps("hidden_rms").tolist().index(100)
+        assert shown["value"].to_numpy() == pytest.approx(run["hidden_rms"][row])
+
+
+def test_depth_attention_shows_the_recorded_weights_of_two_runs(folder):
+    at = opened(folder, "pages_/depth_attention.py", step="50")
+    charts = plotted(at)
+    assert len(charts) == 3  # two triangles and the entropy
+    for (spec, (frame,)), name in zip(charts[:2], ("full", "block"), strict=True):
+        run = open_run(folder / name)
+        row = run.steps("depth_weight").tolist().index(40)
+        assert spec["encoding"]["color"]["field"] == "depth_weight"
+        assert frame["depth_weight"].to_numpy() == pytest.approx(run.layout.pack(run["depth_weight"][row]))
+    assert "Last recorded up to step 50: 40 in full and 40 in block" in said(at)
+
+
+def test_gradients_of_states_are_labelled(folder):
+    at = opened(folder, "pages_/gradients.py", gradient="hidden_grad_rms")
+    assert "not comparable between residual types" in said(at)
+    assert "not comparable between residual types" not in at.warning[0].value if not at.warning else True
+
+
+def test_runs_of_other_lengths_share_a_page(tmp_path):
+    made.run(tmp_path / "short", "full", blocks=2, steps=3, created=1)
+    made.run(tmp_path / "long", "prenorm", blocks=4, steps=9, created=2)
+    made.run(tmp_path / "later" / "long", "block", blocks=4, steps=9, created=3)
+    for page in PAGES:
+        assert not opened(tmp_path, f"pages_/{page}.py").exception
+    at = opened(tmp_path, "pages_/dilution.py")
+    assert "20 in short" in said(at)
+    assert at.multiselect(key="pick runs").options == ["short", f"{tmp_path.name}/long", "later/long"]
+
+
+def test_every_chart_has_a_title_and_labelled_axes(folder):
+    for page in PAGES:
+        at = opened(folder, f"pages_/{page}.py")
+        titles = [element.proto.alt for element in at.get("vega_lite_chart")]
+        assert titles and all(titles), page
+        for spec, _ in plotted(at):
+            layer = spec.get("layer", [spec])[0]["encoding"]
+            assert all(layer[axis]["axis"]["title"] for axis in ("x", "y")), page
