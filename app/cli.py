@@ -1,12 +1,11 @@
 """The command line: `depthscope dash runs/` opens the dashboard. Importing it is quick and needs no torch."""
 
-import socket
 from pathlib import Path
 
 import click
 
-SCRIPT = Path(__file__).with_name("main.py")
-HOST = "127.0.0.1"
+from app.demo import demo
+from app.server import free, serve
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -31,34 +30,7 @@ def dash(folders: tuple[Path, ...], port: int, no_browser: bool) -> None:
     serve(folders, port, browser=not no_browser)
 
 
-def free(port: int) -> bool:
-    """Whether something can listen on the local port."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
-
-
-def serve(folders: tuple[Path, ...], port: int, browser: bool) -> None:
-    """Serve the dashboard on this machine only, until Ctrl-C."""
-    # Imported before the server is up, so that the first page does not wait for them.
-    import altair  # noqa: F401
-    import pandas  # noqa: F401
-    from streamlit.web import cli as streamlit
-
-    settings = {
-        "server.address": HOST,
-        "server.port": port,
-        "server.headless": not browser,
-        "server.showEmailPrompt": False,
-        "browser.gatherUsageStats": False,
-    }
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value).lower())]
-    paths = [str(folder.resolve()) for folder in folders]
-    streamlit.main(["run", str(SCRIPT), *flags, "--", *paths], prog_name="depthscope dash")
+main.add_command(demo)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import click
 
-from app.ports import HOST, free
+from app.server import HOST, free
 
 SAMPLE_RUNS = Path(__file__).resolve().parent.parent / "sample_runs"
 

@@ -1,9 +1,10 @@
 """Train and record: where the reference models, the probes and the command line meet. Needs torch."""
 
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,33 +88,70 @@ class RecordedTraining:
         return loss
 
 
-def in_turn(trainings: Sequence[RecordedTraining], show: bool = True) -> None:
+def in_turn(trainings: Sequence[RecordedTraining]) -> None:
     """Train all, a step of each in turn, so that they can be compared from the first seconds."""
-    threads = os.cpu_count() or 1
-    torch.set_num_threads(threads)
+    torch.set_num_threads(os.cpu_count() or 1)
     with ExitStack() as stack:
         for training in trainings:
             stack.enter_context(training)
-        bars = [stack.enter_context(bar) for bar in _bars(trainings, show)]
+        progress = stack.enter_context(_Bars(trainings) if sys.stderr.isatty() else _Lines(trainings))
         while not all(training.done for training in trainings):
-            for training, bar in zip(trainings, bars, strict=True):
-                if training.done:
-                    continue
-                loss = training.step()
-                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-                bar.update()
+            for position, training in enumerate(trainings):
+                if not training.done:
+                    progress.show(position, training.step().item())
 
 
-def _bars(trainings: Sequence[RecordedTraining], show: bool) -> Iterator[tqdm]:
-    width = max(len(training.name) for training in trainings)
-    for position, training in enumerate(trainings):
-        yield tqdm(
-            total=training.training.config.steps,
-            desc=training.name.ljust(width),
-            unit="step",
-            position=position,
-            disable=not show,
-            # Into a file a bar is a line now and then.
-            mininterval=0.5 if sys.stderr.isatty() else 15,
-            bar_format="{desc} {percentage:3.0f}%|{bar:24}| step {n_fmt}/{total_fmt}, {postfix}, {remaining} left",
-        )
+class _Bars:
+    """A progress bar for each training: loss and time left."""
+
+    def __init__(self, trainings: Sequence[RecordedTraining]):
+        width = max(len(training.name) for training in trainings)
+        form = "{desc} {percentage:3.0f}%|{bar:24}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left"
+        self._bars = [
+            tqdm(
+                total=training.training.config.steps,
+                desc=training.name.ljust(width),
+                position=position,
+                bar_format=form,
+            )
+            for position, training in enumerate(trainings)
+        ]
+
+    def show(self, position: int, loss: float) -> None:
+        self._bars[position].set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self._bars[position].update()
+
+    def __enter__(self) -> "_Bars":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for bar in self._bars:
+            bar.close()
+
+
+class _Lines:
+    """Where no terminal can draw bars: a line every fifteen seconds, and one at the end."""
+
+    def __init__(self, trainings: Sequence[RecordedTraining]):
+        self._trainings = trainings
+        self._losses = [math.nan] * len(trainings)
+        self._begun = self._told = time.monotonic()
+
+    def show(self, position: int, loss: float) -> None:
+        self._losses[position] = loss
+        if time.monotonic() - self._told >= 15:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        done = sum(training.training.steps_done for training in self._trainings)
+        total = sum(training.training.config.steps for training in self._trainings)
+        left = (self._told - self._begun) / done * (total - done) if done else math.nan
+        losses = ", ".join(f"{t.name} {x:.3f}" for t, x in zip(self._trainings, self._losses, strict=True))
+        print(f"{done / total:4.0%}  loss: {losses}  about {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._tell()
