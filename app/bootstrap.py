@@ -34,6 +34,10 @@ def environment(extra: str) -> Path:
             f"depthscope needs Python {'.'.join(map(str, OLDEST))} or newer; this is {platform.python_version()}. "
             "Run the same command with a newer one (make: PYTHON=python3.12 make demo)."
         )
+    if not (ROOT / "constraints.txt").exists():
+        raise BootstrapError(
+            'This depthscope lacks torch, which training needs: pip install "depthscope[probes]".'
+        )
     python = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = VENV / f"depthscope-{extra}.stamp"
     wanted = _fingerprint()
@@ -49,7 +53,10 @@ def environment(extra: str) -> Path:
                 f"This Python cannot make a virtual environment ({error}): on Debian and Ubuntu, install python3-venv."
             ) from error
     _warn_of_cuda(python)
-    print(f"Installing depthscope[{extra}] with pinned versions; the first time takes a minute or two …", flush=True)
+    print(
+        f"Installing depthscope[{extra}] with pinned versions; the first time takes a minute or two …",
+        flush=True,
+    )
     command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     command += ["-c", ROOT / "constraints.txt", "-e", f"{ROOT}[{extra}]"]
     if subprocess.run(command).returncode:
@@ -68,7 +75,18 @@ def _fingerprint() -> str:
 def _warn_of_cuda(python: Path) -> None:
     """Say so before pip fetches gigabytes of CUDA; in a terminal, wait for a yes."""
     version = _torch_version()
-    asked = [python, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps", "--report", "-", f"torch=={version}"]
+    asked = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--quiet",
+        "--no-deps",
+        "--report",
+        "-",
+        f"torch=={version}",
+    ]
     answer = subprocess.run(asked, capture_output=True, text=True)
     try:
         chosen = json.loads(answer.stdout)["install"]
@@ -93,7 +111,9 @@ def browser() -> None:
     if any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
         return
     if shutil.which("apt-get") is None or os.geteuid() != 0:
-        print("No Chromium here, and none can be installed without root and apt: the browser tests will be skipped.")
+        print(
+            "No Chromium here, and none can be installed without root and apt: the browser tests will be skipped."
+        )
         return
     print("Installing Chromium for the browser tests …", flush=True)
     quiet = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}}

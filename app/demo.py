@@ -29,17 +29,27 @@ BLOCK_LAYERS = 3  # eight depth blocks
 
 
 @click.command()
-@click.option("--runs", type=click.Path(path_type=Path), help="Folder for the three runs  [default: runs/demo-<time>]")
-@click.option("--port", default=8501, show_default=True, type=click.IntRange(1, 65535), help="Local port to serve on.")
+@click.option(
+    "--runs", type=click.Path(path_type=Path), help="Folder for the three runs  [default: runs/demo-<time>]"
+)
+@click.option(
+    "--port", default=8501, show_default=True, type=click.IntRange(1, 65535), help="Local port to serve on."
+)
 @click.option("--serve/--no-serve", default=True, help="Open the dashboard, or only train and record.")
 @click.option("--no-browser", is_flag=True, help="Serve the dashboard without opening a browser.")
-@click.option("--steps", default=200, show_default=True, type=click.IntRange(1), help="Training steps of each model.")
-@click.option("--text", type=click.Path(path_type=Path), help="File or folder to learn  [default: Python's own library]")
+@click.option(
+    "--steps", default=200, show_default=True, type=click.IntRange(1), help="Training steps of each model."
+)
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="File or folder to learn  [default: Python's own library]"
+)
 def demo(runs: Path | None, port: int, serve: bool, no_browser: bool, steps: int, text: Path | None) -> None:
     """Train a PreNorm, a Full AttnRes and a Block AttnRes model in turn, and watch them in the dashboard."""
     runs = runs or Path("runs") / f"demo-{datetime.now():%Y-%m-%d-%H%M%S}"
     if serve and not free(port):
-        raise click.ClickException(f"Port {port} is in use: choose another with --port (or PORT=… make demo).")
+        raise click.ClickException(
+            f"Port {port} is in use: choose another with --port (or PORT=… make demo)."
+        )
     if not serve:
         train_three(runs, steps, text)
         return
@@ -60,13 +70,20 @@ def train_three(runs: Path, steps: int, text: Path | None) -> None:
         config = TrainingConfig(steps=steps, batch=BATCH, context=SHAPE["context"])
         trainings = [
             RecordedTraining(
-                runs / kind, DecoderConfig(residual=kind, **SHAPE, **extra), config, corpus, Schedule(), ["demo"]
+                runs / kind,
+                DecoderConfig(residual=kind, **SHAPE, **extra),
+                config,
+                corpus,
+                Schedule(),
+                ["demo"],
             )
             for kind, extra in kinds.items()
         ]
     except (ValueError, RunError) as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"Three models of equal size learn {corpus.name}, {steps} steps each; recording to {runs}.", err=True)
+    click.echo(
+        f"Three models of equal size learn {corpus.name}, {steps} steps each; recording to {runs}.", err=True
+    )
     try:
         in_turn(trainings)
     except KeyboardInterrupt:
@@ -77,7 +94,10 @@ def _supervise(runs: Path, port: int, browser: bool, steps: int, text: Path | No
     """Run the two processes until both are done or Ctrl-C; the training first, so that there is something to see."""
     runs.mkdir(parents=True, exist_ok=True)
     # The child must find this very package, wherever the command was given.
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SAMPLE_RUNS.parent), os.environ.get("PYTHONPATH", "")])}
+    here = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(SAMPLE_RUNS.parent), os.environ.get("PYTHONPATH", "")]),
+    }
     command = [sys.executable, "-m", "app"]
     training = [*command, "demo", "--no-serve", "--runs", str(runs), "--steps", str(steps)]
     training += ["--text", str(text)] if text else []

@@ -1,0 +1,164 @@
+"""The demo as a user runs it: a process of its own, on real text."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import probes
+from tests.recompute import compare
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 6
+
+
+def depthscope(*arguments: object, cwd: Path = ROOT, **more) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "app", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=240, env=environment(**more)
+    )
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def demo_runs(tmp_path_factory) -> dict[str, probes.Run]:
+    folder = tmp_path_factory.mktemp("demo") / "runs"
+    done = depthscope("demo", "--no-serve", "--runs", folder, "--steps", STEPS)
+    assert done.returncode == 0, done.stderr
+    assert "loss: PreNorm" in done.stderr and "Full AttnRes" in done.stderr
+    return {run.name: run for run in probes.list_runs(folder)}
+
+
+def test_demo_records_three_finished_runs(demo_runs):
+    assert sorted(demo_runs) == ["block", "full", "prenorm"]
+    for run in demo_runs.values():
+        assert run.status == "finished"
+        assert list(run.steps("hidden_rms")) == list(range(STEPS))
+        assert list(run.steps("loss")) == list(range(STEPS))
+        assert list(run.steps("val_loss")) == [0, STEPS - 1]
+        assert len(run.layers) == 24
+    sizes = {run.manifest.versions["parameters"] for run in demo_runs.values()}
+    assert max(sizes) / min(sizes) < 1.01
+    assert len(demo_runs["block"].sources) == 9
+
+
+@pytest.mark.parametrize("name", ["prenorm", "full", "block"])
+@pytest.mark.parametrize("step", [0, STEPS - 1])
+def test_shown_numbers_are_the_models_numbers(demo_runs, name, step):
+    # Matrices are recorded at every fifth step, so step 5 has them too.
+    differences = compare(demo_runs[name], step)
+    assert len(differences) >= 6
+    assert max(differences.values()) < 1e-4, differences
+
+
+def test_recomputation_can_fail(demo_runs, tmp_path):
+    """A number in the run that is not the model's is found."""
+    run = demo_runs["full"]
+    _, values = run._series("output_rms")
+    changed = values.copy()
+    changed[0, 3] *= 1.01
+    run._whole["output_rms"] = run.steps("output_rms"), changed
+    assert compare(run, 0)["output_rms"] > 5e-3
+
+
+def test_demo_refuses_a_folder_that_holds_runs(demo_runs):
+    folder = demo_runs["full"].path.parent
+    done = depthscope("demo", "--no-serve", "--runs", folder, "--steps", 2)
+    assert done.returncode == 1
+    assert "already holds a run" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_demo_learns_what_it_is_given_and_says_what_it_cannot_read(tmp_path):
+    done = depthscope("demo", "--no-serve", "--runs", tmp_path / "r", "--text", tmp_path / "nothing")
+    assert done.returncode == 1
+    assert "no file or folder" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_demo_says_that_the_port_is_busy(tmp_path):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        done = depthscope("demo", "--port", busy.getsockname()[1], "--runs", tmp_path / "r")
+    assert done.returncode == 1
+    assert "in use" in done.stderr and "--port" in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_another_package_called_attnres_is_named(tmp_path):
+    """fast-attnres installs a top-level attnres too; where it comes first, one sentence says so."""
+    shutil.copytree(ROOT / "app", tmp_path / "app", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "probes", tmp_path / "probes", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "attnres").mkdir()
+    (tmp_path / "attnres" / "__init__.py").write_text("")
+    done = depthscope("demo", "--no-serve", "--runs", tmp_path / "r", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "is not depthscope's" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process group")
+def test_ctrl_c_ends_everything_and_says_how_to_come_back(tmp_path):
+    port, folder = free_port(), tmp_path / "runs"
+    command = [
+        sys.executable,
+        "-m",
+        "app",
+        "demo",
+        "--runs",
+        str(folder),
+        "--port",
+        str(port),
+        "--no-browser",
+    ]
+    demo = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        wait_for(lambda: len(list(folder.glob("*/rank-00000/*.safetensors"))) >= 3, 120)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=20) as answer:
+            assert answer.status == 200
+        os.killpg(demo.pid, signal.SIGINT)  # what a terminal does
+        _, said = demo.communicate(timeout=60)
+    finally:
+        if demo.poll() is None:
+            os.killpg(demo.pid, signal.SIGKILL)
+    assert demo.returncode == 0
+    assert f"depthscope dash {folder}" in said and "Traceback" not in said
+    runs = list(probes.list_runs(folder))
+    assert [run.status for run in runs] == ["stopped"] * 3
+    assert all("KeyboardInterrupt" in run.status_reason for run in runs)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0, "the dashboard is still there"
+
+
+def wait_for(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.2)
+
+
+def test_readme_commands_exist():
+    readme = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([a-z-]+)", readme, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), (
+            f"make {target} is in the README and not in the Makefile"
+        )
