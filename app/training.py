@@ -21,7 +21,7 @@ if not getattr(attnres, "__depthscope__", False):
         "(fast-attnres installs one) is in the way. Use an environment without it."
     )
 
-from attnres import Corpus, Decoder, DecoderConfig, Training, TrainingConfig
+from attnres import Corpus, DecoderConfig, Training, TrainingConfig
 
 NAMES = {"prenorm": "PreNorm", "full": "Full AttnRes", "block": "Block AttnRes"}
 
