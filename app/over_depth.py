@@ -69,7 +69,9 @@ def heatmaps(shown: Sequence[room.Shown], name: str) -> None:
     across = min(ACROSS, len(pairs))
     for start in range(0, len(pairs), across):
         for column, (one, grid) in zip(
-            st.columns(across, gap="medium"), pairs[start : start + across], strict=False
+            st.columns(across, gap="medium", vertical_alignment="bottom"),
+            pairs[start : start + across],
+            strict=False,
         ):
             with column:
                 steps = one.run.steps(name)

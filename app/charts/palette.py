@@ -55,7 +55,7 @@ def gradient(title: str, domain: tuple[float, float] | None = None) -> alt.Legen
     """A legend of a colour scale, flat above the chart; `domain` gives the ends their labels on a log scale."""
     values = axes.decades(*domain)[-6:] if domain else alt.Undefined
     return alt.Legend(
-        title=wrapped(title, 34),
+        title=title.replace(" (", "\n(").split("\n") if len(title) > 36 else title,
         titleLimit=0,
         orient="top",
         direction="horizontal",
@@ -64,8 +64,16 @@ def gradient(title: str, domain: tuple[float, float] | None = None) -> alt.Legen
         labelExpr=axes.SMALL,
         tickCount=4,
         values=values,
-        offset=22,
+        offset=28,
     )
+
+
+def under(cells: int) -> float:
+    """How many cells a cell reaches under the next ones so that no seam shows: about one and a half pixels.
+
+    Two neighbours that share a pixel would each colour a part of it and let the background through.
+    """
+    return round(min(2.0, cells / 130), 3)
 
 
 def _legend(symbol: str = "") -> alt.Legend:
@@ -79,7 +87,7 @@ def _legend(symbol: str = "") -> alt.Legend:
         symbolSize=90,
         symbolOpacity=1,
         columnPadding=18,
-        offset=22,
+        offset=28,
         **look,
     )
 
@@ -96,7 +104,7 @@ def printed(chart: alt.TopLevelMixin) -> dict:
     spec["padding"] = 16
     text = {"labelFontSize": 11, "titleFontSize": 12, "labelColor": "#3d4450", "titleColor": "#1c2430"}
     spec["config"] = {
-        "font": "Source Sans 3, Source Sans Pro, Liberation Sans, Arial, sans-serif",
+        "font": "Liberation Sans, Arial, sans-serif",
         "title": {"anchor": "start", "fontSize": 15, "fontWeight": 600, "color": "#1c2430", "offset": 12},
         "axis": {
             **text,
@@ -108,7 +116,6 @@ def printed(chart: alt.TopLevelMixin) -> dict:
         "legend": {**text, "titleFontWeight": 500},
         "range": {"heatmap": RAMP, "ramp": RAMP, "category": RUNS},
         "view": {"stroke": None},
-        **spec.get("config", {}),
     }
     return spec
 

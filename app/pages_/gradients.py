@@ -47,7 +47,9 @@ def body(shown: list[room.Shown]) -> None:
 def _evenness(have: list[room.Shown], name: str) -> None:
     frame = pd.concat([frames.evenness(one.run, one.name, name) for one in have], ignore_index=True)
     columns = {"cv": "CV over depth (standard deviation / mean)", "ratio": "Max/min over depth"}
-    for place, (column, label) in zip(st.columns(2, gap="medium"), columns.items(), strict=True):
+    for place, (column, label) in zip(
+        st.columns(2, gap="medium", vertical_alignment="bottom"), columns.items(), strict=True
+    ):
         with place:
             scale = "log" if column == "ratio" else "linear"
             title = findings.evenness(frame, column)

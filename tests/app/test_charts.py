@@ -22,7 +22,9 @@ def depth() -> pd.DataFrame:
     parts = []
     for run, values in (("prenorm", [1, 3, 9, 14]), ("full", [1, 1, 2, 2])):
         places = [f"place {i}" for i in range(1, 5)]
-        parts.append(pd.DataFrame({"run": run, "step": 200, "depth": range(1, 5), "place": places, "value": values}))
+        parts.append(
+            pd.DataFrame({"run": run, "step": 200, "depth": range(1, 5), "place": places, "value": values})
+        )
     return pd.concat(parts, ignore_index=True)
 
 
@@ -77,7 +79,9 @@ def test_triangle_leaves_missing_cells_blank(folder):
     assert shown["final readembedding"] == pytest.approx(float(run["depth_weight"][-1, -1, 0]))
 
 
-@pytest.mark.parametrize("name", ["hidden_rms", "output_rms", "block_rms", "param_grad_norm", "output_grad_rms"])
+@pytest.mark.parametrize(
+    "name", ["hidden_rms", "output_rms", "block_rms", "param_grad_norm", "output_grad_rms"]
+)
 def test_every_heatmap_is_valid(folder, name):
     grid = frames.over_training(open_run(folder / "block"), name)
     over_training(grid, name, "t", (0.1, 10)).to_dict()
