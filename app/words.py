@@ -1,4 +1,4 @@
-"""Numbers and names for people: steps with thousands separators, factors, percentages, markdown-safe names."""
+"""Numbers and names for people: steps with separators, factors, percentages, markdown-safe names."""
 
 import math
 import re

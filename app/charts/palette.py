@@ -11,7 +11,8 @@ SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 
 # Small to large, on paper; app/.streamlit/config.toml has the same for the light theme and one for the dark.
 RAMP = [
-    "#edf6f1", "#d0efd9", "#a3e0bf", "#66d0ad", "#3fb6ad", "#359caa", "#3580a5", "#3a60a0", "#403a75", "#2a1a3a",
+    "#edf6f1", "#d0efd9", "#a3e0bf", "#66d0ad", "#3fb6ad",
+    "#359caa", "#3580a5", "#3a60a0", "#403a75", "#2a1a3a",
 ]  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def shape(colours: dict[str, str]) -> alt.Shape:
 
 
 def gradient(title: str, domain: tuple[float, float] | None = None) -> alt.Legend:
-    """A legend of a colour scale, flat above the chart; `domain` gives the ends their labels on a log scale."""
+    """A legend of a colour scale, flat above the chart; labels of a log scale come from its `domain`."""
     values = axes.decades(*domain)[-6:] if domain else alt.Undefined
     return alt.Legend(
         title=title.replace(" (", "\n(").split("\n") if len(title) > 36 else title,

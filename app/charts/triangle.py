@@ -33,7 +33,7 @@ def triangle(
         "bottom": f"row + 0.5 + {high}",
     }
     return (
-        alt.Chart(cells)
+        alt.Chart(cells[["row", "source", "read", "from", *known]])
         .transform_calculate(**{side: f"datum.{where}" for side, where in half.items()})
         .mark_rect(strokeWidth=0, opacity=1, clip=True)
         .encode(

@@ -32,6 +32,6 @@ def body(shown: list[room.Shown]) -> None:
 
 room.enter(
     "Does the stream drown what each layer adds?",
-    "A plain residual adds every output to one growing state, so a later layer weighs less unless it shouts louder.",
+    "A plain residual adds every output to one growing state: a later layer must shout to be heard.",
     body,
 )

@@ -39,8 +39,8 @@ def body(shown: list[room.Shown]) -> None:
         over_depth.heatmaps(have, name)
     room.explain(
         names,
-        "CV is the standard deviation over layers divided by their mean; max/min divides the largest by the smallest. "
-        "Both leave the embedding out.",
+        "CV is the standard deviation over layers divided by their mean; max/min divides the largest by the "
+        "smallest. Both leave the embedding out.",
     )
 
 
@@ -61,6 +61,6 @@ def _evenness(have: list[room.Shown], name: str) -> None:
 
 room.enter(
     "Does every layer get a gradient?",
-    "A loss gradient that shrinks with depth leaves some layers to learn slowly; an even one lets all of them learn.",
+    "A gradient that differs much between layers lets some learn fast and others hardly at all.",
     body,
 )

@@ -1,4 +1,4 @@
-"""The pages in a real browser: no error, quick, nothing fetched from elsewhere, and a growing run that grows on screen."""
+"""The pages in a real browser: no error, quick, nothing fetched from elsewhere, and a run that grows."""
 
 import re
 import shutil
