@@ -139,6 +139,8 @@ def _growth(part: pd.DataFrame, name: str) -> float:
 def _moves(value: float) -> str:
     if not np.isfinite(value):
         return "cannot be compared"
+    if 0.95 <= value < 1.05:
+        return f"stays level ({words.factor(value)})"
     return f"grows {words.factor(value)}" if value >= 1 else f"falls to {words.factor(value)}"
 
 
@@ -155,8 +157,7 @@ def _place(place: str) -> str:
 
 
 def _noun(name: str) -> str:
-    title = metric(name).title
-    return title[0].lower() + title[1:]
+    return words.small(metric(name).title)
 
 
 def _when(frame: pd.DataFrame) -> str:

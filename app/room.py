@@ -1,4 +1,4 @@
-"""What all pages share: a question, the picked runs and their state, refreshing, words for what is missing."""
+"""What all pages share: a question, the picked runs, refreshing, and words for what is missing."""
 
 import html
 from collections.abc import Callable, Sequence
@@ -89,7 +89,7 @@ def recorded(shown: Sequence[Shown], name: str) -> list[Shown]:
     lack = [one.name for one in shown if name not in one.run]
     if lack:
         who = words.joined(f"**{words.plain(one)}**" for one in lack)
-        st.caption(f"{who} did not record {metric(name).title.lower()} (`{name}`).")
+        st.caption(f"{who} did not record {words.small(metric(name).title)} (`{name}`).")
     return have
 
 
@@ -102,7 +102,7 @@ def explain(names: Sequence[str], extra: str = "") -> None:
             st.markdown(f"**{row.title}** (`{name}`{unit}). {words.plain(row.meaning)}")
         st.markdown(
             "A *layer* is one sublayer, attention or MLP; a *transformer block* is the pair; a *depth block* is "
-            "a block of Block AttnRes. Source 0 is the token embedding, source *i* the output of layer *i*. "
+            "one of Block AttnRes. Source 0 is the token embedding, source *i* the output of layer *i*. "
             + extra
         )
 

@@ -52,6 +52,11 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def small(text: str) -> str:
+    """A title inside a sentence: "Hidden-state RMS" is "hidden-state RMS"."""
+    return text[:1].lower() + text[1:]
+
+
 def plain(text: str) -> str:
     """Text that markdown shows as it is written."""
     return re.sub(r"([\\`*_{}\[\]<>#$~|:])", r"\\\1", text)

@@ -37,7 +37,7 @@ def colour(colours: dict[str, str], symbol: str = "") -> alt.Color:
         "run:N",
         sort=list(colours),
         scale=alt.Scale(domain=list(colours), range=list(colours.values())),
-        legend=_legend(symbol) if len(colours) > 1 else None,
+        legend=_legend(colours, symbol) if len(colours) > 1 else None,
     )
 
 
@@ -48,13 +48,18 @@ def shape(colours: dict[str, str]) -> alt.Shape:
         "run:N",
         sort=list(colours),
         scale=alt.Scale(domain=list(colours), range=shapes),
-        legend=_legend() if len(colours) > 1 else None,
+        legend=_legend(colours) if len(colours) > 1 else None,
     )
 
 
 def gradient(title: str, domain: tuple[float, float] | None = None) -> alt.Legend:
     """A legend of a colour scale, flat above the chart; labels of a log scale come from its `domain`."""
-    values = axes.decades(*domain)[-6:] if domain else alt.Undefined
+    values = alt.Undefined
+    if domain:
+        low, high = domain
+        values = axes.decades(low, high)[-6:]
+        if len(values) < 2:
+            values = [float(f"{value:.2g}") for value in (low * 1.01, (low * high) ** 0.5, high * 0.99)]
     return alt.Legend(
         title=title.replace(" (", "\n(").split("\n") if len(title) > 36 else title,
         titleLimit=0,
@@ -77,13 +82,14 @@ def under(cells: int) -> float:
     return round(min(2.0, cells / 130), 3)
 
 
-def _legend(symbol: str = "") -> alt.Legend:
+def _legend(colours: dict[str, str], symbol: str = "") -> alt.Legend:
+    longest = max(map(len, colours))
     look = {"symbolType": symbol, "symbolStrokeWidth": 3} if symbol else {}
     return alt.Legend(
         title=None,
         orient="top",
         direction="horizontal",
-        columns=3,
+        columns=3 if longest <= 16 else 2 if longest <= 24 else 1,
         labelLimit=0,
         symbolSize=90,
         symbolOpacity=1,

@@ -10,8 +10,8 @@ from probes.vocabulary import metric
 
 NOT_THE_COMPUTE_ADVANTAGE = (
     "An early loss gap between variants is not the paper’s 1.25×. That figure is a compute advantage at the "
-    "end of training: AttnRes reaches the loss a baseline needs 1.25 times the compute for. A short run cannot "
-    "show it."
+    "end of training: AttnRes reaches the loss a baseline needs 1.25 times the compute for. A short run "
+    "cannot show it."
 )
 
 
