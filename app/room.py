@@ -101,8 +101,8 @@ def explain(names: Sequence[str], extra: str = "") -> None:
             unit = f", in {row.unit}" if row.unit else ""
             st.markdown(f"**{row.title}** (`{name}`{unit}). {words.plain(row.meaning)}")
         st.markdown(
-            "A *layer* is one sublayer, attention or MLP; a *transformer block* is the pair; a *depth block* is "
-            "one of Block AttnRes. Source 0 is the token embedding, source *i* the output of layer *i*. "
+            "A *layer* is one sublayer, attention or MLP; a *transformer block* is the pair; a *depth block* "
+            "is one of Block AttnRes. Source 0 is the token embedding, source *i* the output of layer *i*. "
             + extra
         )
 

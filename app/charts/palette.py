@@ -82,14 +82,23 @@ def under(cells: int) -> float:
     return round(min(2.0, cells / 130), 3)
 
 
-def _legend(colours: dict[str, str], symbol: str = "") -> alt.Legend:
+def legend_room(colours: dict[str, str]) -> int:
+    """Pixels that a legend of these runs takes beyond its first line."""
+    return 22 * (-(-len(colours) // _columns(colours)) - 1) if colours else 0
+
+
+def _columns(colours: dict[str, str]) -> int:
     longest = max(map(len, colours))
+    return 3 if longest <= 16 else 2 if longest <= 24 else 1
+
+
+def _legend(colours: dict[str, str], symbol: str = "") -> alt.Legend:
     look = {"symbolType": symbol, "symbolStrokeWidth": 3} if symbol else {}
     return alt.Legend(
         title=None,
         orient="top",
         direction="horizontal",
-        columns=3 if longest <= 16 else 2 if longest <= 24 else 1,
+        columns=_columns(colours),
         labelLimit=0,
         symbolSize=90,
         symbolOpacity=1,
