@@ -10,9 +10,9 @@ from app.charts import palette
 
 
 def show(chart: alt.TopLevelMixin, *, key: str, data: pd.DataFrame | None = None) -> None:
-    """Draw `chart`; its title stands above it as text, so that it wraps. `key` is stable and names saved files."""
+    """Draw `chart` under its title, which is text so that it wraps. `key` is stable and names saved files."""
     title, subtitle = _title(chart)
-    head = st.container(horizontal=True, wrap=False, vertical_alignment="top", gap="small")
+    head = st.container(horizontal=True, wrap=False, vertical_alignment="center", gap="small")
     with head:
         st.markdown(f"**{words.plain(title)}**", width="stretch")
         with st.popover("Save", icon=":material/download:", type="tertiary", key=f"save {key}"):

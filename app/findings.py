@@ -51,10 +51,11 @@ def grid(first: pd.DataFrame, last: pd.DataFrame, label: str, name: str) -> str:
     end, start = _peak(last), _peak(first)
     if end is None:
         return f"{label}: no finite {_noun(name)} at step {words.step(int(last['step'].iloc[0]))}"
-    where = f"{label}: largest {_place(str(end['place']))}, {words.number(end['value'])} at step {words.step(int(end['step']))}"
+    now = f"{words.number(end['value'])} at step {words.step(int(end['step']))}"
+    told = f"{label}: largest {_place(str(end['place']))}, {now}"
     if start is None or start["step"] == end["step"]:
-        return where
-    return f"{where}, {words.number(start['value'])} at step {words.step(int(start['step']))}"
+        return told
+    return f"{told}, {words.number(start['value'])} at step {words.step(int(start['step']))}"
 
 
 def _peak(frame: pd.DataFrame) -> pd.Series | None:
@@ -75,7 +76,7 @@ def evenness(frame: pd.DataFrame, column: str) -> str:
 
 
 def routing(cells: pd.DataFrame, label: str) -> str:
-    """Where the weight of one triangle goes: newest source, embedding, over reads with more than two sources."""
+    """Share of the newest source and of the embedding, over the reads with more than two sources."""
     if cells.empty:
         return f"{label}: no depth weights recorded"
     wide = cells[cells["sources"] > 2]
@@ -126,7 +127,8 @@ def losses(frame: pd.DataFrame, name: str) -> str:
     means = sorted(((run, value) for run, value in means if np.isfinite(value)), key=lambda pair: pair[1])
     if not means:
         return f"{title} of {words.joined(run for run, _ in parts)}"
-    return f"{title} at step {words.step(common)}: {words.joined(f'{words.number(value)} in {run}' for run, value in means)}"
+    told = words.joined(f"{words.number(value)} in {run}" for run, value in means)
+    return f"{title} at step {words.step(common)}: {told}"
 
 
 def _growth(part: pd.DataFrame, name: str) -> float:
@@ -137,6 +139,8 @@ def _growth(part: pd.DataFrame, name: str) -> float:
 def _moves(value: float) -> str:
     if not np.isfinite(value):
         return "cannot be compared"
+    if 0.95 <= value < 1.05:
+        return f"stays level ({words.factor(value)})"
     return f"grows {words.factor(value)}" if value >= 1 else f"falls to {words.factor(value)}"
 
 
@@ -153,8 +157,7 @@ def _place(place: str) -> str:
 
 
 def _noun(name: str) -> str:
-    title = metric(name).title
-    return title[0].lower() + title[1:]
+    return words.small(metric(name).title)
 
 
 def _when(frame: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""Frames: a run's numbers in the rows a chart draws. Run in, DataFrame out; a metric a run lacks gives no rows."""
+"""Frames: a run's numbers as the rows a chart draws. What was not recorded gives no rows."""
 
 import warnings
 from collections.abc import Iterable
@@ -11,7 +11,8 @@ from probes.layout import Layout
 from probes.vocabulary import BLOCK, LAYER, OUTPUT, READ, STATE, TRIANGLE, metric
 
 POINTS = 2_000  # a line's points at most
-COLUMNS = 200  # a heatmap's columns at most
+COLUMNS = 200  # a heatmap's columns at most,
+CELLS = 16_000  # and its cells
 STOPS = 400  # a step slider's stops at most
 
 
@@ -47,7 +48,7 @@ def scalars(runs: Iterable[Run]) -> list[str]:
 
 
 def places(layout: Layout, axes: tuple[str, ...]) -> list[tuple[int, str]]:
-    """Position and label of each entry of a metric over depth: source 0 is the embedding, states count from 1."""
+    """Position and label of each entry over depth: source 0 is the embedding, states count from 1."""
     if axes == OUTPUT:
         return list(enumerate(layout.outputs))
     if axes == STATE:
@@ -100,7 +101,8 @@ def over_training(run: Run, name: str) -> pd.DataFrame:
     steps, values = series(run, name)
     if not len(steps):
         return pd.DataFrame(columns=["step", "until", "depth", "value", "place"])
-    starts = np.unique(np.linspace(0, len(steps), min(len(steps), COLUMNS), endpoint=False).astype(int))
+    columns = min(len(steps), COLUMNS, max(1, CELLS // values.shape[1]))
+    starts = np.unique(np.linspace(0, len(steps), columns, endpoint=False).astype(int))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a bin of blanks stays blank
         groups = np.split(_finite(values), starts[1:])
@@ -111,8 +113,8 @@ def over_training(run: Run, name: str) -> pd.DataFrame:
     depths, labels = zip(*places(run.layout, metric(name).axes), strict=True)
     return pd.DataFrame(
         {
-            "step": np.repeat(first, len(depths)),
-            "until": np.repeat(until, len(depths)),
+            "step": np.repeat(first.astype(np.int32), len(depths)),
+            "until": np.repeat(until.astype(np.int32), len(depths)),
             "depth": np.tile(np.array(depths, np.int16), len(first)),
             "value": grid.ravel().astype(np.float32),
             "place": pd.Categorical.from_codes(np.tile(np.arange(len(depths)), len(first)), list(labels)),
@@ -121,7 +123,7 @@ def over_training(run: Run, name: str) -> pd.DataFrame:
 
 
 def evenness(run: Run, label: str, name: str) -> pd.DataFrame:
-    """run, step, cv, ratio: coefficient of variation and max/min over depth, without the embedding, per step."""
+    """run, step, cv, ratio: coefficient of variation and max/min over depth, embedding left out, per step."""
     steps, values = series(run, name)
     if not len(steps):
         return pd.DataFrame(columns=["run", "step", "cv", "ratio"])
@@ -142,7 +144,8 @@ def cells(run: Run, step: int, kind: str = "all") -> pd.DataFrame:
     """One row per existing read × source cell at the nearest matrix step not after `step`.
 
     step, row (position among the shown reads), read, source (column), from, kind, sources (of the
-    read), newest, depth_weight, depth_weight_std, contribution_rms. `kind` "attention" or "mlp" keeps those reads and the final read.
+    read), newest, depth_weight, depth_weight_std, contribution_rms. `kind` "attention" or "mlp" keeps those
+    reads and the final read.
     """
     steps = series(run, "depth_weight")[0]
     index = nearest(steps, step)
@@ -162,7 +165,7 @@ def cells(run: Run, step: int, kind: str = "all") -> pd.DataFrame:
         "read": pd.Categorical.from_codes(row, [reads[r].label for r in chosen]),
         "source": column.astype(np.int16),
         "from": pd.Categorical.from_codes(column, [source.label for source in sources]),
-        "kind": [reads[chosen[r]].kind for r in row],
+        "kind": pd.Categorical([reads[chosen[r]].kind for r in row]),
         "sources": counts[row],
         "newest": column == counts[row] - 1,
     }

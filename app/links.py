@@ -40,8 +40,8 @@ def strongest(
 ) -> list[Link]:
     """The `count` links furthest above their read's mean, newest source left out, most outstanding first.
 
-    Against the mean (for weights 1 / number of sources), because a read of two sources gives half to each without
-    preferring any.
+    Against the mean (for weights 1 / number of sources), because a read of two sources gives half to each
+    without preferring any.
     """
     steps, values = series(run, name)
     index = nearest(steps, step)
@@ -68,8 +68,8 @@ def strongest(
 def trend_of(steps: np.ndarray, values: np.ndarray, still: float = STILL) -> tuple[str, int]:
     """How a series came to its last value: ("rising" | "falling" | "steady" | "", the step since when).
 
-    Steady when the value has stayed within `still` for half of the recorded steps or more; else rising since it
-    left the lowest (falling since the highest) point from which it never went back by more than `still`.
+    Steady when the value has stayed within `still` for half of the recorded steps or more; else rising since
+    it left the lowest (falling since the highest) point from which it never went back by more than `still`.
     """
     known = np.isfinite(values)
     steps, values = steps[known], values[known]
@@ -87,7 +87,7 @@ def trend_of(steps: np.ndarray, values: np.ndarray, still: float = STILL) -> tup
 
 
 def _run_up(values: np.ndarray, still: float) -> int:
-    """Index where `values` left the low point from which they climbed to their end without falling by `still`."""
+    """Index where `values` left the low point from which they climbed to their end."""
     low, first = values[-1], len(values) - 1
     for i in range(len(values) - 2, -1, -1):
         if values[i] > low + still:

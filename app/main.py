@@ -16,7 +16,7 @@ ICON = str(Path(__file__).with_name("icon.svg"))
 st.set_page_config(page_title="depthscope", page_icon=ICON, layout="wide")
 st.logo(ICON, size="large")
 # Streamlit's own margins take a third of a laptop screen.
-st.html("<style>.stMainBlockContainer{padding:2.2rem 2.5rem 3rem} .stSidebar{width:230px !important}</style>")
+st.html("<style>.stMainBlockContainer{padding:2.2rem 2.5rem 3rem} .stSidebar{width:260px !important}</style>")
 view.arrive()
 page = st.navigation(
     [

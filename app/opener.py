@@ -1,4 +1,4 @@
-"""The one opener: finds runs below the given folders, opens each once for all sessions, looks for new shards."""
+"""The one opener: finds runs below folders, opens each once for all sessions, looks for new shards."""
 
 import sys
 import threading
@@ -17,7 +17,7 @@ DEFAULT_FOLDERS = ("runs", "sample_runs")
 
 @dataclass(frozen=True)
 class Entry:
-    """A run that was found: its name here (unique, used in links and legends), its folder, or what is wrong."""
+    """A run that was found: its name here (unique, in links and legends), its folder, or what is wrong."""
 
     name: str
     path: Path
@@ -76,7 +76,7 @@ def opened(entry: Entry) -> SharedRun:
 
 
 def _names(paths: list[Path], roots: list[Path]) -> dict[Path, str]:
-    """A folder's own name where it is the only one of that name, else as much of its path as tells it apart."""
+    """A folder's own name where no other has it, else as much of its path as tells it apart."""
     names = {path: path.resolve().name for path in paths}
     depth = 1
     while len(set(names.values())) < len(paths) and depth < 20:

@@ -20,7 +20,7 @@ def profiles(
     scale: str,
     finding: Callable[[pd.DataFrame, str], str],
 ) -> None:
-    """One line a run at its nearest recorded step not after `step`; says which step where it is another one."""
+    """One line a run at its last recorded step up to `step`; says which step where it is another one."""
     have = room.recorded(shown, name)
     parts = {one: frames.profile(one.run, one.name, name, step) for one in have} if step is not None else {}
     parts = {one: part for one, part in parts.items() if len(part)}
@@ -45,7 +45,7 @@ def profiles(
 
 
 def nearest(steps: dict[str, int], step: int) -> str:
-    """ "Nearest recorded step: full 180, block 200." where a run has none at the chosen step, else nothing."""
+    """ "Last recorded up to step 50: 40 in full." where a run has none at the chosen step, else nothing."""
     if all(found == step for found in steps.values()):
         return ""
     told = words.joined(f"{words.step(found)} in {name}" for name, found in steps.items())
@@ -61,7 +61,7 @@ def heatmaps(shown: Sequence[room.Shown], name: str) -> None:
         return
     values = np.concatenate([grid["value"].to_numpy(float) for grid in grids.values()])
     values = values[np.isfinite(values) & (values > 0)]
-    # The colour scale leaves the outermost hundredth to its ends, so that one spike does not flatten the rest.
+    # The scale leaves the outermost values to its ends, so that one spike does not flatten the rest.
     domain = tuple(float(v) for v in np.quantile(values, [0.01, 0.995])) if len(values) else None
     if domain and domain[0] >= domain[1]:
         domain = (domain[0] / 2, domain[1] * 2)
@@ -69,7 +69,9 @@ def heatmaps(shown: Sequence[room.Shown], name: str) -> None:
     across = min(ACROSS, len(pairs))
     for start in range(0, len(pairs), across):
         for column, (one, grid) in zip(
-            st.columns(across, gap="medium"), pairs[start : start + across], strict=False
+            st.columns(across, gap="medium", vertical_alignment="bottom"),
+            pairs[start : start + across],
+            strict=False,
         ):
             with column:
                 steps = one.run.steps(name)

@@ -23,7 +23,7 @@ def runs(entries: Sequence[Entry]) -> list[Entry]:
     if not asked and key not in st.session_state:
         chosen = list(readable)[-FIRST:]
         view.change(runs=tuple(chosen))
-    st.session_state[key] = chosen
+    _set(key, chosen)
     st.multiselect(
         "Runs",
         list(readable),
@@ -57,7 +57,7 @@ def step(recorded: Sequence[Run], names: Sequence[str], where=None) -> int | Non
         picked = st.session_state[key]
         view.change(step=None if picked == last else picked)
 
-    st.session_state[key] = stops[at]
+    _set(key, stops[at])
     where.select_slider(
         "Training step",
         stops,
@@ -74,7 +74,7 @@ def choice(field: str, label: str, options: Mapping[str, str], help: str | None 
     """One of a few named options, as buttons; an unknown one in a link falls back to the first."""
     asked = getattr(view.current(), field)
     key = f"pick {field}"
-    st.session_state[key] = asked if asked in options else next(iter(options))
+    _set(key, asked if asked in options else next(iter(options)))
     (where or st).segmented_control(
         label,
         list(options),
@@ -91,7 +91,7 @@ def one(field: str, label: str, options: Mapping[str, str], help: str | None = N
     """One of many named options, as a list."""
     asked = getattr(view.current(), field)
     key = f"pick {field}"
-    st.session_state[key] = asked if asked in options else next(iter(options))
+    _set(key, asked if asked in options else next(iter(options)))
     (where or st).selectbox(
         label,
         list(options),
@@ -109,7 +109,7 @@ def pair(names: Sequence[str], where=None) -> list[str]:
         return list(names)
     asked = [name for name in view.current().pair if name in names][:2]
     key = "pick pair"
-    st.session_state[key] = asked or list(names[:2])
+    _set(key, asked or list(names[:2]))
     (where or st).multiselect(
         "Side by side",
         list(names),
@@ -118,3 +118,17 @@ def pair(names: Sequence[str], where=None) -> list[str]:
         on_change=lambda: view.change(pair=tuple(st.session_state[key])),
     )
     return st.session_state[key]
+
+
+def turn(page: str) -> None:
+    """Call when a page opens: the widgets of the page before are gone, so nothing shows anything yet."""
+    if st.session_state.get("page") != page:
+        st.session_state["page"] = page
+        for key in [key for key in st.session_state if str(key).startswith("pick ") and key != "pick runs"]:
+            del st.session_state[key]
+
+
+def _set(key: str, value) -> None:
+    """Show `value` in a widget; one that shows it already is left alone: a hand may be on it."""
+    if st.session_state.get(key) != value:
+        st.session_state[key] = value

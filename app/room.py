@@ -1,4 +1,4 @@
-"""What all pages share: a question, the picked runs with their state, live refreshing, words for what is missing."""
+"""What all pages share: a question, the picked runs, refreshing, and words for what is missing."""
 
 import html
 from collections.abc import Callable, Sequence
@@ -46,6 +46,7 @@ def enter(question: str, answer: str, draw: Callable[[list[Shown]], None], watch
 
     `watch` keeps looking for new runs even when none is running.
     """
+    pick.turn(question)
     st.title(question, anchor=False)
     st.markdown(f":gray[{answer}]")
     entries, picked = st.session_state[_FOUND], st.session_state[_PICKED]
@@ -88,7 +89,7 @@ def recorded(shown: Sequence[Shown], name: str) -> list[Shown]:
     lack = [one.name for one in shown if name not in one.run]
     if lack:
         who = words.joined(f"**{words.plain(one)}**" for one in lack)
-        st.caption(f"{who} did not record {metric(name).title.lower()} (`{name}`).")
+        st.caption(f"{who} did not record {words.small(metric(name).title)} (`{name}`).")
     return have
 
 
@@ -100,8 +101,9 @@ def explain(names: Sequence[str], extra: str = "") -> None:
             unit = f", in {row.unit}" if row.unit else ""
             st.markdown(f"**{row.title}** (`{name}`{unit}). {words.plain(row.meaning)}")
         st.markdown(
-            "A *layer* is one sublayer, attention or MLP; a *transformer block* is the pair; a *depth block* is a "
-            f"block of Block AttnRes. Source 0 is the token embedding, source *i* the output of layer *i*. {extra}"
+            "A *layer* is one sublayer, attention or MLP; a *transformer block* is the pair; a *depth block* "
+            "is one of Block AttnRes. Source 0 is the token embedding, source *i* the output of layer *i*. "
+            + extra
         )
 
 
@@ -126,7 +128,7 @@ def _state(shown: Sequence[Shown]) -> None:
         how = {"running": "live", "stopped": "stopped", "finished": "finished"}[status]
         dot = "border-radius:50%" if status == "running" else "border-radius:2px"
         chips.append(
-            f'<span style="display:inline-flex;align-items:center;gap:.45em;margin:0 1.4em .2em 0;white-space:nowrap">'
+            '<span style="display:inline-flex;align-items:center;gap:.45em;margin:0 1.4em .2em 0">'
             f'<span style="width:.75em;height:.75em;{dot};background:{one.colour}"></span>'
             f"<b>{html.escape(one.name)}</b> <span style='opacity:.65'>{how}, {far}</span></span>"
         )
@@ -140,7 +142,8 @@ def _problems(entries: Sequence[Entry], shown: Sequence[Shown]) -> None:
             st.warning(f"**{words.plain(one.name)}**: {words.plain(problem)}", icon=":material/warning:")
         if one.run.status == "stopped":
             st.caption(
-                f"**{words.plain(one.name)}** stopped: {words.plain(one.run.status_reason or 'no reason given')}."
+                f"**{words.plain(one.name)}** stopped: "
+                f"{words.plain(one.run.status_reason.rstrip('.') or 'no reason given')}."
             )
     for entry in entries:
         if entry.problem:
@@ -159,7 +162,7 @@ def _welcome(entries: Sequence[Entry]) -> None:
     folder = places[0] if places else "runs"
     st.subheader("No run is here yet", anchor=False)
     st.markdown(
-        f"This page looks in {where} and opens the first run by itself. To record one, wrap your training loop:"
+        f"This page looks in {where} and opens the first run by itself. To record one, wrap your training:"
     )
     st.code(
         f'''import probes

@@ -57,7 +57,7 @@ class View:
 
 
 def arrive() -> None:
-    """Call first in every full run of the script: take a new link's view, or put ours back after a page change."""
+    """Call first in every full run of the script: take a link's view, put ours back after a page change."""
     params = {name: st.query_params.get_all(name) for name in st.query_params}
     state = st.session_state
     # A query string we wrote ourselves may arrive late, after a newer change: it is not a new link.

@@ -1,4 +1,4 @@
-"""Numbers and names for people: steps with thousands separators, factors, percentages, markdown-safe names."""
+"""Numbers and names for people: steps with separators, factors, percentages, markdown-safe names."""
 
 import math
 import re
@@ -50,6 +50,11 @@ def joined(parts: Iterable[str], last: str = "and") -> str:
 
 def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def small(text: str) -> str:
+    """A title inside a sentence: "Hidden-state RMS" is "hidden-state RMS"."""
+    return text[:1].lower() + text[1:]
 
 
 def plain(text: str) -> str:

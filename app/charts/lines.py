@@ -41,4 +41,6 @@ def lines(
             alt.Tooltip(f"{column}:Q", title=label, format=".4~g"),
         ],
     )
-    return alt.layer(*layers, points).properties(title=axes.title(title), height=height)
+    return alt.layer(*layers, points).properties(
+        title=axes.title(title), height=height + palette.legend_room(colours)
+    )

@@ -11,7 +11,8 @@ SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 
 # Small to large, on paper; app/.streamlit/config.toml has the same for the light theme and one for the dark.
 RAMP = [
-    "#edf6f1", "#d0efd9", "#a3e0bf", "#66d0ad", "#3fb6ad", "#359caa", "#3580a5", "#3a60a0", "#403a75", "#2a1a3a",
+    "#edf6f1", "#d0efd9", "#a3e0bf", "#66d0ad", "#3fb6ad",
+    "#359caa", "#3580a5", "#3a60a0", "#403a75", "#2a1a3a",
 ]  # fmt: skip
 
 
@@ -36,7 +37,7 @@ def colour(colours: dict[str, str], symbol: str = "") -> alt.Color:
         "run:N",
         sort=list(colours),
         scale=alt.Scale(domain=list(colours), range=list(colours.values())),
-        legend=_legend(symbol) if len(colours) > 1 else None,
+        legend=_legend(colours, symbol) if len(colours) > 1 else None,
     )
 
 
@@ -47,15 +48,20 @@ def shape(colours: dict[str, str]) -> alt.Shape:
         "run:N",
         sort=list(colours),
         scale=alt.Scale(domain=list(colours), range=shapes),
-        legend=_legend() if len(colours) > 1 else None,
+        legend=_legend(colours) if len(colours) > 1 else None,
     )
 
 
 def gradient(title: str, domain: tuple[float, float] | None = None) -> alt.Legend:
-    """A legend of a colour scale, flat above the chart; `domain` gives the ends their labels on a log scale."""
-    values = axes.decades(*domain)[-6:] if domain else alt.Undefined
+    """A legend of a colour scale, flat above the chart; labels of a log scale come from its `domain`."""
+    values = alt.Undefined
+    if domain:
+        low, high = domain
+        values = axes.decades(low, high)[-6:]
+        if len(values) < 2:
+            values = [float(f"{value:.2g}") for value in (low * 1.01, (low * high) ** 0.5, high * 0.99)]
     return alt.Legend(
-        title=wrapped(title, 34),
+        title=title.replace(" (", "\n(").split("\n") if len(title) > 36 else title,
         titleLimit=0,
         orient="top",
         direction="horizontal",
@@ -64,22 +70,40 @@ def gradient(title: str, domain: tuple[float, float] | None = None) -> alt.Legen
         labelExpr=axes.SMALL,
         tickCount=4,
         values=values,
-        offset=22,
+        offset=28,
     )
 
 
-def _legend(symbol: str = "") -> alt.Legend:
+def under(cells: int) -> float:
+    """How many cells a cell reaches under the next ones so that no seam shows: about one and a half pixels.
+
+    Two neighbours that share a pixel would each colour a part of it and let the background through.
+    """
+    return round(min(2.0, cells / 130), 3)
+
+
+def legend_room(colours: dict[str, str]) -> int:
+    """Pixels that a legend of these runs takes beyond its first line."""
+    return 22 * (-(-len(colours) // _columns(colours)) - 1) if colours else 0
+
+
+def _columns(colours: dict[str, str]) -> int:
+    longest = max(map(len, colours))
+    return 3 if longest <= 16 else 2 if longest <= 24 else 1
+
+
+def _legend(colours: dict[str, str], symbol: str = "") -> alt.Legend:
     look = {"symbolType": symbol, "symbolStrokeWidth": 3} if symbol else {}
     return alt.Legend(
         title=None,
         orient="top",
         direction="horizontal",
-        columns=3,
+        columns=_columns(colours),
         labelLimit=0,
         symbolSize=90,
         symbolOpacity=1,
         columnPadding=18,
-        offset=22,
+        offset=28,
         **look,
     )
 
@@ -96,7 +120,7 @@ def printed(chart: alt.TopLevelMixin) -> dict:
     spec["padding"] = 16
     text = {"labelFontSize": 11, "titleFontSize": 12, "labelColor": "#3d4450", "titleColor": "#1c2430"}
     spec["config"] = {
-        "font": "Source Sans 3, Source Sans Pro, Liberation Sans, Arial, sans-serif",
+        "font": "Liberation Sans, Arial, sans-serif",
         "title": {"anchor": "start", "fontSize": 15, "fontWeight": 600, "color": "#1c2430", "offset": 12},
         "axis": {
             **text,
@@ -108,7 +132,6 @@ def printed(chart: alt.TopLevelMixin) -> dict:
         "legend": {**text, "titleFontWeight": 500},
         "range": {"heatmap": RAMP, "ramp": RAMP, "category": RUNS},
         "view": {"stroke": None},
-        **spec.get("config", {}),
     }
     return spec
 

@@ -41,4 +41,6 @@ def profile(
             alt.Tooltip("step:Q", title="Step", format=",d"),
         ],
     )
-    return alt.layer(lines, points).properties(title=axes.title(title), height=height)
+    return alt.layer(lines, points).properties(
+        title=axes.title(title), height=height + palette.legend_room(colours)
+    )

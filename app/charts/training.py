@@ -7,7 +7,7 @@ from app.charts import axes, palette
 
 
 def over_training(
-    frame: pd.DataFrame, name: str, title: str, domain: tuple[float, float] | None = None, height: int = 360
+    frame: pd.DataFrame, name: str, title: str, domain: tuple[float, float] | None = None, height: int = 370
 ) -> alt.Chart:
     """Rows step, until, depth, value, place. Colour is logarithmic; `domain` lets several runs share it."""
     frame = frame[frame["value"] > 0]
@@ -16,11 +16,10 @@ def over_training(
     scale = alt.Scale(type="log", domain=list(domain) if domain else alt.Undefined, nice=False, clamp=True)
     return (
         alt.Chart(frame)
-        # A cell reaches a little under the next one: no seams.
         .transform_calculate(
             below="datum.depth - 0.5",
-            above="datum.depth + 0.6",
-            until="datum.until + 0.2 * (datum.until - datum.step)",
+            above=f"datum.depth + 0.5 + {palette.under(last - first + 1)}",
+            until=f"datum.until + {palette.under(frame['step'].nunique())} * (datum.until - datum.step)",
         )
         .mark_rect(strokeWidth=0, opacity=1, clip=True)
         .encode(

@@ -24,11 +24,16 @@ def triangle(
     sources = dict(zip(cells["source"].astype(int), cells["from"].astype(str), strict=True))
     blocks = any(label.startswith("depth block ") for label in sources.values())
     known = [other for other in SHOWN if cells[other].notna().any()]
-    # Seams between few cells are a grid; between many they are noise, so there a cell reaches under the next.
-    end = "0.5" if len(reads) <= 64 else "0.6"
-    half = {"left": "source - 0.5", "right": f"source + {end}", "top": "row - 0.5", "bottom": f"row + {end}"}
+    # Seams between few cells are a grid; between many they are noise.
+    wide, high = (palette.under(len(names)) if len(names) > 64 else 0 for names in (sources, reads))
+    half = {
+        "left": "source - 0.5",
+        "right": f"source + 0.5 + {wide}",
+        "top": "row - 0.5",
+        "bottom": f"row + 0.5 + {high}",
+    }
     return (
-        alt.Chart(cells)
+        alt.Chart(cells[["row", "source", "read", "from", *known]])
         .transform_calculate(**{side: f"datum.{where}" for side, where in half.items()})
         .mark_rect(strokeWidth=0, opacity=1, clip=True)
         .encode(

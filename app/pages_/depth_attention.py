@@ -56,7 +56,7 @@ def _triangle(one: room.Shown, cells: pd.DataFrame, name: str, domain: tuple[flo
     if cells.empty:
         return
     if not cells[name].notna().any():
-        st.info(f"{words.plain(one.name)} has no {metric(name).title.lower()} at this step.")
+        st.info(f"{words.plain(one.name)} has no {words.small(metric(name).title)} at this step.")
         return
     told = findings.routing if name == WEIGHT else findings.contributions
     draw.show(

@@ -15,7 +15,9 @@ def body(shown: list[room.Shown]) -> None:
     step = pick.step([one.run for one in shown], [HIDDEN, OUTPUT], where=left)
     scale = pick.choice("depth_scale", "Scale", {"linear": "Linear", "log": "Logarithmic"}, where=right)
     with picture:
-        for column, name in zip(st.columns(2, gap="medium"), (HIDDEN, OUTPUT), strict=True):
+        for column, name in zip(
+            st.columns(2, gap="medium", vertical_alignment="bottom"), (HIDDEN, OUTPUT), strict=True
+        ):
             with column:
                 over_depth.profiles(shown, name, step, scale, findings.growth)
     names = [name for name in MEASURES if any(name in one.run for one in shown)]
@@ -30,6 +32,6 @@ def body(shown: list[room.Shown]) -> None:
 
 room.enter(
     "Does the stream drown what each layer adds?",
-    "A plain residual adds every output to one growing state, so a later layer weighs less unless it shouts louder.",
+    "A plain residual adds every output to one growing state: a later layer must shout to be heard.",
     body,
 )

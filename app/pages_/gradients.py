@@ -39,15 +39,17 @@ def body(shown: list[room.Shown]) -> None:
         over_depth.heatmaps(have, name)
     room.explain(
         names,
-        "CV is the standard deviation over layers divided by their mean; max/min divides the largest by the smallest. "
-        "Both leave the embedding out.",
+        "CV is the standard deviation over layers divided by their mean; max/min divides the largest by the "
+        "smallest. Both leave the embedding out.",
     )
 
 
 def _evenness(have: list[room.Shown], name: str) -> None:
     frame = pd.concat([frames.evenness(one.run, one.name, name) for one in have], ignore_index=True)
     columns = {"cv": "CV over depth (standard deviation / mean)", "ratio": "Max/min over depth"}
-    for place, (column, label) in zip(st.columns(2, gap="medium"), columns.items(), strict=True):
+    for place, (column, label) in zip(
+        st.columns(2, gap="medium", vertical_alignment="bottom"), columns.items(), strict=True
+    ):
         with place:
             scale = "log" if column == "ratio" else "linear"
             title = findings.evenness(frame, column)
@@ -59,6 +61,6 @@ def _evenness(have: list[room.Shown], name: str) -> None:
 
 room.enter(
     "Does every layer get a gradient?",
-    "A loss gradient that shrinks with depth leaves some layers to learn slowly; an even one lets all of them learn.",
+    "A gradient that differs much between layers lets some learn fast and others hardly at all.",
     body,
 )

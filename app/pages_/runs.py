@@ -9,8 +9,9 @@ from app.charts.lines import lines
 from probes.vocabulary import metric
 
 NOT_THE_COMPUTE_ADVANTAGE = (
-    "An early loss gap between variants is not the paper’s 1.25×. That figure is a compute advantage at the end of "
-    "training: AttnRes reaches the loss a baseline needs 1.25 times the compute for. A short run cannot show it."
+    "An early loss gap between variants is not the paper’s 1.25×. That figure is a compute advantage at the "
+    "end of training: AttnRes reaches the loss a baseline needs 1.25 times the compute for. A short run "
+    "cannot show it."
 )
 
 
@@ -73,7 +74,7 @@ def _table() -> pd.DataFrame:
 
 
 def _differing(shown: list[room.Shown]) -> pd.DataFrame:
-    """Configuration entries whose values are not the same in every chosen run: one row each, one column a run."""
+    """Configuration entries that are not the same in every chosen run: one row each, one column a run."""
     if len(shown) < 2:
         return pd.DataFrame()
     keys = dict.fromkeys(key for one in shown for key in one.run.config)

@@ -69,7 +69,7 @@ def rows(variant: str, shape: Layout, step: int, without: tuple[str, ...] = (), 
 
 
 def triangle(shape: Layout, learned: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights [R, S] from even to local with a few skips and a taste for the embedding, their spread, entropy [R]."""
+    """Weights [R, S], their spread, entropy [R]: from even to local, with a few skips."""
     reads, sources = len(shape.reads), len(shape.sources)
     logits = np.zeros((reads, sources))
     for row, read in enumerate(shape.reads):

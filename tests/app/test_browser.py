@@ -1,4 +1,4 @@
-"""The pages in a real browser: no error, quick, nothing fetched from elsewhere, and a growing run that grows on screen."""
+"""The pages in a real browser: no error, quick, nothing fetched from elsewhere, and a run that grows."""
 
 import re
 import shutil
@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: install one to drive the pages in a browser"),
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no chromium here: install one to drive the pages in a browser"
+    ),
 ]
 pytest.importorskip("pytest_playwright", reason="pytest-playwright is not installed")
 
@@ -116,7 +118,9 @@ def test_a_warm_page_shows_its_chart_within_three_seconds(static, watched):
 def test_a_link_and_the_slider_meet_in_the_url(static, watched):
     watched.goto(f"{static}/dilution?runs=full&step=100")
     watched.wait_for_selector("text=/at step 100/")
-    watched.locator('[data-testid="stSlider"] [role="slider"], [data-testid="stSlider"] input').first.press("ArrowLeft")
+    watched.locator('[data-testid="stSlider"] [role="slider"], [data-testid="stSlider"] input').first.press(
+        "ArrowLeft"
+    )
     watched.wait_for_selector("text=/at step 90/")
     watched.wait_for_url("**/dilution?*step=90*")
     watched.get_by_role("link", name="Gradients").click()
@@ -156,7 +160,9 @@ def test_a_growing_run_grows_on_screen(serve, watched, tmp_path):
         line = watched.locator(".mark-line path").first
         before, early = line.get_attribute("d"), _live_step(watched)
         watched.wait_for_function(
-            "before => document.querySelector('.mark-line path')?.getAttribute('d') !== before", arg=before, timeout=15_000
+            "before => document.querySelector('.mark-line path')?.getAttribute('d') !== before",
+            arg=before,
+            timeout=15_000,
         )
         watched.wait_for_timeout(4_000)
         assert _live_step(watched) > early
@@ -164,7 +170,9 @@ def test_a_growing_run_grows_on_screen(serve, watched, tmp_path):
 
         watched.get_by_role("link", name="Dilution").click()
         watched.wait_for_selector("text=/hidden-state RMS grows/")
-        slider = watched.locator('[data-testid="stSlider"] [role="slider"], [data-testid="stSlider"] input').first
+        slider = watched.locator(
+            '[data-testid="stSlider"] [role="slider"], [data-testid="stSlider"] input'
+        ).first
         slider.press("Home")
         watched.wait_for_selector("text=/at step 0/")
         held = _live_step(watched)

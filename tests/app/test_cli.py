@@ -16,7 +16,9 @@ def ran(*arguments: str):
 def test_a_missing_folder(tmp_path):
     result = ran("dash", str(tmp_path / "nowhere"))
     assert result.exit_code == 1
-    assert result.output == f"Error: There is no folder {tmp_path / 'nowhere'}: give a folder that holds runs.\n"
+    assert (
+        result.output == f"Error: There is no folder {tmp_path / 'nowhere'}: give a folder that holds runs.\n"
+    )
 
 
 def test_a_busy_port(tmp_path):

@@ -26,7 +26,15 @@ def weights():
     even = np.tril(np.ones((5, 5)))
     even /= even.sum(axis=1, keepdims=True)
     found = {}
-    for step, share in ((0, 0.25), (100, 0.25), (200, 0.25), (300, 0.25), (400, 0.4), (500, 0.61), (600, 0.61)):
+    for step, share in (
+        (0, 0.25),
+        (100, 0.25),
+        (200, 0.25),
+        (300, 0.25),
+        (400, 0.4),
+        (500, 0.61),
+        (600, 0.61),
+    ):
         rest = (1 - share) / 3
         found[step] = even.copy()
         found[step][3] = [rest, share, rest, rest, 0]

@@ -29,7 +29,9 @@ def opened(folder: Path, page: str = "", **params) -> AppTest:
     """The page of a folder, run once."""
     sys.argv = ["main.py", str(folder)]
     at = AppTest.from_file(str(MAIN), default_timeout=60)
-    at.query_params.from_dict(params) if hasattr(at.query_params, "from_dict") else at.query_params.update(params)
+    at.query_params.from_dict(params) if hasattr(at.query_params, "from_dict") else at.query_params.update(
+        params
+    )
     if page:
         at.switch_page(page)
     return at.run()
@@ -78,7 +80,10 @@ def test_an_unreadable_run_is_told_and_the_others_open(folders):
 
 
 def test_missing_metrics_are_named(folders):
-    assert "did not record hidden-state rms" in said(opened(folders["missing metrics"], "pages_/dilution.py")).lower()
+    assert (
+        "did not record hidden-state rms"
+        in said(opened(folders["missing metrics"], "pages_/dilution.py")).lower()
+    )
     told = said(opened(folders["missing metrics"], "pages_/depth_attention.py"))
     assert "has recorded no depth weights" in told
 

@@ -31,7 +31,14 @@ def test_a_bad_step_is_the_latest(step):
 
 
 def test_a_link_restores_runs_step_and_measure(folder):
-    at = opened(folder, "pages_/depth_attention.py", runs=["block", "full"], step="100", reads="mlp", show="contribution_rms")
+    at = opened(
+        folder,
+        "pages_/depth_attention.py",
+        runs=["block", "full"],
+        step="100",
+        reads="mlp",
+        show="contribution_rms",
+    )
     assert not at.exception
     assert at.multiselect(key="pick runs").value == ["block", "full"]
     assert at.select_slider(key="pick step").value == 100
@@ -46,7 +53,17 @@ def test_a_link_to_a_lost_run_says_so(folder):
 
 def test_nonsense_in_a_link_opens_the_default(folder):
     for page in ("runs", "dilution", "gradients", "depth_attention"):
-        at = opened(folder, f"pages_/{page}.py", runs=["full"], step="99999", scalar="x", depth="y", gradient="z", show="w", reads="v")
+        at = opened(
+            folder,
+            f"pages_/{page}.py",
+            runs=["full"],
+            step="99999",
+            scalar="x",
+            depth="y",
+            gradient="z",
+            show="w",
+            reads="v",
+        )
         assert not at.exception
 
 
@@ -66,4 +83,3 @@ def test_the_slider_follows_until_it_is_moved_and_again_at_its_end(folder):
     assert at.session_state["view"].step == 30
     at.select_slider(key="pick step").set_value(200).run()
     assert at.session_state["view"].step is None
-
