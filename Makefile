@@ -12,7 +12,7 @@ test: .venv-dev lint
 	@$(RUN) -m pytest -m "not long" -rs
 
 test-long: .venv-dev lint
-	@$(RUN) -m pytest -rs
+	@$(RUN) -m pytest -rs --hypothesis-profile=long
 
 lint: .venv-dev
 	@$(RUN) -m ruff check --quiet .

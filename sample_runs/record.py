@@ -71,7 +71,7 @@ def _join(folder: Path) -> None:
             rows.setdefault(metric, []).append(values)
     last = shard_steps(parts[-1].name)[1]
     whole = {metric: np.concatenate(values) for metric, values in rows.items()}
-    # Under another name first, so that at any moment either the parts or the whole can be read.
+    # Written beside the parts first: nothing is lost if this is stopped.
     joined = folder.with_name("joined")
     joined.mkdir()
     write_shard(joined / shard_name(0, last), whole, {"format": str(FORMAT_VERSION), "rank": "0"})

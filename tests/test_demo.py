@@ -104,8 +104,8 @@ def test_demo_says_that_the_port_is_busy(tmp_path):
 
 def test_another_package_called_attnres_is_named(tmp_path):
     """fast-attnres installs a top-level attnres too; where it comes first, one sentence says so."""
-    shutil.copytree(ROOT / "app", tmp_path / "app", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "probes", tmp_path / "probes", ignore=shutil.ignore_patterns("__pycache__"))
+    for package in ("app", "probes"):
+        copy_package(package, tmp_path)
     (tmp_path / "attnres").mkdir()
     (tmp_path / "attnres" / "__init__.py").write_text("")
     done = depthscope("demo", "--no-serve", "--runs", tmp_path / "r", cwd=tmp_path, PYTHONPATH=str(tmp_path))
@@ -113,8 +113,11 @@ def test_another_package_called_attnres_is_named(tmp_path):
     assert "is not depthscope's" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process group")
-def test_ctrl_c_ends_everything_and_says_how_to_come_back(tmp_path):
+@pytest.fixture
+def growing(tmp_path):
+    """`depthscope demo` in a checkout without sample_runs/: its process, folder of runs and address."""
+    for package in ("app", "probes", "attnres"):
+        copy_package(package, tmp_path)
     port, folder = free_port(), tmp_path / "runs"
     command = [
         sys.executable,
@@ -128,24 +131,52 @@ def test_ctrl_c_ends_everything_and_says_how_to_come_back(tmp_path):
         "--no-browser",
     ]
     demo = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(tmp_path)),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
-        wait_for(lambda: len(list(folder.glob("*/rank-00000/*.safetensors"))) >= 3, 120)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=20) as answer:
-            assert answer.status == 200
-        os.killpg(demo.pid, signal.SIGINT)  # what a terminal does
-        _, said = demo.communicate(timeout=60)
+        wait_for(lambda: list(folder.glob("*/rank-00000/*.safetensors")), 120)
+        yield demo, folder, f"http://127.0.0.1:{port}"
     finally:
         if demo.poll() is None:
             os.killpg(demo.pid, signal.SIGKILL)
+
+
+@pytest.mark.browser
+def test_demo_shows_three_growing_runs_within_a_minute(growing, watched):
+    _, folder, address = growing
+    watched.goto(address, timeout=60_000)
+    for name in ("prenorm", "full", "block"):
+        watched.wait_for_selector(f"text=/{name}.*running|{name}.*live/", timeout=60_000)
+    watched.wait_for_selector('[data-testid="stVegaLiteChart"] :is(canvas, svg)', timeout=60_000)
+    steps = [run.last_step for run in probes.list_runs(folder)]
+    wait_for(lambda: all(run.last_step > step for run, step in zip(probes.list_runs(folder), steps)), 60)
+    watched.wait_for_selector("text=/1.25/")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process group")
+def test_ctrl_c_ends_everything_and_says_how_to_come_back(growing):
+    demo, folder, address = growing
+    wait_for(lambda: len(list(folder.glob("*/rank-00000/*.safetensors"))) >= 3, 120)
+    with urllib.request.urlopen(f"{address}/_stcore/health", timeout=20) as answer:
+        assert answer.status == 200
+    os.killpg(demo.pid, signal.SIGINT)  # what a terminal does
+    _, said = demo.communicate(timeout=60)
     assert demo.returncode == 0
     assert f"depthscope dash {folder}" in said and "Traceback" not in said
     runs = list(probes.list_runs(folder))
     assert [run.status for run in runs] == ["stopped"] * 3
     assert all("KeyboardInterrupt" in run.status_reason for run in runs)
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", port)) != 0, "the dashboard is still there"
+    with pytest.raises(OSError):
+        urllib.request.urlopen(address, timeout=5)
+
+
+def copy_package(name: str, to: Path) -> None:
+    shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def wait_for(condition, seconds: float) -> None:

@@ -1,7 +1,5 @@
 """The pages in a real browser: no error, quick, nothing fetched from elsewhere, and a run that grows."""
 
-import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,27 +14,11 @@ import pytest
 from probes.writer import RunWriter
 from tests.app import made
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 PAGES = ["", "dilution", "gradients", "depth_attention"]
 CHART = '[data-testid="stVegaLiteChart"] :is(canvas, svg)'
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no chromium here: install one to drive the pages in a browser"
-    ),
-]
-pytest.importorskip("pytest_playwright", reason="pytest-playwright is not installed")
-
-
-@pytest.fixture(scope="session")
-def browser_type_launch_args(browser_type_launch_args):
-    return {**browser_type_launch_args, "executable_path": CHROMIUM, "args": FLAGS}
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
@@ -66,29 +48,6 @@ def serve(tmp_path_factory):
     for server in started:
         server.terminate()
         server.wait(20)
-
-
-@pytest.fixture
-def watched(page):
-    """The page, and after the test: no error on its console, no exception, no request to another machine."""
-    wrong = []
-
-    def said(message) -> None:
-        # A page opened by its own address makes Streamlit look for its server below that address first.
-        probing = re.search(r"/\w+/_stcore/(health|host-config)$", message.location.get("url", ""))
-        if message.type == "error" and not probing:
-            wrong.append(message.text)
-
-    page.on("console", said)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: _local(request.url) or wrong.append(f"fetched {request.url}"))
-    yield page
-    assert page.locator('[data-testid="stException"]').count() == 0
-    assert wrong == []
-
-
-def _local(url: str) -> bool:
-    return url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:"))
 
 
 @pytest.fixture(scope="module")

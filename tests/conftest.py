@@ -1,0 +1,54 @@
+"""What all tests share: how thorough the laws are tried, and the browser."""
+
+import re
+import shutil
+
+import pytest
+from hypothesis import settings
+
+# `make test` tries a law on few examples, `make test-long` on many.
+settings.register_profile("short", max_examples=25, deadline=None)
+settings.register_profile("long", max_examples=500, deadline=None)
+settings.load_profile("short")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    if CHROMIUM is None:
+        skip = pytest.mark.skip(reason="no chromium here: install one to drive the pages in a browser")
+        for item in items:
+            if item.get_closest_marker("browser"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def browser_type_launch_args(browser_type_launch_args):
+    return {**browser_type_launch_args, "executable_path": CHROMIUM, "args": FLAGS}
+
+
+@pytest.fixture
+def watched(page):
+    """The page, and after the test: no error on its console, no exception, no request to another machine."""
+    wrong = []
+
+    def said(message) -> None:
+        # A page opened by its own address makes Streamlit look for its server below that address first.
+        probing = re.search(r"/\w+/_stcore/(health|host-config)$", message.location.get("url", ""))
+        if message.type == "error" and not probing:
+            wrong.append(message.text)
+
+    page.on("console", said)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: _local(request.url) or wrong.append(f"fetched {request.url}"))
+    yield page
+    assert page.locator('[data-testid="stException"]').count() == 0
+    assert wrong == []
+
+
+def _local(url: str) -> bool:
+    return url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:"))
