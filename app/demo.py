@@ -60,6 +60,10 @@ def train_three(runs: Path, steps: int, text: Path | None) -> None:
     """Train and record the three models of equal size into `runs`, a step of each in turn."""
     try:
         from app.training import Corpus, DecoderConfig, RecordedTraining, Schedule, TrainingConfig, in_turn
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f'Training needs {error.name}, and only the viewer is installed: pip install "depthscope[probes]".'
+        ) from error
     except ImportError as error:
         raise click.ClickException(str(error)) from error
     from probes import RunError
