@@ -17,7 +17,7 @@ class GradientNorms:
 
     def __init__(self, sites: Sites, wanted: Callable[[], bool]):
         self._wanted = wanted
-        self._queued = False
+        self._queued_in = -1  # the backward pass at whose end `_measure` is due
         self._reads = sites.reads
         layers = sites.layer_parameters()
         inside = {p for group in layers for p in group}
@@ -46,13 +46,14 @@ class GradientNorms:
         self._squares = self._norm_squares = self._query_norm = None
 
     def _notice(self, parameter: nn.Parameter) -> None:
-        if self._wanted() and not self._queued:
-            self._queued = True
+        # By its id, not by a flag: a backward pass that raises never calls back.
+        backward = torch._C._current_graph_task_id()
+        if self._wanted() and backward != self._queued_in:
+            self._queued_in = backward
             torch.autograd.Variable._execution_engine.queue_callback(self._measure)
 
     @torch.no_grad()
     def _measure(self) -> None:
-        self._queued = False
         self._squares = self._by_group([p.grad for p in self._parameters])
         self._norm_squares = self._by_group(self._parameters)
         if self._reads:

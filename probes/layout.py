@@ -112,11 +112,23 @@ class Layout:
 
     @classmethod
     def from_json(cls, data: dict) -> "Layout":
-        return cls(
+        layout = cls(
             [Layer(**row) for row in data["layers"]],
             [Read(**row) for row in data["reads"]],
             [Source(**row) for row in data["sources"]],
         )
+        layout._check()
+        return layout
+
+    def _check(self) -> None:
+        """ValueError where rows and columns do not fit together."""
+        numbers = [n for layer in self.layers for n in (layer.index, layer.block)]
+        if not all(isinstance(n, int) and n >= 1 for n in numbers):
+            raise ValueError("layers and blocks are counted from 1")
+        if len(self.reads) != len(self.layers) + 1:
+            raise ValueError(f"{len(self.layers)} layers and {len(self.reads)} reads")
+        if not all(isinstance(r.sources, int) and 1 <= r.sources <= len(self.sources) for r in self.reads):
+            raise ValueError(f"a read of more than {len(self.sources)} sources or of none")
 
 
 def _sources(layers: Sequence[Layer], counts: Sequence[int]) -> list[Source]:

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from probes.layout import Layout
@@ -66,6 +67,7 @@ class Manifest:
                     f"The run at {folder} has format {data['format']}, newer than this depthscope reads "
                     f"({FORMAT_VERSION}): upgrade depthscope to open it."
                 )
+            datetime.fromtimestamp(data["created"], UTC)
             return cls(
                 Layout.from_json(data["layout"]),
                 float(data["created"]),
@@ -76,7 +78,7 @@ class Manifest:
                 dict(data.get("versions") or {}),
                 int(data["format"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
             raise RunError(
                 f"The run at {folder} cannot be opened: its {MANIFEST} is not a depthscope manifest ({error!r})."
             ) from error

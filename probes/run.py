@@ -1,5 +1,6 @@
 """Open a run and read it: metrics as numpy arrays, while it grows or long after. Needs no torch."""
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ _STEP = ".step"
 
 class Run:
     """One recorded run. Everything read is kept; `refresh()` picks up what was sealed since.
+
+    `problems` holds a sentence for each shard that could not be read.
 
     `run.metrics` names what was recorded, `run.steps(name)` is int64 [N], `run[name]` float32 [N, ...] in the shapes
     of the vocabulary (read x source triangles unpacked, NaN where a source does not exist yet).
@@ -87,7 +90,8 @@ class Run:
         """Time of the end marker, else of the last heartbeat, else of creation."""
         for name in (files.END, files.HEARTBEAT):
             moment = (files.read_json(self.path / name) or {}).get("time")
-            if isinstance(moment, int | float):
+            # A damaged file may hold anything.
+            with contextlib.suppress(TypeError, ValueError, OverflowError, OSError):
                 return datetime.fromtimestamp(moment, UTC)
         return self.created
 
@@ -116,7 +120,10 @@ class Run:
         return name in self._parts
 
     def steps(self, name: str) -> np.ndarray:
-        """Steps at which `name` was recorded, int64 [N], ascending. Raises KeyError for what was not recorded."""
+        """Steps at which `name` was recorded, int64 [N], ascending; twice the same where a scalar was logged twice.
+
+        Raises KeyError for what was not recorded.
+        """
         return self._series(name)[0]
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -170,7 +177,7 @@ class Run:
             if name.endswith(_STEP):
                 continue
             steps = tensors.get(name + _STEP)
-            if steps is None or steps.ndim != 1 or steps.dtype != np.int64 or len(steps) != len(values):
+            if values.ndim == 0 or steps is None or steps.ndim != 1 or steps.dtype != np.int64 or len(steps) != len(values):
                 raise ShardError(f"has no steps for {name}")
             if values.shape[1:] != row_shape(name, self.layout):
                 raise ShardError(f"holds {name} in shape {list(values.shape)}, which does not fit run.json")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from probes.layout import Layer, Layout
 from probes.manifest import RunError
@@ -51,6 +52,8 @@ class Sites:
 
 def find_sites(model: nn.Module) -> Sites:
     """The sites of `model`. Raises RunError, naming what was looked for, when it has no recognisable layers."""
+    if not isinstance(model, nn.Module):
+        raise RunError(f"A {type(model).__name__} is not a torch.nn.Module: pass the model that is trained.")
     root = unwrap(model)
     stacks = [
         (path, blocks)
@@ -69,7 +72,13 @@ def find_sites(model: nn.Module) -> Sites:
         raise RunError(
             f"{type(root).__name__} has layers in {path!r} but no norm after them, so the final state cannot be seen."
         )
-    reads = [module for module in root.modules() if isinstance(getattr(module, "depth_sources", None), int)]
+    devices = {str(parameter.device) for parameter in root.parameters()}
+    if len(devices) > 1:
+        raise RunError(
+            f"{type(root).__name__} is spread over {', '.join(sorted(devices))}: depthscope records models that are on "
+            "one device."
+        )
+    reads = [module for module in root.modules() if _is_read(module)]
     if reads and len(reads) != len(layers) + 1:
         raise RunError(
             f"{type(root).__name__} has {len(layers)} layers and {len(reads)} depth reads: expected one read per layer "
@@ -81,10 +90,14 @@ def find_sites(model: nn.Module) -> Sites:
 def unwrap(model: nn.Module) -> nn.Module:
     """The module the user wrote, from under torch.compile and data parallelism."""
     while True:
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module) or len(list(model.children())) != 1:
+        if isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            if len(getattr(model, "device_ids", None) or []) > 1:
+                raise RunError("DataParallel over several devices cannot be recorded: use DistributedDataParallel.")
+            model = model.module
+        else:
             return model
-        model = inner
 
 
 def _is_stack(blocks: nn.Module) -> bool:
@@ -94,7 +107,11 @@ def _is_stack(blocks: nn.Module) -> bool:
 
 def _pairs(block: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """(norm, name of sublayer, sublayer) of each layer in a block; empty when they do not pair up."""
-    children = [(name, child) for name, child in block.named_children() if _has_parameters(child) or _is_norm(child)]
+    children = [
+        (name, child)
+        for name, child in block.named_children()
+        if (_has_parameters(child) or _is_norm(child)) and not _is_read(child)
+    ]
     norms = [child for _, child in children if _is_norm(child)]
     sublayers = [(name, child) for name, child in children if not _is_norm(child)]
     if not norms or len(norms) != len(sublayers):
@@ -128,7 +145,13 @@ def _final_norm(root: nn.Module, path: str) -> nn.Module | None:
     return None
 
 
+def _is_read(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "depth_sources", None), int)
+
+
 def _is_norm(module: nn.Module) -> bool:
+    if _is_read(module):
+        return False
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return True
     # A norm somebody wrote: a leaf whose only parameters are one gain and perhaps one bias, both vectors.

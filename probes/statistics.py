@@ -31,6 +31,9 @@ def add_moments(x: Tensor, squares: Tensor, count: Tensor, row: int) -> None:
     count[row].add_(x.numel())
 
 
+DEPTH_METRICS = ("depth_weight", "depth_weight_std", "contribution_rms", "depth_entropy", "depth_entropy_of_mean")
+
+
 class DepthSums:
     """Sums over tokens of the depth weights of every read: mean, spread, entropy and contribution.
 

@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ Row = tuple[str, int, np.ndarray]  # metric, step, value in its stored shape
 Fetch = Callable[[], Iterable[Row]]
 
 _QUEUE = 256
+_PATIENCE = 60.0  # seconds that closing waits for a disk or a device that does not answer
 _KEPT_ROWS = 100_000  # held back at most while the disk refuses
 
 
@@ -42,7 +44,8 @@ class RunWriter:
         self._complete = -1  # rows up to this step can be sealed: nothing more will be logged for it
         self._last_step = -1
         self._warned: set[str] = set()
-        self._queue: queue.Queue[Fetch | None] = queue.Queue(_QUEUE)
+        # A SimpleQueue, because a signal's handler may put while training is putting.
+        self._queue: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
         _create(path, manifest)
         self._started = self._sealed = self._beaten = time.monotonic()
         self._thread = threading.Thread(target=self._work, name=f"depthscope writer {path.name}", daemon=True)
@@ -55,16 +58,16 @@ class RunWriter:
             yield from fetch()
             self._complete = max(self._complete, complete)
 
-        try:
-            self._queue.put_nowait(take)
-        except queue.Full:
+        if self._queue.qsize() < _QUEUE:
+            self._queue.put(take)
+        else:
             self.dropped += 1
 
     def close(self, status: str, reason: str = "") -> None:
-        """Seal everything handed over and mark the end. Waits for the thread."""
+        """Seal everything handed over and mark the end. Waits for the thread, but not for ever."""
         if self._thread.is_alive():
             self._queue.put(None)
-            self._thread.join()
+            self._thread.join(_PATIENCE)
         end = {"time": time.time(), "status": status, "reason": reason, "step": self._last_step}
         with self._failing("mark the end of the run"):
             files.write_json(self.path / files.END, {**end, "dropped": self.dropped})
@@ -114,12 +117,12 @@ class RunWriter:
         """Write every open row up to step `complete` (None: all) as one shard; keep the rows if the disk refuses."""
         tensors, kept = {}, {}
         for name, (steps, values) in self._open.items():
-            ready = len(steps) if complete is None else sum(step <= complete for step in steps)
-            if ready:
-                tensors[name] = np.stack(values[:ready])
-                tensors[name + ".step"] = np.asarray(steps[:ready], np.int64)
-            if ready < len(steps):
-                kept[name] = steps[ready:], values[ready:]
+            ready = np.array([complete is None or step <= complete for step in steps])
+            if ready.any():
+                tensors[name] = np.stack(list(compress(values, ready)))
+                tensors[name + ".step"] = np.array(steps, np.int64)[ready]
+            if not ready.all():
+                kept[name] = list(compress(steps, ~ready)), list(compress(values, ~ready))
         if not tensors:
             return
         sealed = np.concatenate([value for name, value in tensors.items() if name.endswith(".step")])
@@ -130,10 +133,10 @@ class RunWriter:
 
     @contextlib.contextmanager
     def _failing(self, what: str):
-        """Disk trouble is said once and never stops training."""
+        """Trouble, as a rule the disk's, is said once and never stops training."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:
             self._warn(what, error)
 
     def _warn(self, what: str, error: Exception) -> None:
