@@ -38,6 +38,9 @@ _PENDING_SCALARS = 64
 _PENDING_SECONDS = 1.0
 
 
+_BEFORE = "Call probes.record before a compiled model first runs, and train the very module that was passed."
+
+
 def record(
     model: nn.Module,
     path: str | os.PathLike,
@@ -233,15 +236,15 @@ class Recorder:
         }
         if any(blank.values()):
             rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
-            log.warning("depthscope saw nothing of %s. These rows stay blank.", rows)
+            log.warning("depthscope saw nothing of %s. These rows stay blank. %s", rows, _BEFORE)
 
     def _say_unseen(self) -> None:
         if not self._checked:
             self._checked = True
             log.warning(
-                "depthscope saw no forward of %s in training mode before the first optimizer step: call probes.record "
-                "before the model is compiled and run, and train the very module that was passed.",
+                "depthscope saw no forward of %s in training mode before the first optimizer step. %s",
                 self._model_name,
+                _BEFORE,
             )
 
     # The end

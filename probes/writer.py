@@ -26,6 +26,10 @@ log = logging.getLogger("depthscope")
 Row = tuple[str, int, np.ndarray]  # metric, step, value in its stored shape
 Fetch = Callable[[], Iterable[Row]]
 
+SEAL_SECONDS = 2.0
+EARLY_SECONDS = 600.0
+LATE_SEAL_SECONDS = 10.0
+
 _QUEUE = 256
 _PATIENCE = 60.0  # seconds that closing waits for a disk or a device that does not answer
 _KEPT_ROWS = 100_000  # held back at most while the disk refuses
@@ -83,7 +87,7 @@ class RunWriter:
                 self._take(fetch)
             now = time.monotonic()
             # A run is looked at most in its first minutes; later, fewer and larger shards.
-            if now - self._sealed >= (2.0 if now - self._started < 600 else 10.0):
+            if now - self._sealed >= (SEAL_SECONDS if now - self._started < EARLY_SECONDS else LATE_SEAL_SECONDS):
                 self._seal(self._complete)
                 self._sealed = now
             if now - self._beaten >= files.HEARTBEAT_SECONDS:
