@@ -1,7 +1,8 @@
 """Bring a step's numbers from the device to the host without making training wait.
 
-Everything of one step is packed into one flat tensor and copied once: on CUDA into pinned memory on a side stream,
-and the writer thread waits for the copy's event. This file is the only place where probes leave the device.
+Everything of one step is packed into one flat tensor and copied once: on CUDA into pinned memory on a side
+stream, and the writer thread waits for the copy's event. This file is the only place where probes leave the
+device.
 """
 
 import math
@@ -15,8 +16,8 @@ from torch import Tensor
 def start_copy(values: Mapping[object, Tensor]) -> Callable[[], dict[object, np.ndarray]]:
     """Pack `values` (tensors, as a rule all of one device) and start their copy.
 
-    Returns a function for another thread: it waits for the copy and gives the values back as float32 arrays in their
-    shapes.
+    Returns a function for another thread: it waits for the copy and gives the values back as float32 arrays
+    in their shapes.
     """
     groups: dict[torch.device, dict[object, Tensor]] = {}
     for key, value in values.items():

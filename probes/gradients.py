@@ -1,7 +1,7 @@
 """Parameter norms and gradient norms by layer, measured when a backward pass ends.
 
-That moment is after accumulation and before any clipping, in eager and in compiled training alike. With several
-micro-batches each backward measures again and the last one, the accumulated gradient, stands.
+That moment is after accumulation and before any clipping, in eager and in compiled training alike. With
+several micro-batches each backward measures again and the last one, the accumulated gradient, stands.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,8 @@ class GradientNorms:
         self._norm_squares: Tensor | None = None
         self._query_norm: Tensor | None = None
         self._handles = [
-            # One parameter per group is enough to notice a backward pass; a whole model's worth of hooks is not needed.
+            # One parameter per group is enough to notice a backward pass; a whole model's worth of hooks is
+            # not needed.
             next(p for p in group if p.requires_grad).register_post_accumulate_grad_hook(self._notice)
             for group in self._groups
             if any(p.requires_grad for p in group)

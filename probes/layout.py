@@ -1,8 +1,8 @@
 """The layout of a run: which layer, read and source every row and column of a metric stands for.
 
-Numbering (paper: a layer is one sublayer): layers 1..L; source 0 is the token embedding; read row l-1 belongs to
-layer l, the last row is the final read. A read x source triangle is stored packed: row by row, only the sources that
-exist for that read.
+Numbering (paper: a layer is one sublayer): layers 1..L; source 0 is the token embedding; read row l-1 belongs
+to layer l, the last row is the final read. A read x source triangle is stored packed: row by row, only the
+sources that exist for that read.
 """
 
 from collections.abc import Sequence
@@ -60,7 +60,8 @@ class Layout:
         if len(counts) != len(layers) + 1:
             raise ValueError(f"{len(layers)} layers need {len(layers) + 1} reads, not {len(counts)}")
         reads = [
-            Read(layer.label, layer.kind, layer.index, n) for layer, n in zip(layers, counts[:-1], strict=True)
+            Read(layer.label, layer.kind, layer.index, n)
+            for layer, n in zip(layers, counts[:-1], strict=True)
         ]
         reads.append(Read("final read", "final", None, counts[-1]))
         return cls(list(layers), reads, _sources(layers, counts))
@@ -135,8 +136,8 @@ def _sources(layers: Sequence[Layer], counts: Sequence[int]) -> list[Source]:
     embedding = Source("embedding", "embedding", 0, 0)
     if counts[-1] == len(layers) + 1:
         return [embedding, *(Source(layer.label, layer.kind, layer.index, layer.index) for layer in layers)]
-    # Block AttnRes: a column appears with the first read that sees the first output of a new depth block, so the
-    # read of layer l that first counts n+1 sources says that depth block n begins with layer l-1.
+    # Block AttnRes: a column appears with the first read that sees the first output of a new depth block, so
+    # the read of layer l that first counts n+1 sources says that depth block n begins with layer l-1.
     firsts, most = [], 1
     for position, count in enumerate(counts):
         if count > most:
@@ -147,7 +148,12 @@ def _sources(layers: Sequence[Layer], counts: Sequence[int]) -> list[Source]:
     return [
         embedding,
         *(
-            Source(f"depth block {n} (layers {a}–{b})" if b > a else f"depth block {n} (layer {a})", "depth block", a, b)
+            Source(
+                f"depth block {n} (layers {a}–{b})" if b > a else f"depth block {n} (layer {a})",
+                "depth block",
+                a,
+                b,
+            )
             for n, (a, b) in enumerate(spans, 1)
         ),
     ]

@@ -57,10 +57,13 @@ class Manifest:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RunError(
-                f"There is no run at {folder}: it has no {MANIFEST}. Give the folder that probes.record wrote to."
+                f"There is no run at {folder}: it has no {MANIFEST}. Give the folder that probes.record "
+                "wrote to."
             ) from None
         except (OSError, ValueError) as error:
-            raise RunError(f"The run at {folder} cannot be opened: its {MANIFEST} is unreadable ({error}).") from error
+            raise RunError(
+                f"The run at {folder} cannot be opened: its {MANIFEST} is unreadable ({error})."
+            ) from error
         try:
             if data["format"] > FORMAT_VERSION:
                 raise RunError(
@@ -80,7 +83,8 @@ class Manifest:
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
             raise RunError(
-                f"The run at {folder} cannot be opened: its {MANIFEST} is not a depthscope manifest ({error!r})."
+                f"The run at {folder} cannot be opened: its {MANIFEST} is not a depthscope manifest "
+                f"({error!r})."
             ) from error
 
 

@@ -53,9 +53,10 @@ def record(
 ) -> "Recorder":
     """Attach probes to `model` and record its training at `path`, a new folder.
 
-    Call it before the first forward, also before torch.compile has run. Step s is the number of optimizer steps
-    completed; vectors are recorded when s % every == 0, matrices when s % matrices_every == 0. Without an `optimizer`
-    call `recorder.step()` after each update. `config` (JSON values) is stored beside the model's own configuration.
+    Call it before the first forward, also before torch.compile has run. Step s is the number of optimizer
+    steps completed; vectors are recorded when s % every == 0, matrices when s % matrices_every == 0. Without
+    an `optimizer` call `recorder.step()` after each update. `config` (JSON values) is stored beside the
+    model's own configuration.
 
     Gradients are recorded as autograd gives them: a loss scaled by a GradScaler gives scaled ones.
 
@@ -74,7 +75,9 @@ def record(
     try:
         described = _model_config(sites.root) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise RunError(f"config must hold plain JSON values (text, numbers, lists, dicts): {error}.") from error
+        raise RunError(
+            f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
+        ) from error
     tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
     manifest = Manifest(sites.layout, created, every, matrices_every, described, tags, _versions(sites))
     return Recorder(sites, RunWriter(Path(path), manifest), manifest, optimizer)
@@ -103,7 +106,9 @@ class Recorder:
         self._taps = Taps(sites)
         self._gradients = GradientNorms(sites, lambda: self._taps.mode != OFF)
         self._taps.mode = self._mode(0)
-        self._hooks = [optimizer.register_step_post_hook(lambda *_: self.step())] if optimizer is not None else []
+        self._hooks = (
+            [optimizer.register_step_post_hook(lambda *_: self.step())] if optimizer is not None else []
+        )
         atexit.register(self._at_exit)
         self._old_sigterm = self._catch_sigterm()
 
@@ -118,7 +123,9 @@ class Recorder:
             _check_name(name)
             if isinstance(value, torch.Tensor):
                 if value.numel() != 1:
-                    raise ValueError(f"log({name}=…) takes a single number, not a tensor of {value.numel()} values.")
+                    raise ValueError(
+                        f"log({name}=…) takes a single number, not a tensor of {value.numel()} values."
+                    )
                 # A copy: the tensor's memory may be reused before it is fetched.
                 value = value.detach().reshape(()).clone()
             else:
@@ -194,7 +201,9 @@ class Recorder:
     def _log_host(self, now: float) -> None:
         """Host-side scalars of a recorded step."""
         scalars = {"step_time": now - self._stepped_at, "wall_time": time.time() - self._manifest.created}
-        scalars["probe_time"] = self._taps.seconds or float("nan")  # taps inside a compiled graph are not timed
+        scalars["probe_time"] = self._taps.seconds or float(
+            "nan"
+        )  # taps inside a compiled graph are not timed
         if self._optimizer is not None:
             scalars["lr"] = self._optimizer.param_groups[0]["lr"]
         self.log(**scalars)
@@ -213,7 +222,9 @@ class Recorder:
             yield from known
             yield from ((name, s, values[name, s, i]) for name, s, i in logged)
             for name in metrics:
-                if name not in seen or seen[name].any():  # a metric nobody observed is absent, not a row of blanks
+                if (
+                    name not in seen or seen[name].any()
+                ):  # a metric nobody observed is absent, not a row of blanks
                     yield name, step, values[name]
             self._check(seen)
 
@@ -317,7 +328,9 @@ def _versions(sites: Sites) -> dict:
         "depthscope": _own_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else parameter.device.type,
+        "device": torch.cuda.get_device_name(parameter.device)
+        if parameter.is_cuda
+        else parameter.device.type,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in sites.root.parameters()),
     }

@@ -23,8 +23,8 @@ class Run:
 
     `problems` holds a sentence for each shard that could not be read.
 
-    `run.metrics` names what was recorded, `run.steps(name)` is int64 [N], `run[name]` float32 [N, ...] in the shapes
-    of the vocabulary (read x source triangles unpacked, NaN where a source does not exist yet).
+    `run.metrics` names what was recorded, `run.steps(name)` is int64 [N], `run[name]` float32 [N, ...] in the
+    shapes of the vocabulary (read x source triangles unpacked, NaN where a source does not exist yet).
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -177,7 +177,13 @@ class Run:
             if name.endswith(_STEP):
                 continue
             steps = tensors.get(name + _STEP)
-            if values.ndim == 0 or steps is None or steps.ndim != 1 or steps.dtype != np.int64 or len(steps) != len(values):
+            if (
+                values.ndim == 0
+                or steps is None
+                or steps.ndim != 1
+                or steps.dtype != np.int64
+                or len(steps) != len(values)
+            ):
                 raise ShardError(f"has no steps for {name}")
             if values.shape[1:] != row_shape(name, self.layout):
                 raise ShardError(f"holds {name} in shape {list(values.shape)}, which does not fit run.json")

@@ -1,7 +1,8 @@
 """Find where a model's layers are, from its modules alone: no class or package is known by name.
 
-A transformer stack is a list of alike blocks, each of which holds as many norms as sublayers; the k-th norm feeds the
-k-th sublayer. Depth reads are modules that say how many sources they attend over (docs/architecture.md).
+A transformer stack is a list of alike blocks, each of which holds as many norms as sublayers; the k-th norm
+feeds the k-th sublayer. Depth reads are modules that say how many sources they attend over
+(docs/architecture.md).
 """
 
 from collections.abc import Iterator
@@ -62,27 +63,29 @@ def find_sites(model: nn.Module) -> Sites:
     ]
     if not stacks:
         raise RunError(
-            f"No transformer layers were found in {type(root).__name__}: depthscope looks for a ModuleList of blocks "
-            "that each hold a norm and a sublayer (attention or MLP) per layer. Pass the module that holds the stack."
+            f"No transformer layers were found in {type(root).__name__}: depthscope looks for a ModuleList "
+            "of blocks that each hold a norm and a sublayer (attention or MLP) per layer. Pass the module "
+            "that holds the stack."
         )
     path, blocks = max(stacks, key=lambda stack: len(stack[1]))
     layers = list(_layers(path, blocks))
     final_norm = _final_norm(root, path)
     if final_norm is None:
         raise RunError(
-            f"{type(root).__name__} has layers in {path!r} but no norm after them, so the final state cannot be seen."
+            f"{type(root).__name__} has layers in {path!r} but no norm after them, so the final state cannot "
+            "be seen."
         )
     devices = {str(parameter.device) for parameter in root.parameters()}
     if len(devices) > 1:
         raise RunError(
-            f"{type(root).__name__} is spread over {', '.join(sorted(devices))}: depthscope records models that are on "
-            "one device."
+            f"{type(root).__name__} is spread over {', '.join(sorted(devices))}: depthscope records models "
+            "that are on one device."
         )
     reads = [module for module in root.modules() if _is_read(module)]
     if reads and len(reads) != len(layers) + 1:
         raise RunError(
-            f"{type(root).__name__} has {len(layers)} layers and {len(reads)} depth reads: expected one read per layer "
-            "and the final read."
+            f"{type(root).__name__} has {len(layers)} layers and {len(reads)} depth reads: expected one read "
+            "per layer and the final read."
         )
     return Sites(root, layers, final_norm, reads)
 
@@ -94,7 +97,9 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             if len(getattr(model, "device_ids", None) or []) > 1:
-                raise RunError("DataParallel over several devices cannot be recorded: use DistributedDataParallel.")
+                raise RunError(
+                    "DataParallel over several devices cannot be recorded: use DistributedDataParallel."
+                )
             model = model.module
         else:
             return model

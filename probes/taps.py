@@ -1,8 +1,8 @@
 """Taps: hooks on a model's sites that feed the statistics. They add no node to the autograd graph.
 
-A Python integer, `mode`, says what is looked at. torch.compile guards on it, so a compiled model has one graph for
-each mode (off, vectors, matrices) and recompiles no further. Backward taps are tensor hooks, which the compiler traces
-into the backward graph.
+`mode` says what is looked at. torch.compile guards on what follows from it, so a compiled model has one graph
+for each mode (off, vectors, matrices) and recompiles no further. Backward taps are tensor hooks, which the
+compiler traces into the backward graph.
 """
 
 import time
@@ -19,8 +19,8 @@ OFF, VECTORS, MATRICES = 0, 1, 2
 
 @torch._dynamo.allow_in_graph
 def _tap_gradient_in_graph(x: Tensor, squares: Tensor, count: Tensor, row: int) -> None:
-    # Opaque to dynamo on purpose: where it traces `register_hook` itself, torch 2.13 forgets what the model assigned
-    # to attributes of Python objects, and the compiled model computes something else.
+    # Opaque to dynamo on purpose: where it traces `register_hook` itself, torch 2.13 forgets what the model
+    # assigned to attributes of Python objects, and the compiled model computes something else.
     def tap(gradient: Tensor) -> None:
         add_moments(gradient, squares, count, row)
 
@@ -51,7 +51,9 @@ class Taps:
     """All taps of one model. Set `mode` between steps; `finish` gives a step's metrics, `reset` clears them."""
 
     def __init__(self, sites: Sites):
-        self.mode = OFF
+        self._mode = OFF
+        # Booleans, for the compiler would make a number that changes a symbol, and compile graphs for it.
+        self._looking = self._matrices = False
         self.seen = False  # a training forward has begun since the last optimizer step
         self.seconds = 0.0  # host time inside eager taps
         self._live = False  # inside a training forward that is looked at
@@ -71,6 +73,16 @@ class Taps:
         except BaseException:
             self.detach()
             raise
+
+    @property
+    def mode(self) -> int:
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: int) -> None:
+        self._mode = mode
+        self._looking = mode != OFF
+        self._matrices = mode == MATRICES
 
     def detach(self) -> None:
         """Take every hook off the model."""
@@ -118,7 +130,8 @@ class Taps:
         if sites.reads:
             self._before(sites.reads[0], lambda given: self._tap(given[0], "output", 0))
         else:
-            # What the first layer receives is the embedding: with its position and dropout, where a model has them.
+            # What the first layer receives is the embedding: with its position and dropout, where a model has
+            # them.
             self._before(sites.layers[0].norm, lambda given: self._tap(given, "output", 0))
         for row, site in enumerate(sites.layers):
             self._before(site.norm, lambda given, row=row: self._tap(given, "state", row))
@@ -137,7 +150,7 @@ class Taps:
         training = root.training and torch.is_grad_enabled()
         if training:
             self.seen = True
-        self._live = training and self.mode != OFF
+        self._live = training and self._looking
         self._mean_squares.clear()  # a forward that raised left its own behind
 
     def _end(self, root: nn.Module, args, output) -> None:
@@ -177,17 +190,20 @@ class Taps:
             _tap_gradient_in_graph(x, backward.squares, backward.count, row)
         else:
             x.register_hook(
-                lambda gradient: self._timed(add_moments, gradient.detach(), backward.squares, backward.count, row)
+                lambda gradient: self._timed(
+                    add_moments, gradient.detach(), backward.squares, backward.count, row
+                )
             )
 
     def _read(self, row: int, sources: list[Tensor], weight: Tensor) -> None:
-        if self.mode == MATRICES:
+        if self._matrices:
             self._depth.add(row, weight, [self._mean_square(source) for source in sources])
 
     def _mean_square(self, source: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler removes the repeated computation by itself
             return token_mean_square(source)
-        # A source is read many times in one forward; keeping the tensor beside its result keeps its id from reuse.
+        # A source is read many times in one forward; keeping the tensor beside its result keeps its id from
+        # reuse.
         if id(source) not in self._mean_squares:
             self._mean_squares[id(source)] = source, token_mean_square(source)
         return self._mean_squares[id(source)][1]

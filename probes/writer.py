@@ -1,7 +1,7 @@
 """Write a run from a thread of its own: take rows, seal them into shards, beat the heart, mark the end.
 
-Training hands over a callable that yields rows once the device has them; it never waits here. A full queue drops the
-hand-over and counts it.
+Training hands over a callable that yields rows once the device has them; it never waits here. A full queue
+drops the hand-over and counts it.
 """
 
 import contextlib
@@ -87,7 +87,9 @@ class RunWriter:
                 self._take(fetch)
             now = time.monotonic()
             # A run is looked at most in its first minutes; later, fewer and larger shards.
-            if now - self._sealed >= (SEAL_SECONDS if now - self._started < EARLY_SECONDS else LATE_SEAL_SECONDS):
+            if now - self._sealed >= (
+                SEAL_SECONDS if now - self._started < EARLY_SECONDS else LATE_SEAL_SECONDS
+            ):
                 self._seal(self._complete)
                 self._sealed = now
             if now - self._beaten >= files.HEARTBEAT_SECONDS:
@@ -151,7 +153,9 @@ class RunWriter:
 
 def _create(path: Path, manifest: Manifest) -> None:
     if (path / files.MANIFEST).exists():
-        raise RunError(f"{path} already holds a run: give another path, or delete that folder to record anew.")
+        raise RunError(
+            f"{path} already holds a run: give another path, or delete that folder to record anew."
+        )
     try:
         if path.is_dir() and any(path.iterdir()):
             raise RunError(f"{path} is not empty: give a new folder for the run.")

@@ -12,6 +12,7 @@ torch.set_num_threads(1)
 KINDS = {
     "prenorm": {"residual": "prenorm"},
     "full": {"residual": "full"},
+    "block of 1": {"residual": "block", "layers_per_block": 1},
     "block of 2": {"residual": "block", "layers_per_block": 2},
     "block of 4, ragged": {"residual": "block", "layers_per_block": 4},
     "block of 3": {"residual": "block", "layers_per_block": 3},

@@ -1,7 +1,7 @@
 """Compiled models: the same loss, the same numbers, three graphs.
 
-Dynamo and AOTAutograd are what the taps could upset, so most tests use the `aot_eager` backend, which ends there.
-Inductor is asked once in the normal run.
+Dynamo and AOTAutograd are what the taps could upset, so most tests use the `aot_eager` backend, which ends
+there. Inductor is asked once in the normal run.
 """
 
 import logging
@@ -15,8 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import probes
 from tests.probes.models import batches, decoder, loss_of, sgd, train
 
-THREE = ["prenorm", "full", "block of 3"]
-TINY = {"blocks": 2}
+THREE = ["prenorm", "full", "block of 1"]
+TINY = {"blocks": 1}
 CLOCKS = {"probe_time", "step_time", "wall_time"}
 
 
@@ -157,9 +157,9 @@ def test_gradient_taps_do_not_make_dynamo_forget_assignments(monkeypatch):
         pytest.skip("this torch traces register_hook correctly: _tap_gradient_in_graph may be simplified")
 
 
-@pytest.mark.parametrize("kind", THREE)
-def test_the_compiled_loss_is_right_at_step_zero(kind, tmp_path):
-    """With every graph: taken at step 0 by each of the three modes."""
+def test_the_compiled_loss_is_right_at_step_zero(tmp_path):
+    """With every graph, of the residual whose stream rebinds an attribute: each mode at step 0."""
+    kind = "prenorm"
     (tokens,) = batches(0, [(2, 8)])
     expected = loss_of(decoder(kind, **TINY)(tokens), tokens).item()
     for mode in (0, 1, 2):
@@ -191,7 +191,8 @@ INDUCTOR = [pytest.param(kind, marks=[] if kind == "full" else [pytest.mark.long
 
 @pytest.mark.parametrize("kind", INDUCTOR)
 def test_with_inductor_the_loss_stays_within_a_millionth(kind, tmp_path):
-    schedule = {"every": 2, "matrices_every": 2} if kind == "full" else {"every": 2, "matrices_every": 4}
+    # One graph in the normal run, three in the long one.
+    schedule = {"every": 1, "matrices_every": 1} if kind == "full" else {"every": 2, "matrices_every": 4}
     plain = compiled_losses(kind, "inductor", 20)
     torch._dynamo.reset()
     watched = compiled_losses(kind, "inductor", 20, tmp_path / "run", **schedule)
