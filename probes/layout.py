@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Layer:
-    """Layer `index` (from 1): its kind ("attention", "mlp", ...), transformer block (from 1) and module name."""
+    """Layer `index` (from 1): its kind ("attention", "mlp"), transformer block (from 1) and module name."""
 
     index: int
     kind: str
@@ -55,7 +55,7 @@ class Layout:
 
     @classmethod
     def build(cls, layers: Sequence[Layer], depth_sources: Sequence[int] | None = None) -> "Layout":
-        """Name reads and sources from the number of sources of each read ([L+1]; None: every earlier output)."""
+        """Name reads and sources from the sources of each read ([L+1] counts; None: every earlier output)."""
         counts = list(depth_sources) if depth_sources is not None else list(range(1, len(layers) + 2))
         if len(counts) != len(layers) + 1:
             raise ValueError(f"{len(layers)} layers need {len(layers) + 1} reads, not {len(counts)}")

@@ -1,4 +1,4 @@
-"""The small JSON files of a run: run.json (what it is), heartbeat.json (it lives), end.json (how it ended)."""
+"""The JSON files of a run: run.json (what it is), heartbeat.json (it lives), end.json (how it ended)."""
 
 import json
 import os

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import platform
 import signal
@@ -142,7 +143,7 @@ class Recorder:
             self._taps.mode = MATRICES
 
     def step(self) -> None:
-        """An optimizer step is complete. Called by the optimizer's hook; call it yourself where there is none."""
+        """An optimizer step is complete. The optimizer's hook calls it; call it yourself without one."""
         if self._closed:
             return
         now = time.perf_counter()
@@ -201,15 +202,14 @@ class Recorder:
     def _log_host(self, now: float) -> None:
         """Host-side scalars of a recorded step."""
         scalars = {"step_time": now - self._stepped_at, "wall_time": time.time() - self._manifest.created}
-        scalars["probe_time"] = self._taps.seconds or float(
-            "nan"
-        )  # taps inside a compiled graph are not timed
+        # Taps inside a compiled graph are not timed.
+        scalars["probe_time"] = self._taps.seconds or math.nan
         if self._optimizer is not None:
             scalars["lr"] = self._optimizer.param_groups[0]["lr"]
         self.log(**scalars)
 
     def _put(self, metrics: dict | None = None, counts: dict | None = None) -> None:
-        """Hand this step's `metrics` and all pending scalars to the writer; `counts` say what was observed."""
+        """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed."""
         step, metrics, counts = self._step, metrics or {}, counts or {}
         pending, self._scalars = self._scalars, []
         known = [(name, step, np.float32(v)) for name, step, v in pending if not isinstance(v, torch.Tensor)]
@@ -222,9 +222,8 @@ class Recorder:
             yield from known
             yield from ((name, s, values[name, s, i]) for name, s, i in logged)
             for name in metrics:
-                if (
-                    name not in seen or seen[name].any()
-                ):  # a metric nobody observed is absent, not a row of blanks
+                # A metric nobody observed is absent, not a row of blanks.
+                if name not in seen or seen[name].any():
                     yield name, step, values[name]
             self._check(seen)
 
@@ -322,15 +321,17 @@ def _own_version() -> str:
         return "checkout"
 
 
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _versions(sites: Sites) -> dict:
     parameter = next(sites.root.parameters())
     return {
         "depthscope": _own_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(parameter.device)
-        if parameter.is_cuda
-        else parameter.device.type,
+        "device": _device_name(parameter.device),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in sites.root.parameters()),
     }

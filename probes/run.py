@@ -120,7 +120,7 @@ class Run:
         return name in self._parts
 
     def steps(self, name: str) -> np.ndarray:
-        """Steps at which `name` was recorded, int64 [N], ascending; twice the same where a scalar was logged twice.
+        """Steps at which `name` was recorded, int64 [N], ascending; a scalar logged twice has its step twice.
 
         Raises KeyError for what was not recorded.
         """
@@ -147,7 +147,7 @@ class Run:
         return self._whole[name]
 
     def refresh(self) -> bool:
-        """Read the shards sealed since the last look. True if anything is new. Broken shards go to `problems`."""
+        """Read the shards sealed since the last look. True if any is new. Broken ones go to `problems`."""
         new = False
         folder = self.path / files.RANK_FOLDER
         try:
@@ -177,13 +177,7 @@ class Run:
             if name.endswith(_STEP):
                 continue
             steps = tensors.get(name + _STEP)
-            if (
-                values.ndim == 0
-                or steps is None
-                or steps.ndim != 1
-                or steps.dtype != np.int64
-                or len(steps) != len(values)
-            ):
+            if steps is None or steps.dtype != np.int64 or steps.shape != values.shape[:1] or not values.ndim:
                 raise ShardError(f"has no steps for {name}")
             if values.shape[1:] != row_shape(name, self.layout):
                 raise ShardError(f"holds {name} in shape {list(values.shape)}, which does not fit run.json")
@@ -202,7 +196,7 @@ def row_shape(name: str, layout: Layout) -> tuple[int, ...]:
 
 
 def open_run(path: str | os.PathLike) -> Run:
-    """Open the run recorded at `path`. Raises RunError, one sentence, when there is none or it is unreadable."""
+    """Open the run recorded at `path`. Raises RunError when there is none or it is unreadable."""
     return Run(path)
 
 
@@ -222,7 +216,7 @@ def list_runs(root: str | os.PathLike) -> Iterator[Run]:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """Folders at or below `root` that hold a run.json, sorted; links are not followed, runs are not descended."""
+    """Folders at or below `root` that hold a run.json, sorted. Links are not followed, nor runs entered."""
     found = []
     for folder, below, names in os.walk(root):
         if files.MANIFEST in names:

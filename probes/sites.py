@@ -39,7 +39,7 @@ class Sites:
         return Layout.build([site.layer for site in self.layers], counts)
 
     def layer_parameters(self) -> list[list[nn.Parameter]]:
-        """Parameters of each layer: sublayer, its pre-norm and its depth query; shared ones count once, first."""
+        """Parameters of each layer: sublayer, pre-norm and depth query; shared ones count once, first."""
         reads = self.reads[:-1] or [None] * len(self.layers)
         seen: set[nn.Parameter] = set()
         grouped = []
@@ -52,7 +52,7 @@ class Sites:
 
 
 def find_sites(model: nn.Module) -> Sites:
-    """The sites of `model`. Raises RunError, naming what was looked for, when it has no recognisable layers."""
+    """The sites of `model`. Raises RunError, naming what was looked for, when none are recognised."""
     if not isinstance(model, nn.Module):
         raise RunError(f"A {type(model).__name__} is not a torch.nn.Module: pass the model that is trained.")
     root = unwrap(model)

@@ -1,4 +1,4 @@
-"""The statistics of depth, as sums on the device: update per tensor, add over micro-batches, finish once per step.
+"""The statistics of depth, as sums on the device: update per tensor, add up, finish once per step.
 
 Everything is a running sum, so micro-batches merge by themselves and `finish` of the sum is the statistic of
 the whole. Nothing here reads a number back to the host.

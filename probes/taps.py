@@ -48,7 +48,7 @@ class Hook:
 
 
 class Taps:
-    """All taps of one model. Set `mode` between steps; `finish` gives a step's metrics, `reset` clears them."""
+    """All taps of one model. Set `mode` between steps; `finish` gives a step's metrics, `reset` clears."""
 
     def __init__(self, sites: Sites):
         self._mode = OFF
@@ -136,7 +136,8 @@ class Taps:
         for row, site in enumerate(sites.layers):
             self._before(site.norm, lambda given, row=row: self._tap(given, "state", row))
             self._after(site.sublayer, lambda given, out, row=row: self._tap(_first(out), "output", row + 1))
-        self._before(sites.final_norm, lambda given, row=len(sites.layers): self._tap(given, "state", row))
+        final = len(sites.layers)
+        self._before(sites.final_norm, lambda given: self._tap(given, "state", final))
         for row, read in enumerate(sites.reads):
             self._after(read, lambda given, out, row=row: self._read(row, given, out[1]))
         if "block" in self._forward:
@@ -229,8 +230,8 @@ def _reads_after_blocks(sites: Sites) -> list[nn.Module]:
 
 
 def _block_rows(sites: Sites) -> tuple[str, list[int]] | None:
-    """Where block_rms is found among the other rows: a plain residual's is the next state, Full AttnRes' the output
-    of the last layer. None for Block AttnRes, whose partial sums need taps of their own."""
+    """Where block_rms is found among the other rows: a plain residual's is the next state, Full AttnRes' the
+    output of the last layer. None for Block AttnRes, whose partial sums need taps of their own."""
     last = _last_layers(sites)
     if not sites.reads:
         return "state", last

@@ -39,7 +39,7 @@ class RunWriter:
     """The one writer of a run directory. `put` from the training thread, `close` at the end."""
 
     def __init__(self, path: Path, manifest: Manifest):
-        """Create the directory and write run.json. Raises RunError when a run is there or the disk refuses."""
+        """Create the folder and write run.json. Raises RunError when a run is there or the disk refuses."""
         self.path = path
         self.dropped = 0
         self._manifest = manifest
@@ -56,7 +56,7 @@ class RunWriter:
         self._thread.start()
 
     def put(self, fetch: Fetch, complete: int) -> None:
-        """Hand over rows; steps up to `complete` get no more rows after these. Never blocks: a full queue drops."""
+        """Hand over rows, the last ones of steps up to `complete`. Never blocks: a full queue drops."""
 
         def take() -> Iterable[Row]:
             yield from fetch()
@@ -87,9 +87,8 @@ class RunWriter:
                 self._take(fetch)
             now = time.monotonic()
             # A run is looked at most in its first minutes; later, fewer and larger shards.
-            if now - self._sealed >= (
-                SEAL_SECONDS if now - self._started < EARLY_SECONDS else LATE_SEAL_SECONDS
-            ):
+            early = now - self._started < EARLY_SECONDS
+            if now - self._sealed >= (SEAL_SECONDS if early else LATE_SEAL_SECONDS):
                 self._seal(self._complete)
                 self._sealed = now
             if now - self._beaten >= files.HEARTBEAT_SECONDS:
@@ -120,7 +119,7 @@ class RunWriter:
             self.dropped += _KEPT_ROWS // 2
 
     def _seal(self, complete: int | None) -> None:
-        """Write every open row up to step `complete` (None: all) as one shard; keep the rows if the disk refuses."""
+        """Write the open rows up to step `complete` (None: all) as a shard; keep them if the disk refuses."""
         tensors, kept = {}, {}
         for name, (steps, values) in self._open.items():
             ready = np.array([complete is None or step <= complete for step in steps])

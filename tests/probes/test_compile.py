@@ -130,7 +130,7 @@ class Rebinding(nn.Module):
 
 
 def test_gradient_taps_do_not_make_dynamo_forget_assignments(monkeypatch):
-    """torch 2.13, where dynamo traces `register_hook` itself, forgets `stream.state = …`; the taps must not let it.
+    """torch 2.13, where dynamo traces `register_hook` itself, forgets `stream.state = …`: the taps must not.
 
     The naive hook is tried too, so that the day it works is noticed: then the detour can go.
     """

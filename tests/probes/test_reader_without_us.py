@@ -1,4 +1,4 @@
-"""A reader that knows docs/run-format.md and nothing else agrees with ours: no numpy, no safetensors, no probes."""
+"""A reader from docs/run-format.md alone, without numpy, safetensors or probes, agrees with ours."""
 
 import array
 import json

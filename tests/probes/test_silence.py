@@ -1,4 +1,4 @@
-"""Watching changes nothing: same bits, no read back to the host, no node in the graph, no hook left behind."""
+"""Watching changes nothing: same bits, no host read, no node in the graph, no hook left behind."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Where the layers are, in models that depthscope has never heard of, and that their numbers are autograd's."""
+"""Where the layers are in models depthscope has never heard of, and that their numbers are autograd's."""
 
 import math
 

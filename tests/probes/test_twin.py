@@ -1,4 +1,4 @@
-"""Every recorded number against its twin: the float64 definition and plain autograd on a copy of the model."""
+"""Every recorded number against its twin: the float64 definition and plain autograd on a copy."""
 
 import copy
 import itertools
