@@ -1,9 +1,11 @@
 """Bring a step's numbers from the device to the host without making training wait.
 
-Everything of one step is packed into one flat tensor and copied once: on CUDA into pinned memory on a side stream,
-and the writer thread waits for the copy's event. This file is the only place where probes leave the device.
+Everything of one step is packed into one flat tensor and copied once: on CUDA into pinned memory on a side
+stream, and the writer thread waits for the copy's event. This file is the only place where probes leave the
+device.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -12,26 +14,35 @@ from torch import Tensor
 
 
 def start_copy(values: Mapping[object, Tensor]) -> Callable[[], dict[object, np.ndarray]]:
-    """Pack `values` (float tensors of one device) and start their copy.
+    """Pack `values` (tensors, as a rule all of one device) and start their copy.
 
-    Returns a function for another thread: it waits for the copy and gives the values back as float32 arrays in their
-    shapes.
+    Returns a function for another thread: it waits for the copy and gives the values back as float32 arrays
+    in their shapes.
     """
-    shapes = {key: tuple(value.shape) for key, value in values.items()}
-    if not shapes:
-        return dict
-    flat = torch.cat([value.detach().reshape(-1).float() for value in values.values()])
-    wait = _copy_to_host(flat)
+    groups: dict[torch.device, dict[object, Tensor]] = {}
+    for key, value in values.items():
+        groups.setdefault(value.device, {})[key] = value
+    packs = [(_shapes(group), _copy_to_host(_pack(group))) for group in groups.values()]
 
     def fetch() -> dict[object, np.ndarray]:
-        host, out, start = wait(), {}, 0
-        for key, shape in shapes.items():
-            size = int(np.prod(shape))
-            out[key] = host[start : start + size].reshape(shape)
-            start += size
+        out = {}
+        for shapes, wait in packs:
+            host, start = wait(), 0
+            for key, shape in shapes.items():
+                size = math.prod(shape)
+                out[key] = host[start : start + size].reshape(shape)
+                start += size
         return out
 
     return fetch
+
+
+def _shapes(group: Mapping[object, Tensor]) -> dict[object, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in group.items()}
+
+
+def _pack(group: Mapping[object, Tensor]) -> Tensor:
+    return torch.cat([value.detach().reshape(-1).float() for value in group.values()])
 
 
 def _copy_to_host(flat: Tensor) -> Callable[[], np.ndarray]:

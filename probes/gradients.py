@@ -1,7 +1,7 @@
 """Parameter norms and gradient norms by layer, measured when a backward pass ends.
 
-That moment is after accumulation and before any clipping, in eager and in compiled training alike. With several
-micro-batches each backward measures again and the last one, the accumulated gradient, stands.
+That moment is after accumulation and before any clipping, in eager and in compiled training alike. With
+several micro-batches each backward measures again and the last one, the accumulated gradient, stands.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ class GradientNorms:
 
     def __init__(self, sites: Sites, wanted: Callable[[], bool]):
         self._wanted = wanted
-        self._queued = False
+        self._queued_in = -1  # the backward pass at whose end `_measure` is due
         self._reads = sites.reads
         layers = sites.layer_parameters()
         inside = {p for group in layers for p in group}
@@ -32,7 +32,8 @@ class GradientNorms:
         self._norm_squares: Tensor | None = None
         self._query_norm: Tensor | None = None
         self._handles = [
-            # One parameter per group is enough to notice a backward pass; a whole model's worth of hooks is not needed.
+            # One parameter per group is enough to notice a backward pass; a whole model's worth of hooks is
+            # not needed.
             next(p for p in group if p.requires_grad).register_post_accumulate_grad_hook(self._notice)
             for group in self._groups
             if any(p.requires_grad for p in group)
@@ -46,13 +47,14 @@ class GradientNorms:
         self._squares = self._norm_squares = self._query_norm = None
 
     def _notice(self, parameter: nn.Parameter) -> None:
-        if self._wanted() and not self._queued:
-            self._queued = True
+        # By its id, not by a flag: a backward pass that raises never calls back.
+        backward = torch._C._current_graph_task_id()
+        if self._wanted() and backward != self._queued_in:
+            self._queued_in = backward
             torch.autograd.Variable._execution_engine.queue_callback(self._measure)
 
     @torch.no_grad()
     def _measure(self) -> None:
-        self._queued = False
         self._squares = self._by_group([p.grad for p in self._parameters])
         self._norm_squares = self._by_group(self._parameters)
         if self._reads:

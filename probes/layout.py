@@ -1,8 +1,8 @@
 """The layout of a run: which layer, read and source every row and column of a metric stands for.
 
-Numbering (paper: a layer is one sublayer): layers 1..L; source 0 is the token embedding; read row l-1 belongs to
-layer l, the last row is the final read. A read x source triangle is stored packed: row by row, only the sources that
-exist for that read.
+Numbering (paper: a layer is one sublayer): layers 1..L; source 0 is the token embedding; read row l-1 belongs
+to layer l, the last row is the final read. A read x source triangle is stored packed: row by row, only the
+sources that exist for that read.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Layer:
-    """Layer `index` (from 1): its kind ("attention", "mlp", ...), transformer block (from 1) and module name."""
+    """Layer `index` (from 1): its kind ("attention", "mlp"), transformer block (from 1) and module name."""
 
     index: int
     kind: str
@@ -55,12 +55,13 @@ class Layout:
 
     @classmethod
     def build(cls, layers: Sequence[Layer], depth_sources: Sequence[int] | None = None) -> "Layout":
-        """Name reads and sources from the number of sources of each read ([L+1]; None: every earlier output)."""
+        """Name reads and sources from the sources of each read ([L+1] counts; None: every earlier output)."""
         counts = list(depth_sources) if depth_sources is not None else list(range(1, len(layers) + 2))
         if len(counts) != len(layers) + 1:
             raise ValueError(f"{len(layers)} layers need {len(layers) + 1} reads, not {len(counts)}")
         reads = [
-            Read(layer.label, layer.kind, layer.index, n) for layer, n in zip(layers, counts[:-1], strict=True)
+            Read(layer.label, layer.kind, layer.index, n)
+            for layer, n in zip(layers, counts[:-1], strict=True)
         ]
         reads.append(Read("final read", "final", None, counts[-1]))
         return cls(list(layers), reads, _sources(layers, counts))
@@ -112,19 +113,31 @@ class Layout:
 
     @classmethod
     def from_json(cls, data: dict) -> "Layout":
-        return cls(
+        layout = cls(
             [Layer(**row) for row in data["layers"]],
             [Read(**row) for row in data["reads"]],
             [Source(**row) for row in data["sources"]],
         )
+        layout._check()
+        return layout
+
+    def _check(self) -> None:
+        """ValueError where rows and columns do not fit together."""
+        numbers = [n for layer in self.layers for n in (layer.index, layer.block)]
+        if not all(isinstance(n, int) and n >= 1 for n in numbers):
+            raise ValueError("layers and blocks are counted from 1")
+        if len(self.reads) != len(self.layers) + 1:
+            raise ValueError(f"{len(self.layers)} layers and {len(self.reads)} reads")
+        if not all(isinstance(r.sources, int) and 1 <= r.sources <= len(self.sources) for r in self.reads):
+            raise ValueError(f"a read of more than {len(self.sources)} sources or of none")
 
 
 def _sources(layers: Sequence[Layer], counts: Sequence[int]) -> list[Source]:
     embedding = Source("embedding", "embedding", 0, 0)
     if counts[-1] == len(layers) + 1:
         return [embedding, *(Source(layer.label, layer.kind, layer.index, layer.index) for layer in layers)]
-    # Block AttnRes: a column appears with the first read that sees the first output of a new depth block, so the
-    # read of layer l that first counts n+1 sources says that depth block n begins with layer l-1.
+    # Block AttnRes: a column appears with the first read that sees the first output of a new depth block, so
+    # the read of layer l that first counts n+1 sources says that depth block n begins with layer l-1.
     firsts, most = [], 1
     for position, count in enumerate(counts):
         if count > most:
@@ -135,7 +148,12 @@ def _sources(layers: Sequence[Layer], counts: Sequence[int]) -> list[Source]:
     return [
         embedding,
         *(
-            Source(f"depth block {n} (layers {a}–{b})" if b > a else f"depth block {n} (layer {a})", "depth block", a, b)
+            Source(
+                f"depth block {n} (layers {a}–{b})" if b > a else f"depth block {n} (layer {a})",
+                "depth block",
+                a,
+                b,
+            )
             for n, (a, b) in enumerate(spans, 1)
         ),
     ]

@@ -1,9 +1,10 @@
-"""The small JSON files of a run: run.json (what it is), heartbeat.json (it lives), end.json (how it ended)."""
+"""The JSON files of a run: run.json (what it is), heartbeat.json (it lives), end.json (how it ended)."""
 
 import json
 import os
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from probes.layout import Layout
@@ -56,16 +57,20 @@ class Manifest:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RunError(
-                f"There is no run at {folder}: it has no {MANIFEST}. Give the folder that probes.record wrote to."
+                f"There is no run at {folder}: it has no {MANIFEST}. Give the folder that probes.record "
+                "wrote to."
             ) from None
         except (OSError, ValueError) as error:
-            raise RunError(f"The run at {folder} cannot be opened: its {MANIFEST} is unreadable ({error}).") from error
+            raise RunError(
+                f"The run at {folder} cannot be opened: its {MANIFEST} is unreadable ({error})."
+            ) from error
         try:
             if data["format"] > FORMAT_VERSION:
                 raise RunError(
                     f"The run at {folder} has format {data['format']}, newer than this depthscope reads "
                     f"({FORMAT_VERSION}): upgrade depthscope to open it."
                 )
+            datetime.fromtimestamp(data["created"], UTC)
             return cls(
                 Layout.from_json(data["layout"]),
                 float(data["created"]),
@@ -76,9 +81,10 @@ class Manifest:
                 dict(data.get("versions") or {}),
                 int(data["format"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
             raise RunError(
-                f"The run at {folder} cannot be opened: its {MANIFEST} is not a depthscope manifest ({error!r})."
+                f"The run at {folder} cannot be opened: its {MANIFEST} is not a depthscope manifest "
+                f"({error!r})."
             ) from error
 
 

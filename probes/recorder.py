@@ -6,8 +6,11 @@ The recorder owns the taps, knows the step, and hands each recorded step to the 
 """
 
 import atexit
+import contextlib
 import dataclasses
 import json
+import logging
+import math
 import os
 import platform
 import signal
@@ -26,11 +29,17 @@ from probes.gradients import GradientNorms
 from probes.manifest import Manifest, RunError
 from probes.sites import Sites, find_sites
 from probes.taps import MATRICES, OFF, VECTORS, Taps
+from probes.vocabulary import metric
 from probes.writer import RunWriter
+
+log = logging.getLogger("depthscope")
 
 # Logged scalars of unrecorded steps wait for company before they cross to the host.
 _PENDING_SCALARS = 64
 _PENDING_SECONDS = 1.0
+
+
+_BEFORE = "Call probes.record before a compiled model first runs, and train the very module that was passed."
 
 
 def record(
@@ -45,9 +54,12 @@ def record(
 ) -> "Recorder":
     """Attach probes to `model` and record its training at `path`, a new folder.
 
-    Call it before the first forward, also before torch.compile has run. Step s is the number of optimizer steps
-    completed; vectors are recorded when s % every == 0, matrices when s % matrices_every == 0. Without an `optimizer`
-    call `recorder.step()` after each update. `config` (JSON values) is stored beside the model's own configuration.
+    Call it before the first forward, also before torch.compile has run. Step s is the number of optimizer
+    steps completed; vectors are recorded when s % every == 0, matrices when s % matrices_every == 0. Without
+    an `optimizer` call `recorder.step()` after each update. `config` (JSON values) is stored beside the
+    model's own configuration.
+
+    Gradients are recorded as autograd gives them: a loss scaled by a GradScaler gives scaled ones.
 
     Raises RunError: a run or other files at `path`, a model without recognisable layers, a bad interval.
     """
@@ -56,12 +68,19 @@ def record(
             raise RunError(f"{name} is {interval!r}: give a whole number of steps, 1 or more.")
     sites = find_sites(model)
     created = time.time()
-    described = _model_config(sites.root) | dict(config or {})
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise RunError(
+            f"A {type(optimizer).__name__} is not a torch.optim.Optimizer: leave `optimizer` out and call "
+            "recorder.step() after each update."
+        )
     try:
-        described = json.loads(json.dumps(described))
+        described = _model_config(sites.root) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise RunError(f"config must hold plain JSON values (text, numbers, lists, dicts): {error}.") from error
-    manifest = Manifest(sites.layout, created, every, matrices_every, described, tuple(tags), _versions(sites))
+        raise RunError(
+            f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
+        ) from error
+    tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
+    manifest = Manifest(sites.layout, created, every, matrices_every, described, tags, _versions(sites))
     return Recorder(sites, RunWriter(Path(path), manifest), manifest, optimizer)
 
 
@@ -79,13 +98,18 @@ class Recorder:
         self._step = 0
         self._asked = False
         self._closed = False
+        self._checked = False
+        self._owed = False  # the writer waits to hear that the recorded step is complete
         self._process = os.getpid()
         self._scalars: list[tuple[str, int, object]] = []
         self._put_at = self._stepped_at = time.perf_counter()
+        self._model_name = type(sites.root).__name__
         self._taps = Taps(sites)
         self._gradients = GradientNorms(sites, lambda: self._taps.mode != OFF)
         self._taps.mode = self._mode(0)
-        self._hooks = [optimizer.register_step_post_hook(lambda *_: self.step())] if optimizer is not None else []
+        self._hooks = (
+            [optimizer.register_step_post_hook(lambda *_: self.step())] if optimizer is not None else []
+        )
         atexit.register(self._at_exit)
         self._old_sigterm = self._catch_sigterm()
 
@@ -93,36 +117,48 @@ class Recorder:
 
     def log(self, **scalars) -> None:
         """Record scalars (numbers or one-element tensors) for the latest training forward. Never waits."""
+        if self._closed:
+            return
         step = self._step if self._taps.seen else max(self._step - 1, 0)
         for name, value in scalars.items():
+            _check_name(name)
             if isinstance(value, torch.Tensor):
                 if value.numel() != 1:
-                    raise ValueError(f"log({name}=…) takes a single number, not a tensor of {value.numel()} values")
+                    raise ValueError(
+                        f"log({name}=…) takes a single number, not a tensor of {value.numel()} values."
+                    )
                 # A copy: the tensor's memory may be reused before it is fetched.
                 value = value.detach().reshape(()).clone()
             else:
-                value = float(value)
+                value = _number(name, value)
             self._scalars.append((name, step, value))
 
     def now(self) -> None:
         """Record the next training step with matrices, whatever the schedule says."""
-        self._asked = True
-        if not self._taps.seen:
+        if self._closed:
+            return
+        if self._taps.seen:
+            self._asked = True
+        else:
             self._taps.mode = MATRICES
 
     def step(self) -> None:
-        """An optimizer step is complete. Called by the optimizer's hook; call it yourself where there is none."""
+        """An optimizer step is complete. The optimizer's hook calls it; call it yourself without one."""
         if self._closed:
             return
         now = time.perf_counter()
-        if self._taps.mode != OFF:
+        if self._taps.mode != OFF and self._taps.seen:
             self._log_host(now)
-            values = {(name, self._step): value for name, value in self._measured().items()}
-            self._put(values)
+            self._put(self._taps.finish() | self._gradients.finish(), self._taps.counts())
+            self._owed = True
+        elif self._owed or self._due(now):
+            self._put()
+            self._owed = False
+        if self._taps.mode != OFF:
+            if not self._taps.seen:
+                self._say_unseen()
             self._taps.reset()
             self._gradients.reset()
-        elif len(self._scalars) >= _PENDING_SCALARS or (self._scalars and now - self._put_at > _PENDING_SECONDS):
-            self._put({})
         self._step += 1
         self._stepped_at = now
         self._taps.seen = False
@@ -139,14 +175,14 @@ class Recorder:
             hook.remove()
         atexit.unregister(self._at_exit)
         self._release_sigterm()
-        self._put({})
+        self._put()
         self._writer.close(status, reason)
 
     def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if error is None:
+        if error is None or (isinstance(error, SystemExit) and not error.code):
             self.close()
         else:
             self.close("stopped", _describe(error))
@@ -159,37 +195,67 @@ class Recorder:
             return MATRICES
         return VECTORS if step % self._manifest.every == 0 else OFF
 
-    def _measured(self) -> dict[str, torch.Tensor]:
-        if not self._taps.seen:  # an optimizer step without a training forward saw nothing
-            return {}
-        return self._taps.finish() | self._gradients.finish()
+    def _due(self, now: float) -> bool:
+        many = len(self._scalars) >= _PENDING_SCALARS
+        return many or bool(self._scalars and now - self._put_at > _PENDING_SECONDS)
 
     def _log_host(self, now: float) -> None:
         """Host-side scalars of a recorded step."""
         scalars = {"step_time": now - self._stepped_at, "wall_time": time.time() - self._manifest.created}
-        scalars["probe_time"] = self._taps.seconds or float("nan")  # taps inside a compiled graph are not timed
+        # Taps inside a compiled graph are not timed.
+        scalars["probe_time"] = self._taps.seconds or math.nan
         if self._optimizer is not None:
             scalars["lr"] = self._optimizer.param_groups[0]["lr"]
         self.log(**scalars)
 
-    def _put(self, values: dict) -> None:
-        """Hand `values` and all pending scalars to the writer."""
+    def _put(self, metrics: dict | None = None, counts: dict | None = None) -> None:
+        """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed."""
+        step, metrics, counts = self._step, metrics or {}, counts or {}
         pending, self._scalars = self._scalars, []
         known = [(name, step, np.float32(v)) for name, step, v in pending if not isinstance(v, torch.Tensor)]
-        for position, (name, step, value) in enumerate(pending):
-            if isinstance(value, torch.Tensor):
-                values[name, step, position] = value
-        fetch = start_copy(values)
+        logged = {(name, s, i): v for i, (name, s, v) in enumerate(pending) if isinstance(v, torch.Tensor)}
+        fetch = start_copy(logged | metrics | {("count", name): count for name, count in counts.items()})
 
         def rows():
+            values = fetch()
+            seen = {name: values["count", name] for name in counts}
             yield from known
-            for (name, step, *_), value in fetch().items():
-                if not np.isnan(value).all():  # a metric nobody observed is absent, not a row of blanks
-                    yield name, step, value
+            yield from ((name, s, values[name, s, i]) for name, s, i in logged)
+            for name in metrics:
+                # A metric nobody observed is absent, not a row of blanks.
+                if name not in seen or seen[name].any():
+                    yield name, step, values[name]
+            self._check(seen)
 
         # Rows of this very step may still be logged until the next forward.
         self._writer.put(rows, complete=self._step - 1)
         self._put_at = time.perf_counter()
+
+    # The first recorded step is checked: a tap that never fires would leave a blank nobody notices.
+
+    def _check(self, seen: dict[str, np.ndarray]) -> None:
+        """Say once which rows were not observed; runs in the writer's thread."""
+        if self._checked or not seen:
+            return
+        self._checked = True
+        layout = self._manifest.layout
+        labels = {"hidden_rms": layout.states, "output_rms": layout.outputs}
+        blank = {
+            name: [label for label, n in zip(rows, seen[name], strict=True) if not n]
+            for name, rows in labels.items()
+        }
+        if any(blank.values()):
+            rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
+            log.warning("depthscope saw nothing of %s. These rows stay blank. %s", rows, _BEFORE)
+
+    def _say_unseen(self) -> None:
+        if not self._checked:
+            self._checked = True
+            log.warning(
+                "depthscope saw no forward of %s in training mode before the first optimizer step. %s",
+                self._model_name,
+                _BEFORE,
+            )
 
     # The end
 
@@ -216,7 +282,20 @@ class Recorder:
 
     def _release_sigterm(self) -> None:
         if self._old_sigterm is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
-            signal.signal(signal.SIGTERM, self._old_sigterm)
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(signal.SIGTERM, self._old_sigterm)
+
+
+def _check_name(name: str) -> None:
+    if metric(name).axes or name.endswith(".step") or name.startswith("__"):
+        raise ValueError(f"log({name}=…): this name is kept for depthscope's own; choose another.")
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"log({name}=…) takes a number, not {value!r}.") from None
 
 
 def _describe(error: BaseException) -> str:
@@ -224,11 +303,15 @@ def _describe(error: BaseException) -> str:
 
 
 def _model_config(root: nn.Module) -> dict:
-    """The model's own configuration, where it carries one."""
+    """The model's own configuration, where it carries one; what JSON has no value for is written as text."""
     config = getattr(root, "config", None)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return dataclasses.asdict(config)
-    return dict(config.to_dict()) if hasattr(config, "to_dict") else {}
+        config = dataclasses.asdict(config)
+    elif hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, dict):
+        return {}
+    return json.loads(json.dumps(config, default=str, skipkeys=True), parse_constant=str)
 
 
 def _own_version() -> str:
@@ -238,13 +321,17 @@ def _own_version() -> str:
         return "checkout"
 
 
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _versions(sites: Sites) -> dict:
     parameter = next(sites.root.parameters())
     return {
         "depthscope": _own_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else parameter.device.type,
+        "device": _device_name(parameter.device),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in sites.root.parameters()),
     }

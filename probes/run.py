@@ -1,5 +1,6 @@
 """Open a run and read it: metrics as numpy arrays, while it grows or long after. Needs no torch."""
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ _STEP = ".step"
 class Run:
     """One recorded run. Everything read is kept; `refresh()` picks up what was sealed since.
 
-    `run.metrics` names what was recorded, `run.steps(name)` is int64 [N], `run[name]` float32 [N, ...] in the shapes
-    of the vocabulary (read x source triangles unpacked, NaN where a source does not exist yet).
+    `problems` holds a sentence for each shard that could not be read.
+
+    `run.metrics` names what was recorded, `run.steps(name)` is int64 [N], `run[name]` float32 [N, ...] in the
+    shapes of the vocabulary (read x source triangles unpacked, NaN where a source does not exist yet).
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -87,7 +90,8 @@ class Run:
         """Time of the end marker, else of the last heartbeat, else of creation."""
         for name in (files.END, files.HEARTBEAT):
             moment = (files.read_json(self.path / name) or {}).get("time")
-            if isinstance(moment, int | float):
+            # A damaged file may hold anything.
+            with contextlib.suppress(TypeError, ValueError, OverflowError, OSError):
                 return datetime.fromtimestamp(moment, UTC)
         return self.created
 
@@ -116,7 +120,10 @@ class Run:
         return name in self._parts
 
     def steps(self, name: str) -> np.ndarray:
-        """Steps at which `name` was recorded, int64 [N], ascending. Raises KeyError for what was not recorded."""
+        """Steps at which `name` was recorded, int64 [N], ascending; a scalar logged twice has its step twice.
+
+        Raises KeyError for what was not recorded.
+        """
         return self._series(name)[0]
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -140,7 +147,7 @@ class Run:
         return self._whole[name]
 
     def refresh(self) -> bool:
-        """Read the shards sealed since the last look. True if anything is new. Broken shards go to `problems`."""
+        """Read the shards sealed since the last look. True if any is new. Broken ones go to `problems`."""
         new = False
         folder = self.path / files.RANK_FOLDER
         try:
@@ -170,7 +177,7 @@ class Run:
             if name.endswith(_STEP):
                 continue
             steps = tensors.get(name + _STEP)
-            if steps is None or steps.ndim != 1 or steps.dtype != np.int64 or len(steps) != len(values):
+            if steps is None or steps.dtype != np.int64 or steps.shape != values.shape[:1] or not values.ndim:
                 raise ShardError(f"has no steps for {name}")
             if values.shape[1:] != row_shape(name, self.layout):
                 raise ShardError(f"holds {name} in shape {list(values.shape)}, which does not fit run.json")
@@ -189,7 +196,7 @@ def row_shape(name: str, layout: Layout) -> tuple[int, ...]:
 
 
 def open_run(path: str | os.PathLike) -> Run:
-    """Open the run recorded at `path`. Raises RunError, one sentence, when there is none or it is unreadable."""
+    """Open the run recorded at `path`. Raises RunError when there is none or it is unreadable."""
     return Run(path)
 
 
@@ -209,7 +216,7 @@ def list_runs(root: str | os.PathLike) -> Iterator[Run]:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """Folders at or below `root` that hold a run.json, sorted; links are not followed, runs are not descended."""
+    """Folders at or below `root` that hold a run.json, sorted. Links are not followed, nor runs entered."""
     found = []
     for folder, below, names in os.walk(root):
         if files.MANIFEST in names:

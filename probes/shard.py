@@ -1,7 +1,7 @@
 """Write one shard, read one shard: a sealed safetensors file that is complete or not there at all.
 
-A shard holds `<metric>` [n, ...] and `<metric>.step` int64 [n] for each metric. safetensors checks lengths but not
-content, so the metadata carries a CRC-32 over names, shapes and bytes.
+A shard holds `<metric>` [n, ...] and `<metric>.step` int64 [n] for each metric. safetensors checks lengths
+but not content, so the metadata carries a CRC-32 over names, shapes and bytes.
 """
 
 import os
@@ -33,7 +33,7 @@ def shard_steps(name: str) -> tuple[int, int] | None:
 
 
 def write_shard(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> int:
-    """Seal `tensors` at `path`: temporary file, fsync, rename, fsync of the folder. Returns the size in bytes.
+    """Seal `tensors` at `path`: temporary file, fsync, rename, fsync of the folder. Returns its size.
 
     Raises OSError when the disk refuses, FileExistsError when the shard is there already (a shard is never
     rewritten).
@@ -75,10 +75,10 @@ def read_shard(path: Path) -> dict[str, np.ndarray]:
 
 
 def checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    """CRC-32, eight hex digits, over the metadata (without crc32) and over every tensor, both in order of name.
+    """CRC-32, eight hex digits, over the metadata (without crc32) and every tensor, both in order of name.
 
-    Each metadata entry contributes `key=value\\n`; each tensor `name dtype shape\\n` (dtype as numpy's `float32`,
-    shape as `3x4`) and then its bytes, little-endian, row-major.
+    Each metadata entry contributes `key=value\\n`; each tensor `name dtype shape\\n` (dtype as numpy's
+    `float32`, shape as `3x4`) and then its bytes, little-endian, row-major.
     """
     crc = 0
     for key in sorted(metadata):

@@ -1,13 +1,15 @@
 """Find where a model's layers are, from its modules alone: no class or package is known by name.
 
-A transformer stack is a list of alike blocks, each of which holds as many norms as sublayers; the k-th norm feeds the
-k-th sublayer. Depth reads are modules that say how many sources they attend over (docs/architecture.md).
+A transformer stack is a list of alike blocks, each of which holds as many norms as sublayers; the k-th norm
+feeds the k-th sublayer. Depth reads are modules that say how many sources they attend over
+(docs/architecture.md).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from probes.layout import Layer, Layout
 from probes.manifest import RunError
@@ -37,7 +39,7 @@ class Sites:
         return Layout.build([site.layer for site in self.layers], counts)
 
     def layer_parameters(self) -> list[list[nn.Parameter]]:
-        """Parameters of each layer: sublayer, its pre-norm and its depth query; shared ones count once, first."""
+        """Parameters of each layer: sublayer, pre-norm and depth query; shared ones count once, first."""
         reads = self.reads[:-1] or [None] * len(self.layers)
         seen: set[nn.Parameter] = set()
         grouped = []
@@ -50,7 +52,9 @@ class Sites:
 
 
 def find_sites(model: nn.Module) -> Sites:
-    """The sites of `model`. Raises RunError, naming what was looked for, when it has no recognisable layers."""
+    """The sites of `model`. Raises RunError, naming what was looked for, when none are recognised."""
+    if not isinstance(model, nn.Module):
+        raise RunError(f"A {type(model).__name__} is not a torch.nn.Module: pass the model that is trained.")
     root = unwrap(model)
     stacks = [
         (path, blocks)
@@ -59,21 +63,29 @@ def find_sites(model: nn.Module) -> Sites:
     ]
     if not stacks:
         raise RunError(
-            f"No transformer layers were found in {type(root).__name__}: depthscope looks for a ModuleList of blocks "
-            "that each hold a norm and a sublayer (attention or MLP) per layer. Pass the module that holds the stack."
+            f"No transformer layers were found in {type(root).__name__}: depthscope looks for a ModuleList "
+            "of blocks that each hold a norm and a sublayer (attention or MLP) per layer. Pass the module "
+            "that holds the stack."
         )
     path, blocks = max(stacks, key=lambda stack: len(stack[1]))
     layers = list(_layers(path, blocks))
     final_norm = _final_norm(root, path)
     if final_norm is None:
         raise RunError(
-            f"{type(root).__name__} has layers in {path!r} but no norm after them, so the final state cannot be seen."
+            f"{type(root).__name__} has layers in {path!r} but no norm after them, so the final state cannot "
+            "be seen."
         )
-    reads = [module for module in root.modules() if isinstance(getattr(module, "depth_sources", None), int)]
+    devices = {str(parameter.device) for parameter in root.parameters()}
+    if len(devices) > 1:
+        raise RunError(
+            f"{type(root).__name__} is spread over {', '.join(sorted(devices))}: depthscope records models "
+            "that are on one device."
+        )
+    reads = [module for module in root.modules() if _is_read(module)]
     if reads and len(reads) != len(layers) + 1:
         raise RunError(
-            f"{type(root).__name__} has {len(layers)} layers and {len(reads)} depth reads: expected one read per layer "
-            "and the final read."
+            f"{type(root).__name__} has {len(layers)} layers and {len(reads)} depth reads: expected one read "
+            "per layer and the final read."
         )
     return Sites(root, layers, final_norm, reads)
 
@@ -81,10 +93,16 @@ def find_sites(model: nn.Module) -> Sites:
 def unwrap(model: nn.Module) -> nn.Module:
     """The module the user wrote, from under torch.compile and data parallelism."""
     while True:
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module) or len(list(model.children())) != 1:
+        if isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            if len(getattr(model, "device_ids", None) or []) > 1:
+                raise RunError(
+                    "DataParallel over several devices cannot be recorded: use DistributedDataParallel."
+                )
+            model = model.module
+        else:
             return model
-        model = inner
 
 
 def _is_stack(blocks: nn.Module) -> bool:
@@ -94,7 +112,11 @@ def _is_stack(blocks: nn.Module) -> bool:
 
 def _pairs(block: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """(norm, name of sublayer, sublayer) of each layer in a block; empty when they do not pair up."""
-    children = [(name, child) for name, child in block.named_children() if _has_parameters(child) or _is_norm(child)]
+    children = [
+        (name, child)
+        for name, child in block.named_children()
+        if (_has_parameters(child) or _is_norm(child)) and not _is_read(child)
+    ]
     norms = [child for _, child in children if _is_norm(child)]
     sublayers = [(name, child) for name, child in children if not _is_norm(child)]
     if not norms or len(norms) != len(sublayers):
@@ -128,7 +150,13 @@ def _final_norm(root: nn.Module, path: str) -> nn.Module | None:
     return None
 
 
+def _is_read(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "depth_sources", None), int)
+
+
 def _is_norm(module: nn.Module) -> bool:
+    if _is_read(module):
+        return False
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return True
     # A norm somebody wrote: a leaf whose only parameters are one gain and perhaps one bias, both vectors.

@@ -1,7 +1,7 @@
-"""The statistics of depth, as sums on the device: update per tensor, add over micro-batches, finish once per step.
+"""The statistics of depth, as sums on the device: update per tensor, add up, finish once per step.
 
-Everything is a running sum, so micro-batches merge by themselves and `finish` of the sum is the statistic of the
-whole. Nothing here reads a number back to the host.
+Everything is a running sum, so micro-batches merge by themselves and `finish` of the sum is the statistic of
+the whole. Nothing here reads a number back to the host.
 """
 
 import torch
@@ -31,6 +31,15 @@ def add_moments(x: Tensor, squares: Tensor, count: Tensor, row: int) -> None:
     count[row].add_(x.numel())
 
 
+DEPTH_METRICS = (
+    "depth_weight",
+    "depth_weight_std",
+    "contribution_rms",
+    "depth_entropy",
+    "depth_entropy_of_mean",
+)
+
+
 class DepthSums:
     """Sums over tokens of the depth weights of every read: mean, spread, entropy and contribution.
 
@@ -47,7 +56,8 @@ class DepthSums:
         self.tokens = torch.zeros(len(sources), dtype=torch.int64, device=device)
         self._sources = torch.tensor(sources, device=device, dtype=torch.float32)
         exists = torch.arange(shape[1]) < torch.tensor(sources)[:, None]
-        # Flat positions of the cells that exist, computed on the host so that packing needs no device-side count.
+        # Flat positions of the cells that exist, computed on the host so that packing needs no device-side
+        # count.
         self._cells = exists.flatten().nonzero().flatten().to(device)
 
     def reset(self) -> None:

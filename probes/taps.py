@@ -1,8 +1,8 @@
 """Taps: hooks on a model's sites that feed the statistics. They add no node to the autograd graph.
 
-A Python integer, `mode`, says what is looked at. torch.compile guards on it, so a compiled model has one graph for
-each mode (off, vectors, matrices) and recompiles no further. Backward taps are tensor hooks, which the compiler traces
-into the backward graph.
+`mode` says what is looked at. torch.compile guards on what follows from it, so a compiled model has one graph
+for each mode (off, vectors, matrices) and recompiles no further. Backward taps are tensor hooks, which the
+compiler traces into the backward graph.
 """
 
 import time
@@ -12,29 +12,51 @@ import torch
 from torch import Tensor, nn
 
 from probes.sites import Sites
-from probes.statistics import DepthSums, Moments, add_moments, token_mean_square
+from probes.statistics import DEPTH_METRICS, DepthSums, Moments, add_moments, token_mean_square
 
 OFF, VECTORS, MATRICES = 0, 1, 2
 
 
 @torch._dynamo.allow_in_graph
 def _tap_gradient_in_graph(x: Tensor, squares: Tensor, count: Tensor, row: int) -> None:
-    # Opaque to dynamo on purpose: where it traces `register_hook` itself, torch 2.13 forgets what the model assigned
-    # to attributes of Python objects, and the compiled model computes something else.
+    # Opaque to dynamo on purpose: where it traces `register_hook` itself, torch 2.13 forgets what the model
+    # assigned to attributes of Python objects, and the compiled model computes something else.
     def tap(gradient: Tensor) -> None:
         add_moments(gradient, squares, count, row)
 
     x.register_hook(tap)
 
 
+class Hook:
+    """A hook on a module of the recorded model. In a copy or a pickle of that model it does nothing.
+
+    A closure would not do: copies would be recorded too, and pickling fails.
+    """
+
+    def __init__(self, action: Callable | None = None):
+        self._action = action
+
+    def __call__(self, *values) -> None:
+        if self._action is not None:
+            self._action(*values)
+
+    def __deepcopy__(self, memo: dict) -> "Hook":
+        return Hook()
+
+    def __reduce__(self) -> tuple:
+        return Hook, ()
+
+
 class Taps:
-    """All taps of one model. Set `mode` between steps; `finish` gives a step's metrics, `reset` clears them."""
+    """All taps of one model. Set `mode` between steps; `finish` gives a step's metrics, `reset` clears."""
 
     def __init__(self, sites: Sites):
-        self.mode = OFF
+        self._mode = OFF
+        # Booleans, for the compiler would make a number that changes a symbol, and compile graphs for it.
+        self._looking = self._matrices = False
         self.seen = False  # a training forward has begun since the last optimizer step
         self.seconds = 0.0  # host time inside eager taps
-        self._live = False
+        self._live = False  # inside a training forward that is looked at
         self._sites = sites
         self._block_rows = _block_rows(sites)
         device = next(sites.root.parameters()).device
@@ -51,6 +73,16 @@ class Taps:
         except BaseException:
             self.detach()
             raise
+
+    @property
+    def mode(self) -> int:
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: int) -> None:
+        self._mode = mode
+        self._looking = mode != OFF
+        self._matrices = mode == MATRICES
 
     def detach(self) -> None:
         """Take every hook off the model."""
@@ -80,53 +112,65 @@ class Taps:
             metrics |= self._depth.finish()
         return metrics
 
-    # Hooks are plain functions, not bound methods: copying a model copies bound methods with all they hold.
+    def counts(self) -> dict[str, Tensor]:
+        """How much each row of the metrics of `finish` has seen, by name; zero for a row that saw nothing."""
+        counts = {}
+        for suffix, table in (("rms", self._forward), ("grad_rms", self._backward)):
+            counts[f"hidden_{suffix}"] = table["state"].count
+            counts[f"output_{suffix}"] = table["output"].count
+            place, rows = self._block_rows or ("block", slice(None))
+            counts[f"block_{suffix}"] = table[place].count[rows]
+        if self.mode == MATRICES and self._depth is not None:
+            counts |= dict.fromkeys(DEPTH_METRICS, self._depth.tokens)
+        return counts
 
     def _attach(self) -> None:
         sites = self._sites
-
-        def begin(root: nn.Module, args) -> None:
-            # Validation and generation forwards are not recorded; recomputation in backward finds `_live` off.
-            training = root.training and torch.is_grad_enabled()
-            if training:
-                self.seen = True
-            self._live = training and self.mode != OFF
-
-        def end(root: nn.Module, args, output) -> None:
-            self._live = False
-            self._mean_squares.clear()
-
-        self._handles.append(sites.root.register_forward_pre_hook(begin))
+        self._handles.append(sites.root.register_forward_pre_hook(Hook(self._begin)))
         if sites.reads:
-            self._before(sites.reads[0], lambda args: self._tap(args[0][0], "output", 0))
+            self._before(sites.reads[0], lambda given: self._tap(given[0], "output", 0))
         else:
-            # What the first layer receives is the embedding: with its position and dropout, where a model has them.
-            self._before(sites.layers[0].norm, lambda args: self._tap(args[0], "output", 0))
+            # What the first layer receives is the embedding: with its position and dropout, where a model has
+            # them.
+            self._before(sites.layers[0].norm, lambda given: self._tap(given, "output", 0))
         for row, site in enumerate(sites.layers):
-            self._before(site.norm, lambda args, row=row: self._tap(args[0], "state", row))
-            self._after(site.sublayer, lambda args, out, row=row: self._tap(_first(out), "output", row + 1))
-        self._before(sites.final_norm, lambda args, row=len(sites.layers): self._tap(args[0], "state", row))
+            self._before(site.norm, lambda given, row=row: self._tap(given, "state", row))
+            self._after(site.sublayer, lambda given, out, row=row: self._tap(_first(out), "output", row + 1))
+        final = len(sites.layers)
+        self._before(sites.final_norm, lambda given: self._tap(given, "state", final))
         for row, read in enumerate(sites.reads):
-            self._after(read, lambda args, out, row=row: self._read(row, args[0], out[1]))
+            self._after(read, lambda given, out, row=row: self._read(row, given, out[1]))
         if "block" in self._forward:
             for block, read in enumerate(_reads_after_blocks(sites)):
                 # The newest source of the read after a transformer block is the partial sum the block left.
-                self._before(read, lambda args, block=block: self._tap(args[0][-1], "block", block))
-        self._handles.append(sites.root.register_forward_hook(end))
+                self._before(read, lambda given, block=block: self._tap(given[-1], "block", block))
+        self._handles.append(sites.root.register_forward_hook(Hook(self._end)))
+
+    def _begin(self, root: nn.Module, args) -> None:
+        # Validation and generation forwards are not recorded; recomputation in backward finds `_live` off.
+        training = root.training and torch.is_grad_enabled()
+        if training:
+            self.seen = True
+        self._live = training and self._looking
+        self._mean_squares.clear()  # a forward that raised left its own behind
+
+    def _end(self, root: nn.Module, args, output) -> None:
+        self._live = False
+        self._mean_squares.clear()
 
     def _before(self, module: nn.Module, action: Callable) -> None:
-        def hook(module, args):
+        def hook(module, args, kwargs):
             if self._live:
-                self._timed(action, args)
+                self._timed(action, _given(args, kwargs))
 
-        self._handles.append(module.register_forward_pre_hook(hook))
+        self._handles.append(module.register_forward_pre_hook(Hook(hook), with_kwargs=True))
 
     def _after(self, module: nn.Module, action: Callable) -> None:
-        def hook(module, args, output):
+        def hook(module, args, kwargs, output):
             if self._live:
-                self._timed(action, args, output)
+                self._timed(action, _given(args, kwargs), output)
 
-        self._handles.append(module.register_forward_hook(hook))
+        self._handles.append(module.register_forward_hook(Hook(hook), with_kwargs=True))
 
     def _timed(self, action: Callable, *values) -> None:
         if torch.compiler.is_compiling():
@@ -137,6 +181,8 @@ class Taps:
         self.seconds += time.perf_counter() - started
 
     def _tap(self, x: Tensor, place: str, row: int) -> None:
+        if not isinstance(x, Tensor):  # the recorder says which rows were never seen
+            return
         forward, backward = self._forward[place], self._backward[place]
         add_moments(x.detach(), forward.squares, forward.count, row)
         if not x.requires_grad:
@@ -145,20 +191,28 @@ class Taps:
             _tap_gradient_in_graph(x, backward.squares, backward.count, row)
         else:
             x.register_hook(
-                lambda gradient: self._timed(add_moments, gradient.detach(), backward.squares, backward.count, row)
+                lambda gradient: self._timed(
+                    add_moments, gradient.detach(), backward.squares, backward.count, row
+                )
             )
 
     def _read(self, row: int, sources: list[Tensor], weight: Tensor) -> None:
-        if self.mode == MATRICES:
+        if self._matrices:
             self._depth.add(row, weight, [self._mean_square(source) for source in sources])
 
     def _mean_square(self, source: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler removes the repeated computation by itself
             return token_mean_square(source)
-        # A source is read many times in one forward; keeping the tensor beside its result keeps its id from reuse.
+        # A source is read many times in one forward; keeping the tensor beside its result keeps its id from
+        # reuse.
         if id(source) not in self._mean_squares:
             self._mean_squares[id(source)] = source, token_mean_square(source)
         return self._mean_squares[id(source)][1]
+
+
+def _given(args: tuple, kwargs: dict):
+    """The first argument a module was called with, by position or by name; None without any."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _first(output) -> Tensor:
@@ -176,8 +230,8 @@ def _reads_after_blocks(sites: Sites) -> list[nn.Module]:
 
 
 def _block_rows(sites: Sites) -> tuple[str, list[int]] | None:
-    """Where block_rms is found among the other rows: a plain residual's is the next state, Full AttnRes' the output
-    of the last layer. None for Block AttnRes, whose partial sums need taps of their own."""
+    """Where block_rms is found among the other rows: a plain residual's is the next state, Full AttnRes' the
+    output of the last layer. None for Block AttnRes, whose partial sums need taps of their own."""
     last = _last_layers(sites)
     if not sites.reads:
         return "state", last

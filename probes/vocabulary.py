@@ -1,7 +1,7 @@
 """The words of a run: every metric's name, axes, unit and meaning.
 
-This page crosses the disk: the writer, the reader, the charts and the docs take names from here and nowhere else.
-It imports nothing.
+This page crosses the disk: the writer, the reader, the charts and the docs take names from here and nowhere
+else. It imports nothing.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,8 @@ _ROWS = [
         STATE,
         "Hidden-state RMS",
         "activation units",
-        "RMS over tokens and channels of the state h_l that each layer's pre-norm receives, and of the final state.",
+        "RMS over tokens and channels of the state h_l that each layer's pre-norm receives, and of the final "
+        "state.",
     ),
     Metric(
         "output_rms",
@@ -49,24 +50,24 @@ _ROWS = [
         BLOCK,
         "Transformer-block output RMS",
         "activation units",
-        "RMS of what leaves each transformer block: the cumulative stream of a plain residual, the running partial sum "
-        "of Block AttnRes, the MLP's own output of Full AttnRes (paper, Fig. 5b).",
+        "RMS of what leaves each transformer block: the cumulative stream of a plain residual, the running "
+        "partial sum of Block AttnRes, the MLP's own output of Full AttnRes (paper, Fig. 5b).",
     ),
     Metric(
         "output_grad_rms",
         OUTPUT,
         "Output gradient RMS",
         "loss per activation unit",
-        "RMS of the loss gradient with respect to each source. It means the same in every architecture, so gradient "
-        "claims use it.",
+        "RMS of the loss gradient with respect to each source. It means the same in every architecture, so "
+        "gradient claims use it.",
     ),
     Metric(
         "hidden_grad_rms",
         STATE,
         "State gradient RMS",
         "loss per activation unit",
-        "RMS of the loss gradient with respect to each state. Not comparable between residual types: the state of a "
-        "plain residual carries every later path, an AttnRes state is read once.",
+        "RMS of the loss gradient with respect to each state. Not comparable between residual types: the "
+        "state of a plain residual carries every later path, an AttnRes state is read once.",
     ),
     Metric(
         "block_grad_rms",
@@ -80,8 +81,8 @@ _ROWS = [
         LAYER,
         "Parameter gradient norm",
         "L2",
-        "L2 norm of the gradient over a layer's parameters (sublayer, its pre-norm and its depth query), accumulated "
-        "over micro-batches and before clipping.",
+        "L2 norm of the gradient over a layer's parameters (sublayer, its pre-norm and its depth query), "
+        "accumulated over micro-batches and before clipping.",
     ),
     Metric(
         "param_norm",
@@ -102,7 +103,8 @@ _ROWS = [
         TRIANGLE,
         "Depth weight",
         "share of the read",
-        "Mean over tokens of the softmax weight each read gives to each source (paper, Eq. 2-6). A row sums to one.",
+        "Mean over tokens of the softmax weight each read gives to each source (paper, Eq. 2-6). A row sums "
+        "to one.",
     ),
     Metric(
         "depth_weight_std",
@@ -123,16 +125,16 @@ _ROWS = [
         READ,
         "Depth entropy",
         "share of the maximum",
-        "Mean over tokens of the entropy of a read's weights divided by ln(number of sources): 1 is an even average, "
-        "0 a single source.",
+        "Mean over tokens of the entropy of a read's weights divided by ln(number of sources): 1 is an even "
+        "average, 0 a single source.",
     ),
     Metric(
         "depth_entropy_of_mean",
         READ,
         "Entropy of the mean weights",
         "share of the maximum",
-        "Entropy of a read's token-averaged weights divided by ln(number of sources): all that a published heatmap of "
-        "mean weights can be compared with.",
+        "Entropy of a read's token-averaged weights divided by ln(number of sources): all that a published "
+        "heatmap of mean weights can be compared with.",
     ),
     Metric(
         "query_norm",
@@ -151,7 +153,13 @@ _ROWS = [
         "L2",
         "L2 norm of the gradient over all parameters, accumulated over micro-batches and before clipping.",
     ),
-    Metric("wall_time", SCALAR, "Wall time", "s", "Seconds from the start of the recording to the end of the step."),
+    Metric(
+        "wall_time",
+        SCALAR,
+        "Wall time",
+        "s",
+        "Seconds from the start of the recording to the end of the step.",
+    ),
     Metric("tokens", SCALAR, "Training tokens", "tokens", "Training tokens seen so far, as logged."),
     Metric("step_time", SCALAR, "Step time", "s", "Wall time from one optimizer step to the next."),
     Metric(

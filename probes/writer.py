@@ -1,7 +1,7 @@
 """Write a run from a thread of its own: take rows, seal them into shards, beat the heart, mark the end.
 
-Training hands over a callable that yields rows once the device has them; it never waits here. A full queue drops the
-hand-over and counts it.
+Training hands over a callable that yields rows once the device has them; it never waits here. A full queue
+drops the hand-over and counts it.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,12 @@ log = logging.getLogger("depthscope")
 Row = tuple[str, int, np.ndarray]  # metric, step, value in its stored shape
 Fetch = Callable[[], Iterable[Row]]
 
+SEAL_SECONDS = 2.0
+EARLY_SECONDS = 600.0
+LATE_SEAL_SECONDS = 10.0
+
 _QUEUE = 256
+_PATIENCE = 60.0  # seconds that closing waits for a disk or a device that does not answer
 _KEPT_ROWS = 100_000  # held back at most while the disk refuses
 
 
@@ -33,7 +39,7 @@ class RunWriter:
     """The one writer of a run directory. `put` from the training thread, `close` at the end."""
 
     def __init__(self, path: Path, manifest: Manifest):
-        """Create the directory and write run.json. Raises RunError when a run is there or the disk refuses."""
+        """Create the folder and write run.json. Raises RunError when a run is there or the disk refuses."""
         self.path = path
         self.dropped = 0
         self._manifest = manifest
@@ -42,29 +48,30 @@ class RunWriter:
         self._complete = -1  # rows up to this step can be sealed: nothing more will be logged for it
         self._last_step = -1
         self._warned: set[str] = set()
-        self._queue: queue.Queue[Fetch | None] = queue.Queue(_QUEUE)
+        # A SimpleQueue, because a signal's handler may put while training is putting.
+        self._queue: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
         _create(path, manifest)
         self._started = self._sealed = self._beaten = time.monotonic()
         self._thread = threading.Thread(target=self._work, name=f"depthscope writer {path.name}", daemon=True)
         self._thread.start()
 
     def put(self, fetch: Fetch, complete: int) -> None:
-        """Hand over rows; steps up to `complete` get no more rows after these. Never blocks: a full queue drops."""
+        """Hand over rows, the last ones of steps up to `complete`. Never blocks: a full queue drops."""
 
         def take() -> Iterable[Row]:
             yield from fetch()
             self._complete = max(self._complete, complete)
 
-        try:
-            self._queue.put_nowait(take)
-        except queue.Full:
+        if self._queue.qsize() < _QUEUE:
+            self._queue.put(take)
+        else:
             self.dropped += 1
 
     def close(self, status: str, reason: str = "") -> None:
-        """Seal everything handed over and mark the end. Waits for the thread."""
+        """Seal everything handed over and mark the end. Waits for the thread, but not for ever."""
         if self._thread.is_alive():
             self._queue.put(None)
-            self._thread.join()
+            self._thread.join(_PATIENCE)
         end = {"time": time.time(), "status": status, "reason": reason, "step": self._last_step}
         with self._failing("mark the end of the run"):
             files.write_json(self.path / files.END, {**end, "dropped": self.dropped})
@@ -80,7 +87,8 @@ class RunWriter:
                 self._take(fetch)
             now = time.monotonic()
             # A run is looked at most in its first minutes; later, fewer and larger shards.
-            if now - self._sealed >= (2.0 if now - self._started < 600 else 10.0):
+            early = now - self._started < EARLY_SECONDS
+            if now - self._sealed >= (SEAL_SECONDS if early else LATE_SEAL_SECONDS):
                 self._seal(self._complete)
                 self._sealed = now
             if now - self._beaten >= files.HEARTBEAT_SECONDS:
@@ -111,15 +119,15 @@ class RunWriter:
             self.dropped += _KEPT_ROWS // 2
 
     def _seal(self, complete: int | None) -> None:
-        """Write every open row up to step `complete` (None: all) as one shard; keep the rows if the disk refuses."""
+        """Write the open rows up to step `complete` (None: all) as a shard; keep them if the disk refuses."""
         tensors, kept = {}, {}
         for name, (steps, values) in self._open.items():
-            ready = len(steps) if complete is None else sum(step <= complete for step in steps)
-            if ready:
-                tensors[name] = np.stack(values[:ready])
-                tensors[name + ".step"] = np.asarray(steps[:ready], np.int64)
-            if ready < len(steps):
-                kept[name] = steps[ready:], values[ready:]
+            ready = np.array([complete is None or step <= complete for step in steps])
+            if ready.any():
+                tensors[name] = np.stack(list(compress(values, ready)))
+                tensors[name + ".step"] = np.array(steps, np.int64)[ready]
+            if not ready.all():
+                kept[name] = list(compress(steps, ~ready)), list(compress(values, ~ready))
         if not tensors:
             return
         sealed = np.concatenate([value for name, value in tensors.items() if name.endswith(".step")])
@@ -130,10 +138,10 @@ class RunWriter:
 
     @contextlib.contextmanager
     def _failing(self, what: str):
-        """Disk trouble is said once and never stops training."""
+        """Trouble, as a rule the disk's, is said once and never stops training."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:
             self._warn(what, error)
 
     def _warn(self, what: str, error: Exception) -> None:
@@ -144,7 +152,9 @@ class RunWriter:
 
 def _create(path: Path, manifest: Manifest) -> None:
     if (path / files.MANIFEST).exists():
-        raise RunError(f"{path} already holds a run: give another path, or delete that folder to record anew.")
+        raise RunError(
+            f"{path} already holds a run: give another path, or delete that folder to record anew."
+        )
     try:
         if path.is_dir() and any(path.iterdir()):
             raise RunError(f"{path} is not empty: give a new folder for the run.")
