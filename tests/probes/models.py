@@ -1,10 +1,14 @@
 """Small models to record, and steps to train them with."""
 
+import time
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import probes
 from attnres import Decoder
+from probes import manifest
 from tests.attnres.models import lively_decoder
 
 torch.set_num_threads(1)
@@ -63,3 +67,23 @@ def hooks_on(model: nn.Module) -> int:
         p._backward_hooks for p in model.parameters()
     ]
     return modules + sum(len(hooks or ()) for hooks in tensors)
+
+
+def recorded(path, steps: int = 3, **options):
+    """A finished run of a small model."""
+    model = decoder("full", blocks=1)
+    optimizer = sgd(model)
+    with probes.record(model, path, optimizer=optimizer, **{"every": 1, "matrices_every": 2} | options):
+        train(model, optimizer, steps)
+    return probes.open_run(path)
+
+
+def shards(path):
+    return sorted((path / manifest.RANK_FOLDER).glob("*.safetensors"))
+
+
+def wait_for(condition, seconds: float = 20):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.02)
