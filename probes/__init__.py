@@ -12,7 +12,12 @@ __all__ = ["Run", "RunError", "list_runs", "open_run", "record"]
 def __getattr__(name: str):
     # Lazy, so that a viewer without torch can read runs.
     if name in ("record", "Recorder"):
-        from probes import recorder
-
+        try:
+            from probes import recorder
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"probes.{name} needs {error.name}, and only the viewer is installed: "
+                'pip install "depthscope[probes]"'
+            ) from error
         return getattr(recorder, name)
     raise AttributeError(f"module 'probes' has no attribute {name!r}")

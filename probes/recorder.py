@@ -5,16 +5,12 @@
 The recorder owns the taps, knows the step, and hands each recorded step to the writer.
 """
 
-import atexit
-import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
 import platform
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -24,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from probes.ending import Ending, describe
 from probes.flush import start_copy
 from probes.gradients import GradientNorms
 from probes.manifest import Manifest, RunError
@@ -102,6 +99,7 @@ class Recorder:
         self._owed = False  # the writer waits to hear that the recorded step is complete
         self._process = os.getpid()
         self._scalars: list[tuple[str, int, object]] = []
+        self._logged: set[str] = set()  # names the script has logged itself
         self._put_at = self._stepped_at = time.perf_counter()
         self._model_name = type(sites.root).__name__
         self._taps = Taps(sites)
@@ -110,8 +108,7 @@ class Recorder:
         self._hooks = (
             [optimizer.register_step_post_hook(lambda *_: self.step())] if optimizer is not None else []
         )
-        atexit.register(self._at_exit)
-        self._old_sigterm = self._catch_sigterm()
+        self._ending = Ending(self.close)
 
     # What a training script calls
 
@@ -119,19 +116,10 @@ class Recorder:
         """Record scalars (numbers or one-element tensors) for the latest training forward. Never waits."""
         if self._closed:
             return
-        step = self._step if self._taps.seen else max(self._step - 1, 0)
-        for name, value in scalars.items():
+        for name in scalars:
             _check_name(name)
-            if isinstance(value, torch.Tensor):
-                if value.numel() != 1:
-                    raise ValueError(
-                        f"log({name}=…) takes a single number, not a tensor of {value.numel()} values."
-                    )
-                # A copy: the tensor's memory may be reused before it is fetched.
-                value = value.detach().reshape(()).clone()
-            else:
-                value = _number(name, value)
-            self._scalars.append((name, step, value))
+        self._logged.update(scalars)
+        self._keep(scalars)
 
     def now(self) -> None:
         """Record the next training step with matrices, whatever the schedule says."""
@@ -148,8 +136,8 @@ class Recorder:
             return
         now = time.perf_counter()
         if self._taps.mode != OFF and self._taps.seen:
-            self._log_host(now)
-            self._put(self._taps.finish() | self._gradients.finish(), self._taps.counts())
+            self._keep_own(now)
+            self._put(self._measured(), self._taps.counts())
             self._owed = True
         elif self._owed or self._due(now):
             self._put()
@@ -173,8 +161,7 @@ class Recorder:
         self._gradients.detach()
         for hook in self._hooks:
             hook.remove()
-        atexit.unregister(self._at_exit)
-        self._release_sigterm()
+        self._ending.release()
         self._put()
         self._writer.close(status, reason)
 
@@ -185,7 +172,7 @@ class Recorder:
         if error is None or (isinstance(error, SystemExit) and not error.code):
             self.close()
         else:
-            self.close("stopped", _describe(error))
+            self.close("stopped", describe(error))
 
     # One step
 
@@ -199,14 +186,33 @@ class Recorder:
         many = len(self._scalars) >= _PENDING_SCALARS
         return many or bool(self._scalars and now - self._put_at > _PENDING_SECONDS)
 
-    def _log_host(self, now: float) -> None:
-        """Host-side scalars of a recorded step."""
+    def _keep(self, scalars: dict) -> None:
+        """Hold scalars until the next hand-over; they belong to the latest training forward."""
+        step = self._step if self._taps.seen else max(self._step - 1, 0)
+        for name, value in scalars.items():
+            if isinstance(value, torch.Tensor):
+                if value.numel() != 1:
+                    raise ValueError(
+                        f"log({name}=…) takes a single number, not a tensor of {value.numel()} values."
+                    )
+                # A copy: the tensor's memory may be reused before it is fetched.
+                value = value.detach().reshape(()).clone()
+            else:
+                value = _number(name, value)
+            self._scalars.append((name, step, value))
+
+    def _keep_own(self, now: float) -> None:
+        """Host-side scalars of a recorded step, but for those that the script logs itself."""
         scalars = {"step_time": now - self._stepped_at, "wall_time": time.time() - self._manifest.created}
         # Taps inside a compiled graph are not timed.
         scalars["probe_time"] = self._taps.seconds or math.nan
         if self._optimizer is not None:
             scalars["lr"] = self._optimizer.param_groups[0]["lr"]
-        self.log(**scalars)
+        self._keep({name: value for name, value in scalars.items() if name not in self._logged})
+
+    def _measured(self) -> dict[str, torch.Tensor]:
+        metrics = self._taps.finish() | self._gradients.finish()
+        return {name: value for name, value in metrics.items() if name not in self._logged}
 
     def _put(self, metrics: dict | None = None, counts: dict | None = None) -> None:
         """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed."""
@@ -257,34 +263,6 @@ class Recorder:
                 _BEFORE,
             )
 
-    # The end
-
-    def _at_exit(self) -> None:
-        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-        if error is None:
-            self.close()
-        else:
-            self.close("stopped", _describe(error))
-
-    def _catch_sigterm(self):
-        """Where nobody else handles SIGTERM, mark the run as stopped before the process goes."""
-        try:
-            if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-                return None
-            return signal.signal(signal.SIGTERM, self._on_sigterm)
-        except ValueError:  # not in the main thread
-            return None
-
-    def _on_sigterm(self, number, frame) -> None:
-        self.close("stopped", "SIGTERM")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def _release_sigterm(self) -> None:
-        if self._old_sigterm is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
-            with contextlib.suppress(ValueError):  # not in the main thread
-                signal.signal(signal.SIGTERM, self._old_sigterm)
-
 
 def _check_name(name: str) -> None:
     if metric(name).axes or name.endswith(".step") or name.startswith("__"):
@@ -296,10 +274,6 @@ def _number(name: str, value: object) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise ValueError(f"log({name}=…) takes a number, not {value!r}.") from None
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _model_config(root: nn.Module) -> dict:

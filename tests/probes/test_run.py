@@ -111,6 +111,20 @@ def test_what_log_refuses(scalars, sentence, tmp_path):
         recorder.log(**scalars)
 
 
+def test_what_the_script_logs_itself_is_not_recorded_twice(tmp_path):
+    model = decoder("prenorm", blocks=1)
+    optimizer = sgd(model)
+    with probes.record(model, tmp_path / "run", optimizer=optimizer, every=1) as recorder:
+        for step in range(3):
+            train(model, optimizer, 1, start=step)
+            recorder.log(lr=7.0, grad_norm=8.0)
+    run = probes.open_run(tmp_path / "run")
+    for name, logged in (("lr", 7.0), ("grad_norm", 8.0)):
+        # The first step was recorded before the script said that it logs these.
+        assert run.steps(name).tolist() == [0, 0, 1, 2]
+        assert run[name][1:].tolist() == [logged] * 3
+
+
 def test_now_records_one_step_with_matrices(tmp_path):
     model = decoder("full", blocks=1)
     optimizer = sgd(model)

@@ -1,0 +1,54 @@
+"""How a recorded process ends: close the run when the interpreter exits, fails or is told to terminate."""
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+
+class Ending:
+    """Calls `close(status, reason)` at exit and on SIGTERM, until `release`.
+
+    Kept apart from the recorder's own context manager: a script of one line has none.
+    """
+
+    def __init__(self, close: Callable[[str, str], None]):
+        self._close = close
+        atexit.register(self._at_exit)
+        self._old_sigterm = self._catch_sigterm()
+
+    def release(self) -> None:
+        """Nothing is called any more, and SIGTERM is as it was."""
+        atexit.unregister(self._at_exit)
+        if self._old_sigterm is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(signal.SIGTERM, self._old_sigterm)
+
+    def _at_exit(self) -> None:
+        # Set by the interpreter when it has printed a traceback.
+        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+        if error is None:
+            self._close("finished", "")
+        else:
+            self._close("stopped", describe(error))
+
+    def _catch_sigterm(self):
+        """Where nobody else handles SIGTERM, mark the run as stopped before the process goes."""
+        try:
+            if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+                return None
+            return signal.signal(signal.SIGTERM, self._on_sigterm)
+        except ValueError:  # not in the main thread
+            return None
+
+    def _on_sigterm(self, number, frame) -> None:
+        self._close("stopped", "SIGTERM")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def describe(error: BaseException) -> str:
+    """The kind of an exception and its message, on one line."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
