@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from probes.manifest import MANIFEST, Manifest
 from probes.run import find_runs
 
 DEFAULT_FOLDERS = ("runs", "sample_runs")
+_LOOKED_AT = 24  # newest runs from which the first choice is made
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Entry:
     path: Path
     created: float = 0.0
     problem: str = ""
+    residual: str = ""
 
 
 class SharedRun(Run):
@@ -62,7 +65,9 @@ def find(roots: list[Path]) -> list[Entry]:
     found = []
     for path in paths:
         try:
-            found.append(Entry(names[path], path, _manifest(path, _stamp(path)).created))
+            manifest = _manifest(path, _stamp(path))
+            residual = str(manifest.config.get("residual", ""))
+            found.append(Entry(names[path], path, manifest.created, residual=residual))
         except RunError as error:
             found.append(Entry(names[path], path, problem=str(error)))
     return sorted(found, key=lambda entry: (entry.created, entry.name))
@@ -73,6 +78,22 @@ def opened(entry: Entry) -> SharedRun:
     run = _open(entry.path, _stamp(entry.path))
     run.refresh()
     return run
+
+
+def worth_showing(entries: Sequence[Entry], most: int) -> list[Entry]:
+    """The runs to begin with, oldest first: the newest of each residual, one that did not stop before one that did."""
+    newest = sorted(entries, key=lambda entry: entry.created, reverse=True)[:_LOOKED_AT]
+    newest.sort(key=_stopped)
+    firsts = list({entry.residual: entry for entry in reversed(newest)}.values())
+    chosen = firsts[:most] + [entry for entry in newest if entry not in firsts][: most - len(firsts[:most])]
+    return sorted(chosen, key=lambda entry: (entry.created, entry.name))
+
+
+def _stopped(entry: Entry) -> bool:
+    try:
+        return opened(entry).status == "stopped"
+    except RunError:  # deleted since it was found
+        return True
 
 
 def _names(paths: list[Path], roots: list[Path]) -> dict[Path, str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import streamlit as st
 
-from app import frames, view, words
+from app import frames, opener, view, words
 from app.opener import Entry
 from probes import Run
 
@@ -14,14 +14,14 @@ MOST = 6  # runs whose lines stay apart in one chart
 
 
 def runs(entries: Sequence[Entry]) -> list[Entry]:
-    """The runs to look at, picked in the sidebar; the newest three until somebody chooses."""
+    """The runs to look at, picked in the sidebar; the newest of each residual until somebody chooses."""
     readable = {entry.name: entry for entry in entries if not entry.problem}
     asked = view.current().runs
     chosen = [name for name in asked if name in readable][:MOST]
     key = "pick runs"
     # Nothing asked is a first visit, or somebody who just emptied the box: only the box can tell them apart.
     if not asked and key not in st.session_state:
-        chosen = list(readable)[-FIRST:]
+        chosen = [entry.name for entry in opener.worth_showing(list(readable.values()), FIRST)]
         view.change(runs=tuple(chosen))
     _set(key, chosen)
     st.multiselect(
