@@ -8,6 +8,7 @@ try:
 except ImportError as error:
     raise ImportError('attnres needs torch: pip install "depthscope[probes]"') from error
 
+from attnres.baselines import DeepNorm, PostNorm, Rescaled
 from attnres.corpus import Corpus
 from attnres.decoder import Decoder, DecoderConfig
 from attnres.depth_attention import DepthAttention
@@ -19,9 +20,12 @@ __all__ = [
     "Corpus",
     "Decoder",
     "DecoderConfig",
+    "DeepNorm",
     "DepthAttention",
     "Full",
+    "PostNorm",
     "PreNorm",
+    "Rescaled",
     "Training",
     "TrainingConfig",
 ]

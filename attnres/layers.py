@@ -74,8 +74,10 @@ class TransformerBlock(nn.Module):
 
     def forward(self, stream: Stream) -> None:
         """Read a state and write an output, twice."""
-        stream.write(self.attention(self.attention_norm(stream.read())))
-        stream.write(self.mlp(self.mlp_norm(stream.read())))
+        given = self.attention_norm(stream.read())
+        stream.write(self.attention(given), given)
+        given = self.mlp_norm(stream.read())
+        stream.write(self.mlp(given), given)
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
