@@ -8,14 +8,17 @@ try:
 except ImportError as error:
     raise ImportError('attnres needs torch: pip install "depthscope[probes]"') from error
 
+from attnres.attnres_block import AttnResBlock
 from attnres.baselines import DeepNorm, PostNorm, Rescaled
 from attnres.corpus import Corpus
 from attnres.decoder import Decoder, DecoderConfig
 from attnres.depth_attention import DepthAttention
+from attnres.functional import block_attn_res, full_attn_res
 from attnres.residual import Block, Full, PreNorm
 from attnres.training import Training, TrainingConfig
 
 __all__ = [
+    "AttnResBlock",
     "Block",
     "Corpus",
     "Decoder",
@@ -28,4 +31,6 @@ __all__ = [
     "Rescaled",
     "Training",
     "TrainingConfig",
+    "block_attn_res",
+    "full_attn_res",
 ]
