@@ -164,7 +164,7 @@ def _is_norm(module: nn.Module, args: tuple, kwargs: dict, made: Tensor | None) 
         return False
     # Far above any eps; powers of two, so that no dtype rounds.
     large, larger = args[0] * 2.0**10, args[0] * 2.0**11
-    with suppress(RuntimeError):
+    with suppress(RuntimeError), torch.random.fork_rng():
         one, two = (first_tensor(module.forward(x, *args[1:], **kwargs)) for x in (large, larger))
         # Dropout and activations differ by far more; constants are not norms.
         return bool((one - two).norm() <= 1e-3 * one.norm()) and bool(one.norm() > 0)

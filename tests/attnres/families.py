@@ -107,7 +107,7 @@ def kimi(**changes) -> nn.Module:
         "num_hidden_layers": 3,
     }
     linear = {"linear_head_dim": 8, "linear_num_heads": 2, "num_local_experts": 4}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    tokens = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
     return KimiLinearForCausalLM(KimiLinearConfig(**SIZES | MLA | kinds | linear | tokens | changes))
 
 
