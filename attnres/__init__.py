@@ -15,6 +15,7 @@ from attnres.corpus import Corpus
 from attnres.decoder import Decoder, DecoderConfig
 from attnres.depth_attention import DepthAttention
 from attnres.functional import block_attn_res, full_attn_res
+from attnres.generation import generate
 from attnres.residual import Block, Full, PreNorm
 from attnres.training import Training, TrainingConfig
 from attnres.watching import ConversionError
@@ -37,5 +38,6 @@ __all__ = [
     "block_attn_res",
     "convert",
     "full_attn_res",
+    "generate",
     "revert",
 ]

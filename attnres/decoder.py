@@ -5,6 +5,7 @@ import math
 from torch import Tensor, nn
 
 from attnres.baselines import DeepNorm, PostNorm, Rescaled
+from attnres.cache import Cache
 from attnres.config import DecoderConfig
 from attnres.layers import Rotary, TransformerBlock
 from attnres.residual import Block, Full, PreNorm, Residual
@@ -44,15 +45,19 @@ class Decoder(nn.Module):
                     shrunk=[attention.value, attention.output, mlp.gate, mlp.up, mlp.output],
                 )
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, T, V] of the tokens [B, T]; ValueError where T is above the context."""
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits [B, T, V] of the tokens [B, T]; ValueError where T is above the context.
+
+        With a cache the tokens continue those in it, and join them.
+        """
         if tokens.shape[-1] > self.config.context:
             raise ValueError(
                 f"The input has {tokens.shape[-1]} tokens, and the context is {self.config.context}."
             )
         stream = self.residual.open(self.embedding(tokens))
-        for block in self.blocks:
-            block(stream)
+        memories = [None] * len(self.blocks) if cache is None else cache.advance(tokens.shape[-1])
+        for block, memory in zip(self.blocks, memories, strict=True):
+            block(stream, memory)
         return self.head(self.final_norm(stream.read()))
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
