@@ -1,6 +1,6 @@
 """One read over depth: softmax over the logits of the sources, and the mix of the sources."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,19 @@ class DepthAttention(nn.Module):
         """gain · query, [D]: all that the two parameters mean to the weights."""
         return self.gain * self.query
 
-    def forward(self, sources: Sequence[Tensor], logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        sources: Sequence[Tensor],
+        logits: Tensor | None = None,
+        mix: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """The mix [B, T, D], always a new tensor in the embedding's dtype, and the weights [S, B, T].
 
         `sources` are S tensors [B, T, D], oldest first. A stream that has worked the logits out already
-        gives them, [S, B, T] in float32 or float64.
+        gives them, [S, B, T] in float32 or float64; one with another schedule gives all of the `mix`.
         """
+        if mix is not None:
+            return mix(sources)
         if logits is None:
             query = self.effective_query().unsqueeze(0)
             logits = torch.stack([source_logits(source, query, self.eps)[0] for source in sources])

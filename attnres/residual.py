@@ -12,6 +12,7 @@ A transformer block reads and writes, and knows no residual type. Streams keep w
 registers tensor hooks in a compiled forward, torch 2.13 forgets attributes of Python objects that it bound anew.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from attnres.depth_attention import DepthAttention
 from attnres.logits import source_logits
+from attnres.schedules import SCHEDULES, StackStream, TwoPhaseStream
 
 
 class Stream(Protocol):
@@ -68,10 +70,12 @@ class Full(nn.Module):
     def __init__(self, width: int, layers: int, eps: float = 1e-6):
         super().__init__()
         self.reads = nn.ModuleList(DepthAttention(width, row + 1, eps) for row in range(layers + 1))
+        self.schedule = "no_stack"
+        """The order of the arithmetic; see schedules.py."""
 
-    def open(self, embedding: Tensor) -> "FullStream":
-        """The stream of one pass, from the embedding [B, T, D]."""
-        return FullStream(self.reads, embedding)
+    def open(self, embedding: Tensor) -> Stream:
+        """The stream of one pass, from the embedding [B, T, D]; ValueError for an unknown schedule."""
+        return _opened(self, embedding, 1, lambda: FullStream(self.reads, embedding))
 
 
 class Block(nn.Module):
@@ -82,10 +86,25 @@ class Block(nn.Module):
         self.layers_per_block = layers_per_block
         counts = [block_sources(row, layers_per_block) for row in range(layers + 1)]
         self.reads = nn.ModuleList(DepthAttention(width, count, eps) for count in counts)
+        self.schedule = "no_stack"
+        """The order of the arithmetic; see schedules.py."""
 
-    def open(self, embedding: Tensor) -> "BlockStream":
-        """The stream of one pass, from the embedding [B, T, D]."""
-        return BlockStream(self.reads, embedding, self.layers_per_block)
+    def open(self, embedding: Tensor) -> Stream:
+        """The stream of one pass, from the embedding [B, T, D]; ValueError for an unknown schedule."""
+        size = self.layers_per_block
+        return _opened(self, embedding, size, lambda: BlockStream(self.reads, embedding, size))
+
+
+def _opened(
+    residual: Full | Block, embedding: Tensor, layers_per_block: int, no_stack: Callable[[], Stream]
+) -> Stream:
+    if residual.schedule == "no_stack":
+        return no_stack()
+    if residual.schedule == "stack":
+        return StackStream(residual.reads, embedding, layers_per_block)
+    if residual.schedule == "two_phase":
+        return TwoPhaseStream(residual.reads, embedding, layers_per_block)
+    raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {residual.schedule!r}.")
 
 
 def block_sources(written: int, layers_per_block: int) -> int:
