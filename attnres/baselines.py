@@ -8,6 +8,8 @@ the last sum. So all residuals have the same shared parameters.
 import torch
 from torch import Tensor, nn
 
+from attnres.stream import Stream
+
 QUARTER = 1 / 4
 
 
@@ -44,7 +46,7 @@ class DeepNorm(PostNorm):
             nn.init.xavier_normal_(linear.weight, gain=self.gain)
 
 
-class PostNormStream:
+class PostNormStream(Stream):
     """scale · what the latest layer was given + what it made of it."""
 
     def __init__(self, embedding: Tensor, scale: float):
@@ -66,7 +68,7 @@ class Rescaled(nn.Module):
         return RescaledStream(embedding)
 
 
-class RescaledStream:
+class RescaledStream(Stream):
     """The mean of all sources so far."""
 
     def __init__(self, embedding: Tensor):

@@ -8,7 +8,8 @@ from attnres.baselines import DeepNorm, PostNorm, Rescaled
 from attnres.cache import Cache
 from attnres.config import DecoderConfig
 from attnres.layers import Rotary, TransformerBlock
-from attnres.residual import Block, Full, PreNorm, Residual
+from attnres.residual import Block, Full, PreNorm
+from attnres.stream import Residual
 
 __all__ = ["Decoder", "DecoderConfig"]
 
@@ -58,7 +59,7 @@ class Decoder(nn.Module):
         memories = [None] * len(self.blocks) if cache is None else cache.advance(tokens.shape[-1])
         for block, memory in zip(self.blocks, memories, strict=True):
             block(stream, memory)
-        return self.head(self.final_norm(stream.read()))
+        return self.head(stream.read_through(self.final_norm))
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Two groups for an optimizer: matrices decay; vectors (queries and gains too) and embeddings do not.

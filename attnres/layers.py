@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from attnres.cache import Memory
 from attnres.config import DecoderConfig
-from attnres.residual import Stream
+from attnres.stream import Stream
 
 
 class Rotary(nn.Module):
@@ -81,9 +81,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, stream: Stream, memory: Memory | None = None) -> None:
         """Read a state and write an output, twice."""
-        given = self.attention_norm(stream.read())
+        given = stream.read_through(self.attention_norm)
         stream.write(self.attention(given, memory), given)
-        given = self.mlp_norm(stream.read())
+        given = stream.read_through(self.mlp_norm)
         stream.write(self.mlp(given), given)
 
 

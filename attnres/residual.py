@@ -13,34 +13,15 @@ registers tensor hooks in a compiled forward, torch 2.13 forgets attributes of P
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attnres.depth_attention import DepthAttention
 from attnres.logits import source_logits
 from attnres.schedules import SCHEDULES, StackStream, TwoPhaseStream
-
-
-class Stream(Protocol):
-    """One forward pass over depth: read, write, read, write, ..., read."""
-
-    def read(self) -> Tensor:
-        """The next layer's state, or after the last layer the final state: [B, T, D]."""
-
-    def write(self, output: Tensor, given: Tensor | None = None) -> None:
-        """Add a layer's output [B, T, D] to the stream.
-
-        `given` is the normalised state that the layer made it from: streams with norms in them carry it on.
-        """
-
-
-class Residual(Protocol):
-    """A module that opens streams."""
-
-    def open(self, embedding: Tensor) -> Stream:
-        """The stream of one pass, from the embedding [B, T, D]."""
+from attnres.stream import Stream
 
 
 class PreNorm(nn.Module):
@@ -51,7 +32,7 @@ class PreNorm(nn.Module):
         return PreNormStream(embedding)
 
 
-class PreNormStream:
+class PreNormStream(Stream):
     """The running sum of all sources."""
 
     def __init__(self, embedding: Tensor):
@@ -72,10 +53,12 @@ class Full(nn.Module):
         self.reads = nn.ModuleList(DepthAttention(width, row + 1, eps) for row in range(layers + 1))
         self.schedule = "no_stack"
         """The order of the arithmetic; see schedules.py."""
+        self.recompute = False
+        """Whether backward computes each mix again instead of keeping it (with "no_stack" only)."""
 
     def open(self, embedding: Tensor) -> Stream:
         """The stream of one pass, from the embedding [B, T, D]; ValueError for an unknown schedule."""
-        return _opened(self, embedding, 1, lambda: FullStream(self.reads, embedding))
+        return _opened(self, embedding, 1, lambda: FullStream(self.reads, embedding, self.recompute))
 
 
 class Block(nn.Module):
@@ -88,11 +71,15 @@ class Block(nn.Module):
         self.reads = nn.ModuleList(DepthAttention(width, count, eps) for count in counts)
         self.schedule = "no_stack"
         """The order of the arithmetic; see schedules.py."""
+        self.recompute = False
+        """Whether backward computes each mix again instead of keeping it (with "no_stack" only)."""
 
     def open(self, embedding: Tensor) -> Stream:
         """The stream of one pass, from the embedding [B, T, D]; ValueError for an unknown schedule."""
         size = self.layers_per_block
-        return _opened(self, embedding, size, lambda: BlockStream(self.reads, embedding, size))
+        return _opened(
+            self, embedding, size, lambda: BlockStream(self.reads, embedding, size, self.recompute)
+        )
 
 
 def _opened(
@@ -112,10 +99,11 @@ def block_sources(written: int, layers_per_block: int) -> int:
     return 1 + -(-written // layers_per_block)
 
 
-class FullStream:
+class FullStream(Stream):
     """All sources so far, each with its logits for the reads still to come."""
 
-    def __init__(self, reads: nn.ModuleList, embedding: Tensor):
+    def __init__(self, reads: nn.ModuleList, embedding: Tensor, recompute: bool = False):
+        self.recompute = recompute
         self.queries = torch.stack([read.effective_query() for read in reads])
         self.reads = list(reads)
         """Those still to come, the next one first."""
@@ -141,10 +129,24 @@ class FullStream:
         self.reads.pop(0)
         self.logits.pop(0)
 
+    def visible(self) -> list[Tensor]:
+        """The sources of the next read, oldest first: a list of its own, as ours grow and hooks may keep it."""
+        return [*self.sources]
+
     def read(self) -> Tensor:
-        # A copy of the list: ours grows, and a hook may keep what it was given.
-        mix, _ = self.reads[0]([*self.sources], torch.stack(self.logits[0]))
+        mix, _ = self.reads[0](self.visible(), torch.stack(self.logits[0]))
         return mix
+
+    def read_through(self, norm: nn.Module) -> Tensor:
+        if not self.recompute or not torch.is_grad_enabled():
+            return norm(self.read())
+        read = self.reads[0]
+
+        def compute(logits: Tensor, *sources: Tensor) -> Tensor:
+            return norm(read([*sources], logits)[0])
+
+        logits = torch.stack(self.logits[0])
+        return checkpoint(compute, logits, *self.visible(), use_reentrant=False, preserve_rng_state=False)
 
     def write(self, output: Tensor, given: Tensor | None = None) -> None:
         self._advance()
@@ -154,15 +156,16 @@ class FullStream:
 class BlockStream(FullStream):
     """The embedding, finished depth blocks, and the running partial sum of the unfinished one."""
 
-    def __init__(self, reads: nn.ModuleList, embedding: Tensor, layers_per_block: int):
-        super().__init__(reads, embedding)
+    def __init__(
+        self, reads: nn.ModuleList, embedding: Tensor, layers_per_block: int, recompute: bool = False
+    ):
+        super().__init__(reads, embedding, recompute)
         self.layers_per_block = layers_per_block
         self.partial: list[Tensor] = []
         """The running sum, or nothing where no layer of the depth block has written yet."""
 
-    def read(self) -> Tensor:
-        mix, _ = self.reads[0]([*self.sources, *self.partial], torch.stack(self.logits[0]))
-        return mix
+    def visible(self) -> list[Tensor]:
+        return [*self.sources, *self.partial]
 
     def write(self, output: Tensor, given: Tensor | None = None) -> None:
         self._advance()

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from attnres.logits import source_logits
+from attnres.stream import Stream
 
 SCHEDULES = ("no_stack", "stack", "two_phase")
 
 
-class _Sums:
+class _Sums(Stream):
     """The embedding, finished depth blocks, and the running partial sum, without any logits."""
 
     def __init__(self, reads: nn.ModuleList, embedding: Tensor, layers_per_block: int):
