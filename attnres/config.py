@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-RESIDUALS = ("prenorm", "full", "block")
+RESIDUALS = ("prenorm", "full", "block", "postnorm", "deepnorm", "rescaled")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class DecoderConfig:
     context: int = 256
     """The longest input, in tokens."""
     residual: str = "prenorm"
-    """prenorm, full or block."""
+    """prenorm, full or block; or another baseline: postnorm, deepnorm, rescaled."""
     layers_per_block: int | None = None
     """Layers (sublayers, so two per transformer block) in a depth block; for residual "block" only."""
     norm_eps: float = 1e-8

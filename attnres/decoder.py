@@ -1,12 +1,15 @@
-"""A small decoder whose residual stream is a choice: PreNorm, Full or Block AttnRes, all else equal."""
+"""A small decoder whose residual stream is a choice: AttnRes, PreNorm or another baseline, all else equal."""
 
 import math
 
 from torch import Tensor, nn
 
+from attnres.baselines import DeepNorm, PostNorm, Rescaled
+from attnres.cache import Cache
 from attnres.config import DecoderConfig
 from attnres.layers import Rotary, TransformerBlock
 from attnres.residual import Block, Full, PreNorm
+from attnres.stream import Residual
 
 __all__ = ["Decoder", "DecoderConfig"]
 
@@ -17,7 +20,8 @@ class Decoder(nn.Module):
     """Embedding, transformer blocks around one residual stream, final norm, untied head.
 
     After the same `torch.manual_seed`, decoders that differ in `residual` only have the same shared weights:
-    a residual draws no random numbers.
+    a residual draws no random numbers. DeepNorm alone brings initial weights of its own for its layers, not for
+    embedding and head.
     """
 
     def __init__(self, config: DecoderConfig):
@@ -34,17 +38,28 @@ class Decoder(nn.Module):
             for output in (block.attention.output, block.mlp.output):
                 # Each layer adds to the sum: keep its size at the start independent of the depth.
                 nn.init.normal_(output.weight, std=INIT_STD / math.sqrt(config.layers))
+        if isinstance(self.residual, DeepNorm):
+            for block in self.blocks:
+                attention, mlp = block.attention, block.mlp
+                self.residual.initialise(
+                    plain=[attention.query, attention.key],
+                    shrunk=[attention.value, attention.output, mlp.gate, mlp.up, mlp.output],
+                )
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, T, V] of the tokens [B, T]; ValueError where T is above the context."""
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits [B, T, V] of the tokens [B, T]; ValueError where T is above the context.
+
+        With a cache the tokens continue those in it, and join them.
+        """
         if tokens.shape[-1] > self.config.context:
             raise ValueError(
                 f"The input has {tokens.shape[-1]} tokens, and the context is {self.config.context}."
             )
         stream = self.residual.open(self.embedding(tokens))
-        for block in self.blocks:
-            block(stream)
-        return self.head(self.final_norm(stream.read()))
+        memories = [None] * len(self.blocks) if cache is None else cache.advance(tokens.shape[-1])
+        for block, memory in zip(self.blocks, memories, strict=True):
+            block(stream, memory)
+        return self.head(stream.read_through(self.final_norm))
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Two groups for an optimizer: matrices decay; vectors (queries and gains too) and embeddings do not.
@@ -59,13 +74,17 @@ class Decoder(nn.Module):
         ]
 
 
-def build_residual(config: DecoderConfig) -> PreNorm | Full | Block:
+def build_residual(config: DecoderConfig) -> Residual:
     """The residual that the configuration names."""
-    if config.residual == "full":
-        return Full(config.width, config.layers, config.norm_eps)
-    if config.residual == "block":
-        return Block(config.width, config.layers, config.layers_per_block, config.norm_eps)
-    return PreNorm()
+    width, layers = config.width, config.layers
+    return {
+        "prenorm": lambda: PreNorm(),
+        "full": lambda: Full(width, layers, config.norm_eps),
+        "block": lambda: Block(width, layers, config.layers_per_block, config.norm_eps),
+        "postnorm": lambda: PostNorm(),
+        "deepnorm": lambda: DeepNorm(config.blocks),
+        "rescaled": lambda: Rescaled(),
+    }[config.residual]()
 
 
 def initialise(module: nn.Module) -> None:

@@ -27,7 +27,9 @@ class DepthPass:
     outputs: list[Tensor]
     """f_1(h_1)..f_L(h_L), [B, T, D] each."""
     weights: list[Tensor]
-    """Row l-1 is layer l's read, row L the final read: [S, B, T] over its S sources, oldest first."""
+    """Row l-1 is layer l's read, row L the final read: [S, B, T] over its S sources, oldest first.
+
+    Empty where a state is no weighted sum of sources, that is with norms in the stream."""
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -104,3 +106,32 @@ def block(
         outputs.append(layer(state))
     final_state, weight = depth_attention(queries[-1], sources(), eps)
     return DepthPass(states, final_state, outputs, [*weights, weight])
+
+
+def post_norm(
+    embedding: Tensor, sublayers: Sequence[Layer], norms: Sequence[Layer], scale: float = 1.0
+) -> DepthPass:
+    """PostNorm, and with another `scale` DeepNorm: x_{l+1} = Norm_{l+1}(scale · x_l + f_l(x_l)), x_1 = Norm_1(embedding).
+
+    `sublayers` are without a norm of their own, `norms` has one for each, its input being the state; the last one,
+    Norm_{L+1}, is the model's final norm, left to the caller.
+    """
+    states, outputs = [embedding], []
+    for sublayer, norm in zip(sublayers, norms, strict=True):
+        given = norm(states[-1])
+        outputs.append(sublayer(given))
+        states.append(scale * given + outputs[-1])
+    return DepthPass(states[:-1], states[-1], outputs, [])
+
+
+def rescaled(embedding: Tensor, layers: Sequence[Layer]) -> DepthPass:
+    """The rescaled residual: h_{l+1} = l/(l+1) · h_l + f_l(h_l)/(l+1), so that every state is the mean of its sources."""
+    states, outputs = [embedding], []
+    for number, layer in enumerate(layers, 1):
+        outputs.append(layer(states[-1]))
+        states.append(number / (number + 1) * states[-1] + outputs[-1] / (number + 1))
+    weights = [
+        torch.full((count, *embedding.shape[:-1]), 1 / count).to(embedding)
+        for count in range(1, len(states) + 1)
+    ]
+    return DepthPass(states[:-1], states[-1], outputs, weights)

@@ -1,9 +1,11 @@
 """One read over depth: softmax over the logits of the sources, and the mix of the sources."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from attnres.logits import source_logits
 
 
 class DepthAttention(nn.Module):
@@ -24,19 +26,47 @@ class DepthAttention(nn.Module):
         """gain · query, [D]: all that the two parameters mean to the weights."""
         return self.gain * self.query
 
-    def forward(self, sources: Sequence[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        sources: Sequence[Tensor],
+        logits: Tensor | None = None,
+        mix: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """The mix [B, T, D], always a new tensor in the embedding's dtype, and the weights [S, B, T].
 
-        `sources` are S tensors [B, T, D], oldest first; `logits` [S, B, T] in float32 or float64.
+        `sources` are S tensors [B, T, D], oldest first. A stream that has worked the logits out already
+        gives them, [S, B, T] in float32 or float64; one with another schedule gives all of the `mix`.
         """
-        weight = torch.softmax(logits, dim=0)
-        embedding, *later = sources
-        first, *rest = weight.to(embedding.dtype).unsqueeze(-1).unbind(0)
-        # An unstacked sum: a stack would copy every source again at every read.
-        mix = first * embedding
-        for share, source in zip(rest, later, strict=True):
-            mix += share * source
-        return mix, weight
+        if mix is not None:
+            return mix(sources)
+        if logits is None:
+            query = self.effective_query().unsqueeze(0)
+            logits = torch.stack([source_logits(source, query, self.eps)[0] for source in sources])
+        return softmax_mix(sources, logits)
+
+    def get_extra_state(self) -> Tensor:
+        """The number of sources, kept with the weights: Full and Block have the same parameters otherwise."""
+        return torch.tensor(self.depth_sources)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """ValueError where the state dict belongs to a read over another number of sources."""
+        if not state.is_meta and int(state) != self.depth_sources:
+            raise ValueError(
+                f"This read attends over {self.depth_sources} sources, and the state dict's over {int(state)}: it was "
+                "saved from a model with another residual or layers_per_block. Build the model as that one was built."
+            )
 
     def extra_repr(self) -> str:
         return f"width={len(self.query)}, depth_sources={self.depth_sources}, eps={self.eps}"
+
+
+def softmax_mix(sources: Sequence[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The mix of S sources [B, T, D], in the dtype of the first, and the weights [S, B, T] (Eq. 3-4)."""
+    weight = torch.softmax(logits, dim=0)
+    embedding, *later = sources
+    first, *rest = weight.to(embedding.dtype).unsqueeze(-1).unbind(0)
+    # An unstacked sum: a stack would copy every source again at every read.
+    mix = first * embedding
+    for share, source in zip(rest, later, strict=True):
+        mix += share * source
+    return mix, weight

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attnres.cache import Memory
 from attnres.config import DecoderConfig
-from attnres.residual import Stream
+from attnres.stream import Stream
 
 
 class Rotary(nn.Module):
@@ -18,10 +19,10 @@ class Rotary(nn.Module):
         self.register_buffer("cosine", angles.cos().to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("sine", angles.sin().to(torch.get_default_dtype()), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, T, head width] to the same, in the same dtype."""
-        tokens = x.shape[-2]
-        cosine, sine = self.cosine[:tokens], self.sine[:tokens]
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[B, H, T, head width] to the same, in the same dtype; `positions` [T] are 0..T-1 where not given."""
+        where = slice(x.shape[-2]) if positions is None else positions
+        cosine, sine = self.cosine[where], self.sine[where]
         left, right = x.chunk(2, dim=-1)
         turned = torch.cat((left * cosine - right * sine, right * cosine + left * sine), dim=-1)
         return turned.to(x.dtype)
@@ -40,12 +41,18 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.width, config.width, bias=False)
         self.rotary = rotary
 
-    def forward(self, x: Tensor) -> Tensor:
-        query = self.rotary(_split(self.query(x), self.heads))
-        key = self.rotary(_split(self.key(x), self.kv_heads))
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        """With a memory, x continues the tokens in it."""
+        positions = None if memory is None else memory.positions
+        query = self.rotary(_split(self.query(x), self.heads), positions)
+        key = self.rotary(_split(self.key(x), self.kv_heads), positions)
         value = _split(self.value(x), self.kv_heads)
+        sight = {"is_causal": True}
+        if memory is not None:
+            key, value = memory.extended(key, value)
+            sight = {"attn_mask": memory.mask}
         grouped = self.kv_heads != self.heads
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        mixed = F.scaled_dot_product_attention(query, key, value, enable_gqa=grouped, **sight)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
@@ -72,10 +79,12 @@ class TransformerBlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, stream: Stream) -> None:
+    def forward(self, stream: Stream, memory: Memory | None = None) -> None:
         """Read a state and write an output, twice."""
-        stream.write(self.attention(self.attention_norm(stream.read())))
-        stream.write(self.mlp(self.mlp_norm(stream.read())))
+        given = stream.read_through(self.attention_norm)
+        stream.write(self.attention(given, memory), given)
+        given = stream.read_through(self.mlp_norm)
+        stream.write(self.mlp(given), given)
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

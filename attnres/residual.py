@@ -8,26 +8,20 @@ A *residual* is a module chosen by configuration; `open(embedding)` gives a *str
         stream.write(sublayer(norm(h)))      # source l, output v_l [B, T, D]
     final_norm(stream.read())                # the final state
 
-A transformer block reads and writes, and knows no residual type.
+A transformer block reads and writes, and knows no residual type. Streams keep what changes in lists: where somebody
+registers tensor hooks in a compiled forward, torch 2.13 forgets attributes of Python objects that it bound anew.
 """
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attnres.depth_attention import DepthAttention
 from attnres.logits import source_logits
-
-
-class Stream(Protocol):
-    """One forward pass over depth: read, write, read, write, ..., read."""
-
-    def read(self) -> Tensor:
-        """The next layer's state, or after the last layer the final state: [B, T, D]."""
-
-    def write(self, output: Tensor) -> None:
-        """Add a layer's output [B, T, D] to the stream."""
+from attnres.schedules import SCHEDULES, StackStream, TwoPhaseStream
+from attnres.stream import Stream
 
 
 class PreNorm(nn.Module):
@@ -38,17 +32,17 @@ class PreNorm(nn.Module):
         return PreNormStream(embedding)
 
 
-class PreNormStream:
+class PreNormStream(Stream):
     """The running sum of all sources."""
 
     def __init__(self, embedding: Tensor):
-        self.state = embedding
+        self.newest = [embedding]
 
     def read(self) -> Tensor:
-        return self.state
+        return self.newest[0]
 
-    def write(self, output: Tensor) -> None:
-        self.state = self.state + output
+    def write(self, output: Tensor, given: Tensor | None = None) -> None:
+        self.newest[0] = self.newest[0] + output
 
 
 class Full(nn.Module):
@@ -57,10 +51,14 @@ class Full(nn.Module):
     def __init__(self, width: int, layers: int, eps: float = 1e-6):
         super().__init__()
         self.reads = nn.ModuleList(DepthAttention(width, row + 1, eps) for row in range(layers + 1))
+        self.schedule = "no_stack"
+        """The order of the arithmetic; see schedules.py."""
+        self.recompute = False
+        """Whether backward computes each mix again instead of keeping it (with "no_stack" only)."""
 
-    def open(self, embedding: Tensor) -> "FullStream":
-        """The stream of one pass, from the embedding [B, T, D]."""
-        return FullStream(self.reads, embedding)
+    def open(self, embedding: Tensor) -> Stream:
+        """The stream of one pass, from the embedding [B, T, D]; ValueError for an unknown schedule."""
+        return _opened(self, embedding, 1, lambda: FullStream(self.reads, embedding, self.recompute))
 
 
 class Block(nn.Module):
@@ -69,24 +67,48 @@ class Block(nn.Module):
     def __init__(self, width: int, layers: int, layers_per_block: int, eps: float = 1e-6):
         super().__init__()
         self.layers_per_block = layers_per_block
-        # The embedding, and every depth block that layer `row` or an earlier one wrote to.
-        sources = [1 + -(-row // layers_per_block) for row in range(layers + 1)]
-        self.reads = nn.ModuleList(DepthAttention(width, count, eps) for count in sources)
+        counts = [block_sources(row, layers_per_block) for row in range(layers + 1)]
+        self.reads = nn.ModuleList(DepthAttention(width, count, eps) for count in counts)
+        self.schedule = "no_stack"
+        """The order of the arithmetic; see schedules.py."""
+        self.recompute = False
+        """Whether backward computes each mix again instead of keeping it (with "no_stack" only)."""
 
-    def open(self, embedding: Tensor) -> "BlockStream":
-        """The stream of one pass, from the embedding [B, T, D]."""
-        return BlockStream(self.reads, embedding, self.layers_per_block)
+    def open(self, embedding: Tensor) -> Stream:
+        """The stream of one pass, from the embedding [B, T, D]; ValueError for an unknown schedule."""
+        size = self.layers_per_block
+        return _opened(
+            self, embedding, size, lambda: BlockStream(self.reads, embedding, size, self.recompute)
+        )
 
 
-class FullStream:
+def _opened(
+    residual: Full | Block, embedding: Tensor, layers_per_block: int, no_stack: Callable[[], Stream]
+) -> Stream:
+    if residual.schedule == "no_stack":
+        return no_stack()
+    if residual.schedule == "stack":
+        return StackStream(residual.reads, embedding, layers_per_block)
+    if residual.schedule == "two_phase":
+        return TwoPhaseStream(residual.reads, embedding, layers_per_block)
+    raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {residual.schedule!r}.")
+
+
+def block_sources(written: int, layers_per_block: int) -> int:
+    """How many sources a read has after `written` layers: the embedding, and every depth block begun by then."""
+    return 1 + -(-written // layers_per_block)
+
+
+class FullStream(Stream):
     """All sources so far, each with its logits for the reads still to come."""
 
-    def __init__(self, reads: nn.ModuleList, embedding: Tensor):
-        self.reads = reads
-        self.row = 0
+    def __init__(self, reads: nn.ModuleList, embedding: Tensor, recompute: bool = False):
+        self.recompute = recompute
         self.queries = torch.stack([read.effective_query() for read in reads])
+        self.reads = list(reads)
+        """Those still to come, the next one first."""
         self.sources: list[Tensor] = []
-        # One list per read: the logits of its sources, oldest first, [B, T] each.
+        # One list per read still to come: the logits of its sources, oldest first, [B, T] each.
         self.logits: list[list[Tensor]] = [[] for _ in reads]
         self.commit(embedding)
 
@@ -95,41 +117,64 @@ class FullStream:
         self.sources.append(source)
         self._score(source, len(self.reads))
 
-    def _score(self, source: Tensor, until: int) -> None:
-        scores = source_logits(source, self.queries[self.row : until], self.reads[self.row].eps)
-        for logits, score in zip(self.logits[self.row : until], scores, strict=True):
+    def _score(self, source: Tensor, count: int) -> None:
+        """Give the next `count` reads their logits of the source."""
+        row = len(self.queries) - len(self.reads)
+        scores = source_logits(source, self.queries[row : row + count], self.reads[0].eps)
+        for logits, score in zip(self.logits[:count], scores, strict=True):
             logits.append(score)
 
+    def _advance(self) -> None:
+        """The next layer has been read for."""
+        self.reads.pop(0)
+        self.logits.pop(0)
+
+    def visible(self) -> list[Tensor]:
+        """The sources of the next read, oldest first: a list of its own, as ours grow and hooks may keep it."""
+        return [*self.sources]
+
     def read(self) -> Tensor:
-        # A copy of the list: ours grows, and a hook may keep what it was given.
-        mix, _ = self.reads[self.row]([*self.sources], torch.stack(self.logits[self.row]))
+        mix, _ = self.reads[0](self.visible(), torch.stack(self.logits[0]))
         return mix
 
-    def write(self, output: Tensor) -> None:
-        self.row += 1
+    def read_through(self, norm: nn.Module) -> Tensor:
+        if not self.recompute or not torch.is_grad_enabled():
+            return norm(self.read())
+        read = self.reads[0]
+
+        def compute(logits: Tensor, *sources: Tensor) -> Tensor:
+            return norm(read([*sources], logits)[0])
+
+        logits = torch.stack(self.logits[0])
+        return checkpoint(compute, logits, *self.visible(), use_reentrant=False, preserve_rng_state=False)
+
+    def write(self, output: Tensor, given: Tensor | None = None) -> None:
+        self._advance()
         self.commit(output)
 
 
 class BlockStream(FullStream):
     """The embedding, finished depth blocks, and the running partial sum of the unfinished one."""
 
-    def __init__(self, reads: nn.ModuleList, embedding: Tensor, layers_per_block: int):
-        super().__init__(reads, embedding)
+    def __init__(
+        self, reads: nn.ModuleList, embedding: Tensor, layers_per_block: int, recompute: bool = False
+    ):
+        super().__init__(reads, embedding, recompute)
         self.layers_per_block = layers_per_block
-        self.partial: Tensor | None = None
+        self.partial: list[Tensor] = []
+        """The running sum, or nothing where no layer of the depth block has written yet."""
 
-    def read(self) -> Tensor:
-        running = [] if self.partial is None else [self.partial]
-        mix, _ = self.reads[self.row]([*self.sources, *running], torch.stack(self.logits[self.row]))
-        return mix
+    def visible(self) -> list[Tensor]:
+        return [*self.sources, *self.partial]
 
-    def write(self, output: Tensor) -> None:
-        self.row += 1
+    def write(self, output: Tensor, given: Tensor | None = None) -> None:
+        self._advance()
         # Kept in the embedding's dtype, as the ordinary stream is, whatever autocast makes of outputs.
-        self.partial = output.to(self.sources[0].dtype) if self.partial is None else self.partial + output
-        if self.row % self.layers_per_block == 0:
-            self.commit(self.partial)
-            self.partial = None
+        grown = self.partial.pop() + output if self.partial else output.to(self.sources[0].dtype)
+        written = len(self.queries) - len(self.reads)
+        if written % self.layers_per_block == 0:
+            self.commit(grown)
         else:
+            self.partial.append(grown)
             # It will have grown by the read after next, so it gets a logit for the next read only.
-            self._score(self.partial, self.row + 1)
+            self._score(grown, 1)

@@ -14,7 +14,11 @@ RESIDUALS = {
     "block of 4, ragged": {"residual": "block", "layers_per_block": 4},
     "one block of all": {"residual": "block", "layers_per_block": 6},
     "block larger than the model": {"residual": "block", "layers_per_block": 99},
+    "postnorm": {"residual": "postnorm"},
+    "deepnorm": {"residual": "deepnorm"},
+    "rescaled": {"residual": "rescaled"},
 }
+ATTNRES = [kind for kind, fields in RESIDUALS.items() if fields["residual"] in ("full", "block")]
 
 
 def small_config(**changes) -> DecoderConfig:
@@ -61,6 +65,13 @@ def defined_pass(model: Decoder, embedding: Tensor) -> definition.DepthPass:
     config, layers = model.config, layers_of(model)
     if config.residual == "prenorm":
         return definition.prenorm(embedding, layers)
+    if config.residual == "rescaled":
+        return definition.rescaled(embedding, layers)
+    if config.residual in ("postnorm", "deepnorm"):
+        sublayers = [layer for block in model.blocks for layer in (block.attention, block.mlp)]
+        norms = [norm for block in model.blocks for norm in (block.attention_norm, block.mlp_norm)]
+        scale = (2 * config.blocks) ** 0.25 if config.residual == "deepnorm" else 1.0
+        return definition.post_norm(embedding, sublayers, norms, scale)
     queries = [read.gain * read.query for read in model.residual.reads]
     if config.residual == "full":
         return definition.full(embedding, layers, queries, config.norm_eps)

@@ -25,7 +25,7 @@ WRONG = [
     ({"kv_heads": 3}, "kv_heads"),
     ({"norm_eps": 0.0}, "norm_eps"),
     ({"rope_base": float("nan")}, "rope_base"),
-    ({"residual": "postnorm"}, "residual"),
+    ({"residual": "highway"}, "residual"),
     ({"residual": "block"}, "layers_per_block"),
     ({"residual": "block", "layers_per_block": 0}, "layers_per_block"),
     ({"residual": "full", "layers_per_block": 2}, "layers_per_block"),

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from attnres.depth_attention import DepthAttention
 from attnres.residual import Block, Full, FullStream
-from tests.attnres.models import RESIDUALS, lively_decoder, loss_of, seeded_decoder, tokens
+from tests.attnres.models import ATTNRES, RESIDUALS, lively_decoder, loss_of, seeded_decoder, tokens
 
-ATTNRES = [kind for kind in RESIDUALS if kind != "prenorm"]
 NEGLIGIBLE_EPS = 1e-12
 
 

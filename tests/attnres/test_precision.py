@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from attnres.logits import source_logits
 from tests.attnres.models import RESIDUALS, loss_of, seeded_decoder, tokens
 
-KINDS = ["prenorm", "full", "block of 4, ragged"]
+KINDS = ["prenorm", "full", "block of 4, ragged", "postnorm", "deepnorm", "rescaled"]
 
 
 def routed(model):

@@ -5,7 +5,7 @@ import torch
 
 from attnres.definition import depth_attention, rms_norm
 from attnres.logits import source_logits
-from tests.attnres.models import RESIDUALS, defined_pass, lively_decoder, loss_of, tokens
+from tests.attnres.models import ATTNRES, RESIDUALS, defined_pass, lively_decoder, loss_of, tokens
 
 
 def observed(model, inputs):
@@ -42,7 +42,7 @@ def test_the_model_is_the_definition(kind):
     assert_close(logits, defined_logits)
     assert_close(seen["states"], [*twin.states, twin.final_state])
     assert_close(seen["outputs"], twin.outputs)
-    if kind != "prenorm":
+    if kind in ATTNRES:
         assert_close(seen["weights"], twin.weights)
 
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -52,7 +52,7 @@ def test_the_model_is_the_definition(kind):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in RESIDUALS if kind != "prenorm"])
+@pytest.mark.parametrize("kind", ATTNRES)
 def test_every_read_is_called_with_as_many_sources_as_it_says(kind):
     model = lively_decoder(**RESIDUALS[kind])
     _, seen = observed(model, tokens())

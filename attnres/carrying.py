@@ -1,0 +1,255 @@
+"""Carry the sources of AttnRes through a model that knows nothing of them.
+
+A block's own code adds its layers' outputs to the state that it is given. So it is given the running sum of the depth
+block, or zeros where a depth block begins, and what it adds up *is* the partial sum, whatever gates, multipliers or
+dropout it applies on the way. Where a depth block ends inside it, its layers' outputs are widened to a stack of
+*slots*, one for each depth block it writes to, zero in all but their own.
+
+What belongs to one forward pass, the finished sources, rides as an attribute on the state's tensor, and is never
+changed: whoever runs a block again on that tensor, as checkpointing does, finds the sources of the same pass.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from attnres.logits import source_logits
+from attnres.watching import WatchedBlock, first_tensor
+
+LOST = (
+    "{} was given a state without its sources. Either it runs under reentrant checkpointing (use "
+    'gradient_checkpointing_kwargs={{"use_reentrant": False}}), or it was called by itself, or something between the '
+    "transformer blocks made a new tensor of the state."
+)
+REENTRANT = (
+    "{} runs without gradients inside a forward that has them, as under reentrant checkpointing, which would lose the "
+    'gradients of all sources. Use gradient_checkpointing_kwargs={{"use_reentrant": False}}.'
+)
+
+
+class Depth(Protocol):
+    """The finished sources of one forward pass."""
+
+    def commit(self, sources: Sequence[Tensor], written: int) -> "Depth":
+        """The same with more sources, finished after `written` layers."""
+
+    def read(self, row: int, running: Sequence[Tensor]) -> Tensor:
+        """The state of read `row` (from 0) over the finished sources and those of the block that is running."""
+
+
+class AttentiveDepth:
+    """Sources, and the logits of each for all reads after it."""
+
+    def __init__(self, reads: nn.ModuleList, queries: Tensor, sources: tuple = (), logits: tuple = ()):
+        self.reads, self.queries, self.sources = reads, queries, sources
+        self.logits = logits
+        """One pair for each source: the first row that it has logits for, and the logits from there on."""
+
+    @classmethod
+    def open(cls, reads: nn.ModuleList) -> "AttentiveDepth":
+        return cls(reads, torch.stack([read.effective_query() for read in reads]))
+
+    def commit(self, sources: Sequence[Tensor], written: int) -> "AttentiveDepth":
+        eps = self.reads[0].eps
+        new = [(written, source_logits(source, self.queries[written:], eps)) for source in sources]
+        return AttentiveDepth(self.reads, self.queries, (*self.sources, *sources), (*self.logits, *new))
+
+    def read(self, row: int, running: Sequence[Tensor]) -> Tensor:
+        logits = [rest[row - start] for start, rest in self.logits]
+        query = self.queries[row : row + 1]
+        logits += [source_logits(source, query, self.reads[row].eps)[0] for source in running]
+        mix, _ = self.reads[row]([*self.sources, *running], torch.stack(logits))
+        return mix
+
+
+class Plan:
+    """Where the layers of one transformer block stand among the depth blocks, and how its code is given the state."""
+
+    def __init__(self, block: WatchedBlock, first: int, layers_per_block: int):
+        self.name, self.keyword = block.name, block.keyword
+        self.first = first
+        """How many layers come before."""
+        self.layers = len(block.layers)
+        self.begins = first % layers_per_block == 0
+        """Whether its first layer begins a depth block."""
+        boundaries = [(first + index) % layers_per_block == 0 for index in range(1, self.layers)]
+        self.slot = [sum(boundaries[:index]) for index in range(self.layers)]
+        """The slot that each layer writes to."""
+        self.slots = self.slot[-1] + 1
+        self.running: list[Depth] = []
+        """The sources, from its first norm to its last; while compiling, from its entry to its exit."""
+        self.counts = any(layer.tail_calls > 1 for layer in block.layers)
+        """Whether a module that ends a layer is called more than once, so that calls have to be told apart."""
+        self.progress: list = []
+        """Where it counts: the layer that runs, and the modules called since its norm that may end it."""
+
+    def state(self, args: tuple, kwargs: dict) -> Tensor:
+        return args[0] if self.keyword is None else kwargs[self.keyword]
+
+    def replaced(self, args: tuple, kwargs: dict, state: Tensor) -> tuple[tuple, dict]:
+        if self.keyword is None:
+            return (state, *args[1:]), kwargs
+        return args, kwargs | {self.keyword: state}
+
+    def widened(self, x: Tensor, slot: int) -> Tensor:
+        """x in its slot and zeros in the others, [slots, B, T, D]; x itself where there is one slot only."""
+        if self.slots == 1:
+            return x
+        return torch.stack([x if index == slot else torch.zeros_like(x) for index in range(self.slots)])
+
+
+def depth_of(state: Tensor, name: str) -> Depth:
+    """The sources that ride on a state; RuntimeError where there are none."""
+    depth = getattr(state, "attnres_depth", None)
+    if depth is None:
+        raise RuntimeError(LOST.format(name))
+    return depth
+
+
+# Hooks are objects, not closures: copying a model copies them with what they hold.
+
+
+class Enter:
+    """Before a transformer block: finish the depth block before it, where its first layer begins another."""
+
+    def __init__(self, plan: Plan, reads: nn.ModuleList | None, depth_type: type = AttentiveDepth):
+        self.plan, self.reads, self.depth_type = plan, reads, depth_type
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        plan = self.plan
+        state = plan.state(args, kwargs)
+        depth = self.depth_type.open(self.reads) if plan.first == 0 else depth_of(state, plan.name)
+        if plan.begins:
+            depth = depth.commit([state], plan.first)
+            carried = torch.zeros_like(state)
+        else:
+            carried = plan.widened(state, 0)
+        carried.attnres_depth = depth
+        if torch.compiler.is_compiling():
+            plan.running[:] = [depth]
+        return plan.replaced(args, kwargs, carried)
+
+
+class Read:
+    """Before a norm: give it the mix of all sources instead of the sum."""
+
+    def __init__(self, plan: Plan, index: int, name: str):
+        self.plan, self.index, self.name = plan, index, name
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple:
+        plan, carried = self.plan, args[0]
+        depth = self._depth(carried)
+        if not torch.is_grad_enabled() and any(source.requires_grad for source in depth.sources):
+            raise RuntimeError(REENTRANT.format(self.name))
+        if plan.counts:
+            plan.progress[:] = [self.index]
+        if self.index == 0 and plan.begins:
+            return depth.read(plan.first, []), *args[1:]
+        slots = [carried] if plan.slots == 1 else carried.unbind(0)
+        written = 0 if self.index == 0 else plan.slot[self.index - 1]
+        return depth.read(plan.first + self.index, slots[: written + 1]), *args[1:]
+
+    def _depth(self, carried: Tensor) -> Depth:
+        """The sources of the pass that this norm runs in, also when it runs again in backward."""
+        plan = self.plan
+        if torch.compiler.is_compiling():
+            # The compiler traces a checkpointed block once, and lets it change nothing outside.
+            return plan.running[0]
+        if self.index == 0:
+            plan.running[:] = [depth_of(carried, self.name)]
+        depth = plan.running[0]
+        if self.index == plan.layers - 1:
+            plan.running.clear()
+        return depth
+
+
+class Widen:
+    """After a layer's last module: its output in the layer's slot."""
+
+    def __init__(self, plan: Plan, slot: int):
+        self.plan, self.slot = plan, slot
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        return with_first(output, self.plan.widened(first_tensor(output), self.slot))
+
+
+class WidenEach:
+    """The same for a module that is called several times in a block, as a dropout may be: it has to count."""
+
+    def __init__(self, plan: Plan, calls: dict[int, int]):
+        self.plan = plan
+        self.calls = calls
+        """For each layer that ends in this module, the call after the layer's norm that does."""
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        layer, *seen = self.plan.progress
+        self.plan.progress.append(module)
+        if sum(other is module for other in seen) != self.calls.get(layer):
+            return output
+        return with_first(output, self.plan.widened(first_tensor(output), self.plan.slot[layer]))
+
+
+class Leave:
+    """After a transformer block: hand on the partial sum; after the last one, the final state."""
+
+    def __init__(self, plan: Plan, is_last: bool):
+        self.plan, self.is_last = plan, is_last
+
+    def __call__(
+        self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple
+    ) -> Tensor | tuple:
+        plan = self.plan
+        depth = depth_of(plan.state(args, kwargs), plan.name)
+        written = plan.first + plan.layers
+        *finished, partial = first_tensor(output).unbind(0) if plan.slots > 1 else [first_tensor(output)]
+        if torch.compiler.is_compiling():
+            plan.running.clear()
+        if self.is_last:
+            return with_first(output, depth.read(written, [*finished, partial]))
+        if finished:
+            depth = depth.commit(finished, written)
+            # The compiler lets no attribute ride on one of several outputs of an operation.
+            partial = partial.view_as(partial)
+        partial.attnres_depth = depth
+        return with_first(output, partial)
+
+
+def with_first(output: Tensor | tuple | list, tensor: Tensor) -> Tensor | tuple | list:
+    """The output of a module with another first tensor."""
+    return type(output)((tensor, *output[1:])) if isinstance(output, tuple | list) else tensor
+
+
+def attach(
+    blocks: Sequence[WatchedBlock],
+    layers_per_block: int,
+    reads: nn.ModuleList | None,
+    depth_type: type = AttentiveDepth,
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Put the hooks of all blocks in place; the handles take them off again."""
+    handles, first = [], 0
+    for block in blocks:
+        plan = Plan(block, first, layers_per_block)
+        handles.append(
+            block.module.register_forward_pre_hook(Enter(plan, reads, depth_type), with_kwargs=True)
+        )
+        for index, layer in enumerate(block.layers):
+            handles.append(layer.norm.register_forward_pre_hook(Read(plan, index, layer.name)))
+        if plan.slots > 1:
+            handles += _widen(block, plan)
+        leave = Leave(plan, is_last=block is blocks[-1])
+        handles.append(block.module.register_forward_hook(leave, with_kwargs=True))
+        first += plan.layers
+    return handles
+
+
+def _widen(block: WatchedBlock, plan: Plan) -> list[torch.utils.hooks.RemovableHandle]:
+    """The hooks on the modules that end the block's layers."""
+    if not plan.counts:
+        ends = zip(block.layers, plan.slot, strict=True)
+        return [layer.tail.register_forward_hook(Widen(plan, slot)) for layer, slot in ends]
+    calls: dict[nn.Module, dict[int, int]] = {}
+    for index, layer in enumerate(block.layers):
+        calls.setdefault(layer.tail, {})[index] = layer.tail_call
+    return [tail.register_forward_hook(WidenEach(plan, each)) for tail, each in calls.items()]

@@ -1,0 +1,118 @@
+"""Make an existing PreNorm model an AttnRes one in place, and back."""
+
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from attnres.carrying import attach
+from attnres.config import check_count
+from attnres.residual import Block, Full
+from attnres.verifying import verify
+from attnres.watching import WatchedBlock, watch
+
+NAME = "attnres"
+
+
+def convert(
+    model: nn.Module,
+    residual: str = "block",
+    layers_per_block: int | None = None,
+    *,
+    example: dict | tuple | Tensor | None = None,
+    eps: float = 1e-6,
+    weights: str | Path | None = None,
+) -> nn.Module:
+    """Give a PreNorm model the residual "full" or "block", in place; returns the model.
+
+    Its depth reads are then `model.attnres.reads`, one for each layer and the final one: parameters for the optimizer,
+    and part of the state dict. A layer is a sublayer, so `layers_per_block` is usually even. `example` is an input to
+    try the model on, as one argument, a tuple of them or keywords; transformers' language models bring their own.
+    `eps` is that of the key norms. `weights` is a folder that `save_pretrained` made of a converted model, to take
+    the reads' parameters from.
+
+    Before anything is changed two forward passes, in training mode but without a trace, find the layers and check
+    that every state is the embedding plus the sum of the outputs so far. ValueError (ConversionError) naming the first
+    layer where it is not, or the argument that cannot be.
+    """
+    if hasattr(model, NAME):
+        raise ValueError(f"The model has {NAME!r} already: revert it before you convert it again.")
+    if residual not in ("full", "block"):
+        raise ValueError(f'residual must be "full" or "block", not {residual!r}.')
+    if residual == "full" and layers_per_block is not None:
+        raise ValueError('layers_per_block is for residual "block" only, not for "full".')
+    if residual == "block":
+        check_count("layers_per_block", layers_per_block)
+    args, kwargs = _inputs(model, example)
+    blocks = watch(model, args, kwargs)
+    layers = sum(len(block.layers) for block in blocks)
+    if residual == "block" and layers_per_block > layers:
+        raise ValueError(
+            f"layers_per_block must be at most {layers}, the model's layers, not {layers_per_block}."
+        )
+    size = layers_per_block or 1
+    verify(model, args, kwargs, blocks, size)
+    reads = _residual(blocks, layers, layers_per_block, eps)
+    if weights is not None:
+        reads.load_state_dict(_saved(Path(weights)))
+    model.add_module(NAME, reads)
+    reads.handles = attach(blocks, size, reads.reads)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo `convert`, in place; returns the model, which computes what it did before. Its reads are gone.
+
+    ValueError where there is nothing to undo.
+    """
+    reads = getattr(model, NAME, None)
+    if not hasattr(reads, "handles"):
+        raise ValueError("The model was not converted: pass the module that attnres.convert was given.")
+    for handle in reads.handles:
+        handle.remove()
+    delattr(model, NAME)
+    return model
+
+
+def _inputs(model: nn.Module, example: dict | tuple | Tensor | None) -> tuple[tuple, dict]:
+    if example is None:
+        example = getattr(model, "dummy_inputs", None)
+    if isinstance(example, dict):
+        return (), {name: _on_device(value, model) for name, value in example.items()}
+    if isinstance(example, Tensor):
+        example = (example,)
+    if not isinstance(example, tuple):
+        raise ValueError(
+            "example must be an input to try the model on: a tensor, a tuple of arguments or a dict of keywords."
+        )
+    return tuple(_on_device(value, model) for value in example), {}
+
+
+def _on_device(value: object, model: nn.Module) -> object:
+    return value.to(next(model.parameters()).device) if isinstance(value, Tensor) else value
+
+
+def _residual(
+    blocks: list[WatchedBlock], layers: int, layers_per_block: int | None, eps: float
+) -> Full | Block:
+    """The reads, on the device of the first block and in its parameters' dtype."""
+    like = next(blocks[0].module.parameters())
+    width = blocks[0].output.shape[-1]
+    made = (
+        Full(width, layers, eps) if layers_per_block is None else Block(width, layers, layers_per_block, eps)
+    )
+    return made.to(like.device, like.dtype)
+
+
+def _saved(folder: Path) -> dict[str, Tensor]:
+    """The reads' parameters in a folder of safetensors files; ValueError where there are none."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(f"{NAME}.")]  # noqa: SIM118
+            found |= {name.removeprefix(f"{NAME}."): file.get_tensor(name) for name in names}
+    if not found:
+        raise ValueError(
+            f"weights: no safetensors file in {str(folder)!r} holds parameters of a converted model."
+        )
+    return found

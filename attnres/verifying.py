@@ -1,0 +1,71 @@
+"""Before a conversion: does the model's stream really add up its layers' outputs?
+
+One more forward pass in training mode carries the sources as a converted model would, but every read is their plain
+sum. Where the model is PreNorm, each of these states is the one that the model has by itself.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from attnres.carrying import attach
+from attnres.watching import ConversionError, WatchedBlock, undisturbed
+
+
+class SummedDepth:
+    """Sources that every read simply adds up (Eq. 1)."""
+
+    def __init__(self, states: list[Tensor], sources: tuple = ()):
+        self.states, self.sources = states, sources
+
+    @classmethod
+    def open(cls, states: list[Tensor]) -> "SummedDepth":
+        return cls(states)
+
+    def commit(self, sources: Sequence[Tensor], written: int) -> "SummedDepth":
+        return SummedDepth(self.states, (*self.sources, *sources))
+
+    def read(self, row: int, running: Sequence[Tensor]) -> Tensor:
+        self.states.append(torch.stack([*self.sources, *running]).sum(0))
+        return self.states[-1]
+
+
+def verify(
+    model: nn.Module, args: tuple, kwargs: dict, blocks: list[WatchedBlock], layers_per_block: int
+) -> None:
+    """ConversionError, naming the first layer whose state differs by more than 1e-3, where sources do not add up."""
+    summed: list[Tensor] = []
+    handles = attach(blocks, layers_per_block, summed, SummedDepth)
+    names = [layer.name for block in blocks for layer in block.layers]
+    failure = None
+    try:
+        with undisturbed(model):
+            model(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        failure = error
+    finally:
+        for handle in handles:
+            handle.remove()
+    states = [layer.state for block in blocks for layer in block.layers] + [blocks[-1].output]
+    for name, state, sum_ in zip([*names, "the final state"], states, summed, strict=False):
+        _check_state(name, state, sum_)
+    if failure is not None:
+        name = names[min(max(len(summed) - 1, 0), len(names) - 1)]
+        raise ConversionError(
+            f"The sources cannot be carried through {name}: {type(failure).__name__}: {failure}"
+        ) from failure
+
+
+def _check_state(name: str, state: Tensor, summed: Tensor) -> None:
+    # bfloat16 itself is off by up to 2**-8 at every sum.
+    tolerance = max(1e-3, 4 * torch.finfo(state.dtype).eps)
+    difference = (
+        ((summed - state).norm() / state.norm()).item() if summed.shape == state.shape else float("nan")
+    )
+    if not difference <= tolerance:
+        raise ConversionError(
+            f"{name} does not receive the embedding plus the sum of the outputs before it: it differs by "
+            f"{difference:.1e} (relative). Something else changes the stream there, such as a norm, a scale of the "
+            "state or a second path; only a PreNorm stream can be converted."
+        )

@@ -1,0 +1,252 @@
+"""Find the layers of somebody's model by watching one forward pass: no class or package is known by name.
+
+A *stack* is a list of transformer blocks. In each block, a pre-norm is a child that receives the state itself and whose
+output does not change when its input doubles. All that runs after it, up to the next pre-norm, is one layer; the
+layer's *tail* is the last child in it, whose output joins the stream.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+class ConversionError(ValueError):
+    """A model that cannot be converted, in one sentence that names the layer and says what to do."""
+
+
+@dataclass(frozen=True)
+class WatchedLayer:
+    """One layer of a block: `norm` receives its state, `tail` gives its output."""
+
+    name: str
+    norm: nn.Module
+    tail: nn.Module
+    tail_call: int
+    """The call of `tail` since the norm, from 0, that ends the layer."""
+    tail_calls: int
+    """How often `tail` is called in the whole block."""
+    state: Tensor
+    """What the norm received while we watched, detached."""
+
+
+@dataclass(frozen=True)
+class WatchedBlock:
+    """One transformer block of the stack, `keyword` naming the argument that carries the state (None: the first)."""
+
+    name: str
+    module: nn.Module
+    keyword: str | None
+    layers: list[WatchedLayer]
+    output: Tensor
+    """The state that it returned, detached."""
+
+
+@dataclass
+class _Call:
+    """One call of a child of a block."""
+
+    name: str
+    module: nn.Module
+    given: Tensor | None
+    made: Tensor | None
+    is_norm: bool
+
+
+@dataclass
+class _Visit:
+    """One call of a block: what it was given, what its children did, what it made of it."""
+
+    keyword: str | None
+    given: Tensor | None
+    calls: list[_Call] = field(default_factory=list)
+    made: Tensor | None = None
+
+
+def first_tensor(value: object) -> Tensor | None:
+    """The tensor that a module hands on: its output, or the first of several."""
+    value = value[0] if isinstance(value, tuple | list) and value else value
+    return value if isinstance(value, Tensor) else None
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Passes in training mode that leave no trace: random numbers, buffers and modes are as before."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model.train()
+        try:
+            yield
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def watch(model: nn.Module, args: tuple, kwargs: dict) -> list[WatchedBlock]:
+    """The transformer blocks of the model and their layers, from one forward pass on the example.
+
+    ConversionError where there are none, or where they are not PreNorm.
+    """
+    stacks = [
+        (path, container)
+        for path, container in model.named_modules()
+        if isinstance(container, nn.ModuleList | nn.Sequential) and len(container) > 0
+    ]
+    members = {
+        member: f"{path}.{key}" if path else key for path, c in stacks for key, member in c.named_children()
+    }
+    visits: dict[nn.Module, list[_Visit]] = {member: [] for member in members}
+    handles = [handle for member in members for handle in _watch_member(member, visits[member])]
+    try:
+        with undisturbed(model):
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    blocks = [list(container.children()) for _, container in stacks]
+    longest = max((each for each in blocks if _is_stack(each, visits)), key=len, default=None)
+    if longest is None:
+        raise ConversionError(
+            f"No transformer blocks were found in {type(model).__name__}: convert looks for a ModuleList of blocks whose "
+            "children include the norms and the sublayers. Convert the module that holds such a list."
+        )
+    if len(longest) < 2:
+        raise ConversionError(
+            f"{members[longest[0]]} is the only transformer block: a depth of one has nothing to mix."
+        )
+    return [_block(members[member], member, visits[member]) for member in longest]
+
+
+def _watch_member(member: nn.Module, visits: list[_Visit]) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    def enter(module, args, kwargs):
+        keyword, state = _state(args, kwargs)
+        visits.append(_Visit(keyword, state))
+
+    def leave(module, args, output):
+        visits[-1].made = first_tensor(output)
+
+    yield member.register_forward_pre_hook(enter, with_kwargs=True)
+    for name, child in member.named_children():
+
+        def called(module, args, kwargs, output, name=name):
+            if visits:
+                _, given = _state(args, kwargs)
+                made = first_tensor(output)
+                visits[-1].calls.append(
+                    _Call(name, module, given, made, _is_norm(module, args, kwargs, made))
+                )
+
+        yield child.register_forward_hook(called, with_kwargs=True)
+    yield member.register_forward_hook(leave)
+
+
+def _state(args: tuple, kwargs: dict) -> tuple[str | None, Tensor | None]:
+    """The first floating-point tensor among the arguments, and its keyword."""
+    if args:
+        return None, args[0] if isinstance(args[0], Tensor) else None
+    for keyword, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return keyword, value
+    return None, None
+
+
+def _is_norm(module: nn.Module, args: tuple, kwargs: dict, made: Tensor | None) -> bool:
+    """Whether twice the input gives the same output: true for norms, and for nothing else that has only vectors."""
+    if not args or not isinstance(args[0], Tensor) or made is None or made.shape != args[0].shape:
+        return False
+    if not args[0].is_floating_point() or any(parameter.ndim > 1 for parameter in module.parameters()):
+        return False
+    # Far above any eps; powers of two, so that no dtype rounds.
+    large, larger = args[0] * 2.0**10, args[0] * 2.0**11
+    with suppress(RuntimeError), torch.random.fork_rng():
+        one, two = (first_tensor(module.forward(x, *args[1:], **kwargs)) for x in (large, larger))
+        # Dropout and activations differ by far more; constants are not norms.
+        return bool((one - two).norm() <= 1e-3 * one.norm()) and bool(one.norm() > 0)
+    return False
+
+
+def _is_stack(members: list[nn.Module], visits: dict[nn.Module, list[_Visit]]) -> bool:
+    """Whether every member ran, on a state, and has norms and sublayers as children."""
+    for member in members:
+        seen = visits[member]
+        if (
+            not seen
+            or seen[0].given is None
+            or seen[0].made is None
+            or seen[0].made.shape != seen[0].given.shape
+        ):
+            return False
+        kinds = {call.is_norm for call in seen[0].calls}
+        if kinds != {True, False}:
+            return False
+    return True
+
+
+def _block(name: str, module: nn.Module, visits: list[_Visit]) -> WatchedBlock:
+    if len(visits) != 1:
+        raise ConversionError(
+            f"{name} is called {len(visits)} times in one forward pass, and a converted block must be once."
+        )
+    (visit,) = visits
+    starts = [index for index, call in enumerate(visit.calls) if _reads_state(visit, index)]
+    _check_prenorm(name, visit, starts)
+    ends = [*starts[1:], len(visit.calls)]
+    layers = [_layer(name, visit, start, end) for start, end in zip(starts, ends, strict=True)]
+    return WatchedBlock(name, module, visit.keyword, layers, visit.made.detach())
+
+
+def _reads_state(visit: _Visit, index: int) -> bool:
+    """Whether this call is a norm of the state, not of some child's output, as in a sandwich of norms."""
+    call = visit.calls[index]
+    made_by_children = any(call.given is earlier.made for earlier in visit.calls[:index])
+    return call.is_norm and call.given.shape == visit.given.shape and not made_by_children
+
+
+def _check_prenorm(name: str, visit: _Visit, starts: list[int]) -> None:
+    before = visit.calls[: starts[0]] if starts else visit.calls
+    for call in before:
+        if call.given is visit.given:
+            raise ConversionError(
+                f"{name}.{call.name} reads the state without a norm before it, as in a post-norm model: only PreNorm "
+                "models can be converted."
+            )
+    if not starts or visit.calls[starts[0]].given is not visit.given:
+        raise ConversionError(
+            f"{name} has no norm that reads the state it is given: only PreNorm models can be converted."
+        )
+    states = [visit.calls[start].given for start in starts]
+    for earlier, later, start in zip(states, states[1:], starts[1:], strict=False):
+        if earlier is later:
+            raise ConversionError(
+                f"{name}.{visit.calls[start].name} reads the same state as the norm before it, as in a parallel block: "
+                "only blocks whose layers run one after the other can be converted."
+            )
+
+
+def _layer(name: str, visit: _Visit, start: int, end: int) -> WatchedLayer:
+    norm, segment = visit.calls[start], visit.calls[start + 1 : end]
+    shaped = [call for call in segment if call.made is not None and call.made.shape == visit.given.shape]
+    if not shaped:
+        raise ConversionError(
+            f"{name}.{norm.name} is followed by no sublayer whose output could join the stream."
+        )
+    tail = shaped[-1]
+    readers = [call for call in segment if call.given is norm.made]
+    if len(readers) > 1 and tail in readers:
+        names = " and ".join(f"{name}.{call.name}" for call in readers)
+        raise ConversionError(
+            f"{names} read one norm side by side, as in a parallel block: only blocks whose layers run one after the "
+            "other can be converted."
+        )
+    tail_call = sum(call.module is tail.module for call in segment) - 1
+    tail_calls = sum(call.module is tail.module for call in visit.calls)
+    sublayer = readers[0] if readers else tail
+    return WatchedLayer(
+        f"{name}.{sublayer.name}", norm.module, tail.module, tail_call, tail_calls, norm.given.detach()
+    )

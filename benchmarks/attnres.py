@@ -1,0 +1,198 @@
+"""What AttnRes costs: `python -m benchmarks.attnres` prints the time of every contender over PreNorm's.
+
+Each round runs every contender once, in turning order, and a ratio is taken within a round, so that what else the
+machine does falls on all alike. Columns: the median ratio and its quartiles over the rounds, PreNorm's median time,
+the seconds that the first call took (compilation and all), and the most memory that one call held at a time beyond
+what was held before it. PyPI's attn-res is measured where it is installed. `--smoke` takes seconds and proves nothing.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+try:
+    from attnres import Decoder, DecoderConfig, generate
+    from attnres.schedules import SCHEDULES
+except ImportError as error:
+    raise SystemExit(
+        f"Run this from the repository's root as `python -m benchmarks.attnres` ({error})."
+    ) from error
+
+SMOKE = {"rounds": 2, "blocks": 2, "width": 32, "batch": 1, "context": 16, "tokens": 4}
+
+
+@dataclass
+class Contender:
+    """One thing to time, and what its rounds took."""
+
+    name: str
+    call: Callable[[], object]
+    first: float = 0.0
+    peak: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parsed(arguments)
+    torch.set_num_threads(options.threads)
+    print(f"torch {torch.__version__}, {options.device}, {options.threads} threads; {vars(options)}")
+    for mode in options.modes:
+        for name, contenders in (("training step", training), ("generation", generation)):
+            if name.split()[0] in options.workloads:
+                report(
+                    f"{mode} {name}",
+                    measured(list(contenders(options, mode == "compiled")), options),
+                    options,
+                )
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attnres", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--blocks", type=int, default=12, help="transformer blocks")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers-per-block", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=256, help="to generate, after one of prompt")
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
+    parser.add_argument(
+        "--workloads", nargs="+", choices=("training", "generation"), default=["training", "generation"]
+    )
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and two rounds")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        vars(options).update(SMOKE)
+    return options
+
+
+def models(options: argparse.Namespace) -> Iterator[tuple[str, Decoder]]:
+    """PreNorm first, then Full and Block in each schedule."""
+    sizes = {
+        "width": options.width,
+        "blocks": options.blocks,
+        "context": max(options.context, options.tokens + 1),
+    }
+    kinds = {"full": {}, "block": {"layers_per_block": options.layers_per_block}}
+    torch.manual_seed(0)
+    yield "PreNorm", Decoder(DecoderConfig(**sizes)).to(options.device)
+    for kind, more in kinds.items():
+        for schedule in options.schedules:
+            model = Decoder(DecoderConfig(**sizes, residual=kind, **more)).to(options.device)
+            with torch.no_grad():
+                for read in model.residual.reads:
+                    read.query.normal_(std=options.width**-0.5)
+            model.residual.schedule = schedule
+            yield f"{kind.capitalize()}, {schedule}", model
+
+
+def training(options: argparse.Namespace, compiled: bool) -> Iterator[Contender]:
+    """Forward, backward and AdamW on 4×256 tokens, or what the options say."""
+    tokens = torch.randint(256, (options.batch, options.context), device=options.device)
+    for name, model in [*models(options), *others(options)]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        run = torch.compile(model, dynamic=False) if compiled else model
+
+        def step(run=run, optimizer=optimizer):
+            logits = run(tokens)
+            F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        yield Contender(name, step)
+
+
+def generation(options: argparse.Namespace, compiled: bool) -> Iterator[Contender]:
+    """Greedy tokens of one text, after a prompt of one token."""
+    prompt = torch.zeros(1, 1, dtype=torch.long, device=options.device)
+    for name, model in models(options):
+        yield Contender(name, lambda m=model: generate(m, prompt, options.tokens, compiled=compiled))
+
+
+def others(options: argparse.Namespace) -> Iterator[tuple[str, torch.nn.Module]]:
+    """PyPI's attn-res at the same sizes. Its last state is a plain sum: it has no final read."""
+    try:
+        from importlib.metadata import version
+
+        from attn_res import AttnResMode, AttnResTransformer, TransformerConfig
+    except ImportError:
+        print("attn-res is not installed, so it is not in the tables (pip install attn-res==0.1.0).")
+        return
+    layers = 2 * options.blocks
+    sizes = {"d_model": options.width, "n_layers": layers, "n_heads": 4, "vocab_size": 256}
+    sizes |= {"n_blocks": max(1, layers // options.layers_per_block), "max_seq_len": options.context}
+    for mode in (AttnResMode.NONE, AttnResMode.FULL, AttnResMode.BLOCK):
+        model = AttnResTransformer(TransformerConfig(**sizes, attn_res_mode=mode))
+        yield f"attn-res {version('attn-res')} {mode.value}", model.to(options.device)
+
+
+def measured(contenders: list[Contender], options: argparse.Namespace) -> list[Contender]:
+    """The first call and the memory of each, then rounds of all."""
+    for each in contenders:
+        each.first = seconds(each.call, options)
+        each.call()
+        each.peak = peak_memory(each.call, options)
+    for turn in range(options.rounds):
+        start = turn % len(contenders)
+        for each in contenders[start:] + contenders[:start]:
+            each.seconds.append(seconds(each.call, options))
+    return contenders
+
+
+def seconds(call: Callable[[], object], options: argparse.Namespace) -> float:
+    wait = torch.cuda.synchronize if options.device.startswith("cuda") else lambda: None
+    wait()
+    started = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - started
+
+
+def peak_memory(call: Callable[[], object], options: argparse.Namespace) -> float:
+    """The most MiB that the allocator handed out during the call, beyond what it had before."""
+    if options.device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    # The allocator's bytes are counted from the profile's start.
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    held = most = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return most / 2**20
+
+
+def report(title: str, contenders: list[Contender], options: argparse.Namespace) -> None:
+    baseline = contenders[0]
+    print(f"\n{title}: PreNorm {1e3 * statistics.median(baseline.seconds):.1f} ms, {options.rounds} rounds")
+    print(f"{'':24}{'over PreNorm':>14}{'quartiles':>18}{'first call':>14}{'peak MiB':>12}")
+    for each in contenders:
+        ratios = [mine / base for mine, base in zip(each.seconds, baseline.seconds, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        quartiles = f"{low:.3f} – {high:.3f}"
+        print(f"{each.name:24}{middle:14.3f}{quartiles:>18}{each.first:12.1f} s{each.peak:12.1f}")
+
+
+if __name__ == "__main__":
+    main()

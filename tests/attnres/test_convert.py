@@ -1,0 +1,267 @@
+"""Models of others with AttnRes put in: against twins by hand, and undone."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+
+import attnres
+from tests.attnres.families import FAMILIES, LANGUAGE, NEGLIGIBLE_EPS, logits_of
+
+pytest.importorskip("transformers")
+
+RESIDUALS = {
+    "full": ("full", None),
+    "block of 2": ("block", 2),
+    "block of 3, across transformer blocks": ("block", 3),
+    "block of 4, ragged": ("block", 4),
+}
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def prepared(name, kind="block of 4, ragged", dtype=torch.float64, **changes):
+    """A family, an unconverted model, the converted one with random queries, and inputs."""
+    family = FAMILIES[name]
+    original = family.seeded(**changes).to(dtype).train()
+    inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in family.inputs().items()}
+    residual, size = RESIDUALS[kind]
+    model = attnres.convert(copy.deepcopy(original), residual, size, example=inputs, eps=EPS)
+    with torch.no_grad():
+        for read in model.attnres.reads:
+            read.query.normal_()
+            read.gain.add_(torch.randn_like(read.gain), alpha=0.2)
+    return family, original, model, inputs
+
+
+def loss_of(model, inputs):
+    return logits_of(model(**inputs)).square().mean()
+
+
+def gradients(loss, parameters):
+    """Zeros where nothing reaches a parameter: an expert that no token went to."""
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def assert_same_gradients(family, original, model, inputs, loss):
+    """Every gradient of the converted model at its weights, and the twin's."""
+    shared = {name: p for name, p in model.named_parameters() if not name.startswith("attnres.")}
+    with torch.no_grad():
+        for name, parameter in original.named_parameters():
+            parameter.copy_(shared[name])
+    queries = [read.gain * read.query for read in model.attnres.reads]
+    defined = family.twin(original, inputs, queries, model.attnres_size, EPS).square().mean()
+    tolerance = 3e-5 if family.norms_in_float32 else 1e-9
+    torch.testing.assert_close(loss, defined, rtol=tolerance, atol=0)
+    reads = list(model.attnres.parameters())
+    ours = gradients(loss, [*shared.values(), *reads])
+    theirs = gradients(defined, [*(dict(original.named_parameters())[name] for name in shared), *reads])
+    names = [*shared, *(name for name, _ in model.attnres.named_parameters())]
+    largest = max(gradient.norm() for gradient in theirs)
+    for name, one, other in zip(names, ours, theirs, strict=True):
+        difference = (one - other).norm()
+        assert difference <= tolerance * other.norm() + 0.01 * tolerance * largest, f"{name}: {difference}"
+    return ours
+
+
+def checkpointed(model, reentrant=False):
+    """The model with every transformer block under checkpointing, and no cache, which that does not go with."""
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.config.use_cache = False
+    return model
+
+
+def checked(name, kind, change=lambda model: model):
+    family, original, model, inputs = prepared(name, kind)
+    model.attnres_size = RESIDUALS[kind][1] or 1
+    return assert_same_gradients(family, original, model, inputs, loss_of(change(model), inputs))
+
+
+@pytest.mark.parametrize("kind", RESIDUALS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_converted_model_is_the_definition(name, kind):
+    found = checked(name, kind)
+    assert sum(gradient.norm() > 0 for gradient in found) > len(found) / 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_converted_model_trains_like_its_twin(name):
+    """Fifty steps; at each of them every gradient is the twin's at the same weights."""
+    family, original, model, inputs = prepared(name)
+    model.attnres_size = 4
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(50):
+        loss = loss_of(model, inputs)
+        found = assert_same_gradients(family, original, model, inputs, loss)
+        named = [p for n, p in model.named_parameters() if not n.startswith("attnres.")]
+        for parameter, gradient in zip([*named, *model.attnres.parameters()], found, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("kind", RESIDUALS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_with_zero_queries_it_computes_what_it_did_and_reverting_undoes_it(name, kind):
+    family = FAMILIES[name]
+    model, inputs = family.seeded().eval(), family.inputs()
+    before = logits_of(model(**inputs))
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    residual, size = RESIDUALS[kind]
+    assert attnres.convert(model, residual, size, example=inputs, eps=NEGLIGIBLE_EPS) is model
+    assert not model.training
+    tolerance = 1e-6
+    assert ((logits_of(model(**inputs)) - before).norm() / before.norm()).item() < tolerance
+    assert attnres.revert(model) is model
+    assert torch.equal(logits_of(model(**inputs)), before)
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert not any("attnres" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("kind", RESIDUALS)
+def test_reads_follow_the_protocol(kind):
+    _, _, model, inputs = prepared("Llama", kind)
+    seen = []
+    for read in model.attnres.reads:
+        read.register_forward_hook(
+            lambda m, args, out: seen.append((len(args[0]), out[0].shape, len(out[1]), m.depth_sources))
+        )
+    model(**inputs)
+    size = RESIDUALS[kind][1] or 1
+    expected = [1 + -(-row // size) for row in range(7)]
+    assert [count for count, *_ in seen] == expected
+    for count, shape, rows, said in seen:
+        assert (rows, said) == (count, count)
+        assert shape == (2, 7, 16)
+
+
+@pytest.mark.parametrize("kind", RESIDUALS)
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_checkpointed_gradients(name, kind):
+    checked(name, kind, checkpointed)
+
+
+def test_checkpointed_by_ones_own_call():
+    _, _, model, inputs = prepared("DiT", "block of 3, across transformer blocks")
+    plain = gradients(loss_of(model, inputs), list(model.parameters()))
+    for block in model.blocks:
+        call = block.forward
+        block.forward = lambda *args, f=call: torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False)
+    checkpointed = gradients(loss_of(model, inputs), list(model.parameters()))
+    torch.testing.assert_close(checkpointed, plain, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["Llama", "ViT"])
+def test_reentrant_checkpointing_is_refused(name):
+    _, _, model, inputs = prepared(name)
+    checkpointed(model, reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        loss_of(model, inputs).backward()
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("kind", RESIDUALS)
+def test_two_forwards_before_their_backwards(kind, recomputes):
+    _, _, model, inputs = prepared("Llama", kind)
+    if recomputes:
+        checkpointed(model)
+    parameters, other = list(model.parameters()), {"input_ids": inputs["input_ids"].flip(1)[:1, :5]}
+    alone = [gradients(loss_of(model, x), parameters) for x in (inputs, other)]
+    losses = [loss_of(model, x) for x in (inputs, other)]
+    together = [gradients(loss, parameters) for loss in losses]
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-14)
+
+
+COMPILED = [("Llama", kind, ck) for kind in ("full", "block of 4, ragged") for ck in (False, True)]
+COMPILED_LONG = [
+    (name, kind, ck)
+    for name in FAMILIES
+    for kind in ("full", "block of 3, across transformer blocks", "block of 4, ragged")
+    for ck in (False, True)
+    if (name, kind, ck) not in COMPILED and not (ck and name == "DiT")
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "recomputes"),
+    [*COMPILED, *(pytest.param(*case, marks=pytest.mark.long) for case in COMPILED_LONG)],
+)
+def test_compiled_gradients(name, kind, recomputes):
+    def compiled(model):
+        if recomputes:
+            checkpointed(model)
+        torch._dynamo.reset()
+        return torch.compile(model, backend="aot_eager", fullgraph=name not in ("Kimi Linear", "DeepSeek-V3"))
+
+    checked(name, kind, compiled)
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_generation_with_a_cache_is_generation_without(name):
+    _, _, model, inputs = prepared(name, dtype=torch.float32)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached, plain = (model.eval().generate(**inputs, **options, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "ViT"])
+def test_saved_and_loaded_with_save_pretrained(name, tmp_path):
+    _, _, model, inputs = prepared(name, dtype=torch.float32)
+    model.eval().save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    attnres.convert(loaded, "block", 4, example=inputs, eps=EPS, weights=tmp_path)
+    assert torch.equal(logits_of(loaded.eval()(**inputs)), logits_of(model(**inputs)))
+    another = type(model).from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another residual or layers_per_block"):
+        attnres.convert(another, "block", 2, example=inputs, weights=tmp_path)
+    assert not hasattr(another, "attnres")
+
+
+def test_a_copy_of_a_converted_model_is_its_own():
+    _, _, model, inputs = prepared("Llama")
+    twin = copy.deepcopy(model)
+    before = logits_of(model(**inputs))
+    assert torch.equal(logits_of(twin(**inputs)), before)
+    with torch.no_grad():
+        for read in twin.attnres.reads:
+            read.query.zero_()
+    assert not torch.equal(logits_of(twin(**inputs)), before)
+    assert torch.equal(logits_of(model(**inputs)), before)
+    attnres.revert(twin)
+    assert torch.equal(logits_of(model(**inputs)), before)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_nothing_of_a_pass_outlives_it(recomputes):
+    _, _, model, inputs = prepared("Llama", "full")
+    if recomputes:
+        checkpointed(model)
+    seen = []
+    for read in model.attnres.reads:
+        read.register_forward_hook(lambda m, args, out: seen.extend(weakref.ref(x) for x in args[0]))
+    loss_of(model, inputs).backward()
+    gc.collect()
+    assert len(seen) >= 28
+    assert not any(source() is not None for source in seen)
+
+
+def test_in_bfloat16_it_stays_near_float32():
+    _, _, model, inputs = prepared("Llama", dtype=torch.float32)
+    exact = logits_of(model(**inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = logits_of(model(**inputs))
+    rounded = logits_of(model.bfloat16()(**inputs))
+    for near in (autocast, rounded):
+        assert 0 < ((near.float() - exact).norm() / exact.norm()).item() < 16 * 2**-8

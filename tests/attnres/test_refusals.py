@@ -1,0 +1,268 @@
+"""What convert refuses, naming the layer or the argument; and unusual models that it does take."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import attnres
+from tests.attnres.families import DiT, DiTBlock, dit_inputs, gpt2, llama, logits_of, token_inputs, vit
+
+pytest.importorskip("transformers")
+
+WIDTH = 8
+
+
+class Block(nn.Module):
+    """A transformer block without attention; subclasses say how its parts are put together."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.first = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm2, self.second = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = x + self.first(self.norm1(x))
+        return x + self.second(self.norm2(x))
+
+
+class PostNormBlock(Block):
+    def forward(self, x):
+        x = self.norm1(x + self.first(x))
+        return self.norm2(x + self.second(x))
+
+
+class ParallelBlock(Block):
+    """GPT-NeoX: two norms read one state."""
+
+    def forward(self, x):
+        return x + self.first(self.norm1(x)) + self.second(self.norm2(x))
+
+
+class OneNormBlock(Block):
+    """GPT-J: two layers read one norm."""
+
+    def forward(self, x):
+        h = self.norm1(x)
+        return x + self.first(h) + self.second(h)
+
+
+class ScaledBlock(Block):
+    """The state itself is scaled before the second layer."""
+
+    def forward(self, x):
+        x = 0.9 * x + self.first(self.norm1(x))
+        return x + self.second(self.norm2(x))
+
+
+class PeekingBlock(Block):
+    """The second layer sees the state beside its norm."""
+
+    def forward(self, x):
+        x = x + self.first(self.norm1(x))
+        return x + self.second(self.norm2(x) + 0.1 * x)
+
+
+class NormAtTheEndBlock(Block):
+    def forward(self, x):
+        x = x + self.first(self.norm1(x))
+        return nn.functional.layer_norm(x + self.second(self.norm2(x)), (WIDTH,))
+
+
+class HalvingBlock(Block):
+    """Multipliers between the layers and the stream."""
+
+    def forward(self, x):
+        x = x + 0.5 * self.first(self.norm1(x))
+        return x + 0.25 * self.second(self.norm2(x))
+
+
+class DroppingBlock(Block):
+    """Dropout between the layers and the stream, as a function that no hook sees."""
+
+    def forward(self, x):
+        x = x + self.first(self.norm1(x))
+        return x + nn.functional.dropout(self.second(self.norm2(x)), 0.5, self.training)
+
+
+class Stack(nn.Module):
+    def __init__(self, *kinds):
+        super().__init__()
+        self.blocks = nn.ModuleList(kind() for kind in kinds)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def example():
+    return torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def stack(*kinds):
+    torch.manual_seed(0)
+    return Stack(*kinds)
+
+
+REFUSED = [
+    ((PostNormBlock, PostNormBlock), r"blocks\.0\.first reads the state without a norm before it.*post-norm"),
+    ((Block, ParallelBlock), r"blocks\.1\.norm2 reads the same state as the norm before it.*parallel block"),
+    ((Block, OneNormBlock), r"blocks\.1\.first and blocks\.1\.second read one norm.*parallel block"),
+    ((Block, ScaledBlock), r"^blocks\.1\.second does not receive the embedding plus the sum"),
+    ((Block, PeekingBlock, Block), r"through blocks\.1\.second|^blocks\.2\.first does not receive"),
+    ((Block, NormAtTheEndBlock), r"^the final state does not receive the embedding plus the sum"),
+    ((Block,), r"blocks\.0 is the only transformer block"),
+    ((), "No transformer blocks were found"),
+]
+
+
+@pytest.mark.parametrize(("kinds", "says"), REFUSED)
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_model_that_is_not_prenorm_is_refused_by_the_name_of_a_layer(kinds, says, size):
+    model = stack(*kinds)
+    state, hooks = copy.deepcopy(model.state_dict()), sum(len(m._forward_pre_hooks) for m in model.modules())
+    with pytest.raises(attnres.ConversionError, match=says) as caught:
+        attnres.convert(model, "block", size, example=example())
+    assert "\n" not in str(caught.value)
+    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks == 0
+    assert model.state_dict().keys() == state.keys()
+
+
+def zero_query_deviation(model, inputs, size):
+    model.eval()
+    before = logits_of(model(**inputs))
+    attnres.convert(model, "block", size, example=inputs, eps=1e-12)
+    return ((logits_of(model(**inputs)) - before).norm() / before.norm()).item()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_multipliers_between_a_layer_and_the_stream_are_part_of_the_source(size):
+    model = stack(Block, HalvingBlock, HalvingBlock)
+    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
+        norm.eps = 1e-12
+    assert zero_query_deviation(model, {"x": example()}, size) < 1e-6
+
+
+def test_granites_residual_multiplier_is_part_of_the_source():
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    rest = {"num_hidden_layers": 3, "num_key_value_heads": 1, "rms_norm_eps": 1e-12, "pad_token_id": None}
+    model = GraniteForCausalLM(GraniteConfig(**sizes | rest, residual_multiplier=0.2))
+    assert zero_query_deviation(model, token_inputs(), 1) < 1e-6
+
+
+def test_a_sandwich_of_norms_is_part_of_the_source():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    rest = {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-12}
+    assert zero_query_deviation(Gemma2ForCausalLM(Gemma2Config(**sizes | rest)), token_inputs(), 1) < 1e-6
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("make", [lambda: vit(hidden_dropout_prob=0.3), lambda: gpt2(resid_pdrop=0.3)])
+def test_dropout_modules_are_part_of_the_source(make, size):
+    torch.manual_seed(0)
+    model = make()
+    inputs = token_inputs() if hasattr(model, "transformer") else {"pixel_values": torch.randn(2, 3, 8, 8)}
+    assert zero_query_deviation(model, inputs, size) < 1e-6
+
+
+def test_dropout_that_no_hook_sees_is_taken_where_the_block_adds_up_by_itself_and_else_refused():
+    attnres.convert(stack(Block, DroppingBlock, Block), "block", 2, example=example())
+    with pytest.raises(attnres.ConversionError, match=r"^blocks\.2\.first does not receive"):
+        attnres.convert(stack(Block, DroppingBlock, Block), "full", example=example())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_torchs_own_prenorm_encoder(size):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, norm_first=True, batch_first=True, layer_norm_eps=1e-12)
+    norm = nn.LayerNorm(16, eps=1e-12)
+    model = nn.TransformerEncoder(layer, 3, norm, enable_nested_tensor=False)
+    assert zero_query_deviation(model, {"src": torch.randn(2, 5, 16)}, size) < 1e-6
+
+
+def test_the_example_leaves_no_trace():
+    model = stack(Block, Block)
+    model.blocks[0].first = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(WIDTH, WIDTH))
+    model.eval()
+    model.blocks[1].train()
+    before, draw = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    attnres.convert(model, "block", 2, example=example())
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert torch.equal(torch.get_rng_state(), draw)
+    assert [module.training for module in model.blocks] == [False, True]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("prenorm", None), 'residual must be "full" or "block"'),
+        (("block", None), "layers_per_block must be a whole number"),
+        (("block", 0), "layers_per_block must be a whole number"),
+        (("block", 2.0), "layers_per_block must be a whole number"),
+        (("block", 7), "layers_per_block must be at most 6"),
+        (("full", 2), 'layers_per_block is for residual "block" only'),
+    ],
+)
+def test_an_argument_that_cannot_be_is_named(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        attnres.convert(llama(), *arguments)
+
+
+def test_an_example_is_asked_for_where_the_model_brings_none():
+    with pytest.raises(ValueError, match="example must be an input"):
+        attnres.convert(DiT(), "full")
+
+
+def test_converting_twice_and_reverting_nothing_are_refused(tmp_path):
+    model = attnres.convert(llama(), "full")
+    with pytest.raises(ValueError, match="revert it before"):
+        attnres.convert(model, "full")
+    attnres.revert(model)
+    with pytest.raises(ValueError, match="was not converted"):
+        attnres.revert(model)
+    with pytest.raises(ValueError, match="no safetensors file"):
+        attnres.convert(model, "full", weights=tmp_path)
+
+
+def test_a_block_called_by_itself_says_why_it_cannot():
+    model = attnres.convert(DiT(), "full", example=dit_inputs())
+    with pytest.raises(RuntimeError, match=r"blocks\.1 was given a state without its sources"):
+        model.blocks[1](torch.randn(2, 5, 16), torch.randn(2, 16))
+
+
+def test_a_block_called_twice_is_refused():
+    class Looped(Stack):
+        def forward(self, x):
+            return super().forward(super().forward(x))
+
+    with pytest.raises(attnres.ConversionError, match=r"blocks\.0 is called 2 times"):
+        attnres.convert(Looped(Block, Block), "full", example=example())
+
+
+def test_a_state_passed_by_keyword():
+    class Named(Stack):
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x=x)
+            return self.norm(x)
+
+    model = Named(Block, Block, Block)
+    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
+        norm.eps = 1e-12
+    assert zero_query_deviation(model, {"x": example()}, 3) < 1e-6
+
+
+def test_a_gate_of_the_condition_is_part_of_the_source():
+    """Verified on a DiT whose gates are far from one."""
+    model = DiT()
+    for block in model.blocks:
+        assert isinstance(block, DiTBlock)
+        nn.init.normal_(block.modulation[1].bias)
+    assert zero_query_deviation(model, dit_inputs(), 1) < 1e-6
