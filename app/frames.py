@@ -14,6 +14,7 @@ POINTS = 2_000  # a line's points at most
 COLUMNS = 200  # a heatmap's columns at most,
 CELLS = 16_000  # and its cells
 STOPS = 400  # a step slider's stops at most
+PLAYED = 600_000  # numbers sent along for playback, at most
 
 
 def series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -94,6 +95,33 @@ def profile(run: Run, label: str, name: str, step: int) -> pd.DataFrame:
             "value": _finite(values[index]),
         }
     )
+
+
+def played(stops: list[int], rows: int) -> list[int]:
+    """The stops a playback of so many rows shows: all, or as many as can be sent along, ends kept."""
+    most = max(2, PLAYED // max(rows, 1))
+    if len(stops) <= most:
+        return stops
+    return [stops[i] for i in np.unique(np.linspace(0, len(stops) - 1, most).round().astype(int))]
+
+
+def profile_frames(run: Run, name: str, stops: list[int]) -> np.ndarray:
+    """float32 [depths, stops]: one metric over depth at each stop, blank before it was first recorded."""
+    return _at_stops(run, name, stops).T
+
+
+def cell_frames(run: Run, name: str, stops: list[int], kind: str = "all") -> np.ndarray:
+    """float32 [cells, stops]: a triangle at each stop, cells as in `cells`."""
+    chosen = [row for row, read in enumerate(run.reads) if kind == "all" or read.kind in (kind, "final")]
+    return _at_stops(run, name, stops)[:, chosen][:, run.layout.triangle()[chosen]].T
+
+
+def _at_stops(run: Run, name: str, stops: list[int]) -> np.ndarray:
+    steps, values = series(run, name)
+    index = np.searchsorted(steps, stops, side="right") - 1
+    found = _finite(values[np.maximum(index, 0)])
+    found[index < 0] = np.nan
+    return found
 
 
 def over_training(run: Run, name: str) -> pd.DataFrame:

@@ -10,13 +10,17 @@ if _ROOT not in sys.path:
 
 import streamlit as st  # noqa: E402
 
-from app import room, view  # noqa: E402
+from app import browser, room, view  # noqa: E402
 
 ICON = str(Path(__file__).with_name("icon.svg"))
 st.set_page_config(page_title="depthscope", page_icon=ICON, layout="wide")
 st.logo(ICON, size="large")
-# Streamlit's own margins take a third of a laptop screen.
-st.html("<style>.stMainBlockContainer{padding:2.2rem 2.5rem 3rem} .stSidebar{width:260px !important}</style>")
+# Streamlit's own margins take a third of a laptop screen; the player stays in sight of the charts it moves.
+st.html(
+    "<style>.stMainBlockContainer{padding:2.2rem 2.5rem 3rem} .stSidebar{width:260px !important}"
+    ".st-key-player{position:sticky;bottom:0;top:3.4rem;z-index:90}"
+    '.stSidebar [data-baseweb="tag"] span{max-width:none}</style>'
+)
 view.arrive()
 page = st.navigation(
     [
@@ -28,3 +32,4 @@ page = st.navigation(
 )
 room.sidebar()
 page.run()
+browser.load()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import streamlit as st
 
-from app import frames, view, words
+from app import browser, frames, view, words
 from app.opener import Entry
 from probes import Run
 
@@ -39,9 +39,12 @@ def runs(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def step(recorded: Sequence[Run], names: Sequence[str], where=None) -> int | None:
-    """The step to look at: the latest until somebody moves the slider, and again once it is at its end."""
+    """The step to look at: the latest until somebody moves the player, and again once it is at its end.
+
+    `where` is the player's own place, a `st.container(key="player")`: the page keeps that in sight.
+    """
+    where = where or st.container(key="player")
     stops = frames.stops(recorded, names)
-    where = where or st
     if not stops:
         return None
     asked = view.current().step
@@ -51,21 +54,8 @@ def step(recorded: Sequence[Run], names: Sequence[str], where=None) -> int | Non
             f"Only step {words.step(stops[0])} is recorded so far: a slider appears with the next one."
         )
         return stops[0]
-    key, last = "pick step", stops[-1]
-
-    def moved() -> None:
-        picked = st.session_state[key]
-        view.change(step=None if picked == last else picked)
-
-    _set(key, stops[at])
-    where.select_slider(
-        "Training step",
-        stops,
-        key=key,
-        format_func=words.step,
-        on_change=moved,
-        help="At its right end the slider follows a running run.",
-    )
+    with where:
+        browser.player(stops, at, key="pick step", on_step=lambda step: view.change(step=step))
     # Between stops (thinned, or a link's step) the asked step itself decides which recorded step is nearest.
     return stops[at] if asked is None else max(asked, stops[0])
 

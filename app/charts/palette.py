@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from app.charts import axes
+from app.charts import TURN, axes
 
 RUNS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
@@ -79,7 +79,8 @@ def under(cells: int) -> float:
 
     Two neighbours that share a pixel would each colour a part of it and let the background through.
     """
-    return round(min(2.0, cells / 130), 3)
+    # Few distinct values, so that a growing heatmap stays the same chart.
+    return next((reach for reach in (0.05, 0.1, 0.2, 0.35, 0.6, 1.0) if reach >= cells / 130), 2.0)
 
 
 def legend_room(colours: dict[str, str]) -> int:
@@ -110,7 +111,7 @@ def _legend(colours: dict[str, str], symbol: str = "") -> alt.Legend:
 
 def printed(chart: alt.TopLevelMixin) -> dict:
     """The chart as a specification for paper: white, own fonts, own ramp, its title wrapped to its width."""
-    with alt.data_transformers.enable("default", max_rows=None):
+    with TURN, alt.data_transformers.enable("default", max_rows=None):
         spec = chart.to_dict(format="vega-lite")
     title = spec.get("title")
     if isinstance(title, dict) and isinstance(title.get("text"), str):

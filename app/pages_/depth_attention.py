@@ -5,7 +5,7 @@ import streamlit as st
 
 from app import draw, findings, frames, links, over_depth, pick, room, words
 from app.charts.profile import profile
-from app.charts.triangle import triangle
+from app.charts.triangle import SHOWN, triangle
 from probes.vocabulary import metric
 
 WEIGHT, CONTRIBUTION, ENTROPY = "depth_weight", "contribution_rms", "depth_entropy"
@@ -15,11 +15,11 @@ MEASURES = (WEIGHT, "depth_weight_std", CONTRIBUTION, ENTROPY, "depth_entropy_of
 
 def body(shown: list[room.Shown]) -> None:
     reading = [one for one in shown if WEIGHT in one.run]
-    picture, controls = st.container(), st.container()
+    picture, player, controls = st.container(), st.container(key="player"), st.container()
     if reading:
         chosen = pick.pair([one.name for one in reading], where=controls)
         pair = [one for one in reading if one.name in chosen]
-        step = pick.step([one.run for one in pair], [WEIGHT], where=controls)
+        step = pick.step([one.run for one in pair], [WEIGHT], where=player)
         left, right = controls.columns(2, gap="medium")
         kind = pick.choice("reads", "Reads", KINDS, where=left)
         names = [name for name in (WEIGHT, CONTRIBUTION) if any(name in one.run for one in pair)] or [WEIGHT]
@@ -41,7 +41,7 @@ def _who_reads_whom(picture, pair: list[room.Shown], name: str, kind: str, step:
     beside = columns[1:] if len(pair) == 1 else st.columns(2, gap="medium")
     for one, column, place in zip(pair, columns, beside, strict=False):
         with column:
-            _triangle(one, cells[one], name, domain)
+            _triangle(one, cells[one], name, kind, domain)
         with place:
             _links(one, name, kind, step, count=10 if len(pair) == 1 else 6)
     note = over_depth.nearest({one.name: int(c["step"].iloc[0]) for one, c in cells.items() if len(c)}, step)
@@ -52,7 +52,9 @@ def _who_reads_whom(picture, pair: list[room.Shown], name: str, kind: str, step:
         picture.caption(words.plain(note.strip()))
 
 
-def _triangle(one: room.Shown, cells: pd.DataFrame, name: str, domain: tuple[float, float]) -> None:
+def _triangle(
+    one: room.Shown, cells: pd.DataFrame, name: str, kind: str, domain: tuple[float, float]
+) -> None:
     if cells.empty:
         return
     if not cells[name].notna().any():
@@ -60,8 +62,17 @@ def _triangle(one: room.Shown, cells: pd.DataFrame, name: str, domain: tuple[flo
         return
     told = findings.routing if name == WEIGHT else findings.contributions
     draw.show(
-        triangle(cells, name, told(cells, one.name), domain), key=f"triangle {name} {one.name}", data=cells
+        triangle(cells, name, told(cells, one.name), domain),
+        key=f"triangle {name} {one.name}",
+        data=cells,
+        frames=_playback(one, cells, kind),
     )
+
+
+def _playback(one: room.Shown, cells: pd.DataFrame, kind: str) -> draw.Frames:
+    known = [name for name in SHOWN if cells[name].notna().any()]
+    stops = frames.played(frames.stops([one.run], [WEIGHT]), len(known) * len(cells))
+    return draw.Frames(stops, {name: frames.cell_frames(one.run, name, stops, kind) for name in known})
 
 
 def _links(one: room.Shown, name: str, kind: str, step: int, count: int) -> None:
