@@ -171,7 +171,7 @@ def evenness(run: Run, label: str, name: str) -> pd.DataFrame:
 def cells(run: Run, step: int, kind: str = "all") -> pd.DataFrame:
     """One row per existing read × source cell at the nearest matrix step not after `step`.
 
-    step, row (position among the shown reads), read, source (column), from, kind, sources (of the
+    step, row (position among the shown reads), number (from 1, among all), read, source (column), from, kind, sources (of the
     read), newest, depth_weight, depth_weight_std, contribution_rms. `kind` "attention" or "mlp" keeps those
     reads and the final read.
     """
@@ -179,7 +179,18 @@ def cells(run: Run, step: int, kind: str = "all") -> pd.DataFrame:
     index = nearest(steps, step)
     if index is None:
         return pd.DataFrame(
-            columns=["step", "row", "read", "source", "from", "kind", "sources", "newest", *_TRIANGLES]
+            columns=[
+                "step",
+                "row",
+                "number",
+                "read",
+                "source",
+                "from",
+                "kind",
+                "sources",
+                "newest",
+                *_TRIANGLES,
+            ]
         )
     reads, sources = run.reads, run.sources
     chosen = [row for row, read in enumerate(reads) if kind == "all" or read.kind in (kind, "final")]
@@ -190,6 +201,7 @@ def cells(run: Run, step: int, kind: str = "all") -> pd.DataFrame:
     frame = {
         "step": at,
         "row": row.astype(np.int16),
+        "number": np.array(chosen, np.int16)[row] + 1,
         "read": pd.Categorical.from_codes(row, [reads[r].label for r in chosen]),
         "source": column.astype(np.int16),
         "from": pd.Categorical.from_codes(column, [source.label for source in sources]),

@@ -19,6 +19,7 @@ st.logo(ICON, size="large")
 st.html(
     "<style>.stMainBlockContainer{padding:2.2rem 2.5rem 3rem} .stSidebar{width:260px !important}"
     ".st-key-player{position:sticky;bottom:0;top:3.4rem;z-index:90}"
+    "[data-testid='stBaseButton-tertiary'] p{text-align:left}"
     '.stSidebar [data-baseweb="tag"] span{max-width:none}</style>'
 )
 view.arrive()

@@ -9,6 +9,8 @@ from app.charts import TURN, axes
 RUNS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
 
+FOCUS = "#D55E00"  # what somebody clicked
+
 # Small to large, on paper; app/.streamlit/config.toml has the same for the light theme and one for the dark.
 RAMP = [
     "#edf6f1", "#d0efd9", "#a3e0bf", "#66d0ad", "#3fb6ad",

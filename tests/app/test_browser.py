@@ -188,3 +188,16 @@ def test_play_runs_to_the_end_and_follows_again(static, watched):
     watched.get_by_role("button", name="Play the training").click()
     watched.wait_for_selector("text=/full at step 200:/", timeout=20_000)
     assert "step=" not in watched.url
+
+
+def test_a_click_on_a_cell_shows_its_read(static, watched):
+    watched.goto(f"{static}/depth_attention?runs=full")
+    watched.wait_for_selector("text=/full at step 200/")
+    watched.wait_for_timeout(1_000)
+    box = watched.locator(".depthscope-chart canvas").first.bounding_box()
+    watched.mouse.click(box["x"] + 0.2 * box["width"], box["y"] + 0.5 * box["height"])
+    watched.wait_for_selector("text=Let go of this read")
+    watched.wait_for_url("**focus=full*")
+    watched.wait_for_selector("text=/reads give .* more than an even share/")
+    watched.get_by_text("Let go of this read").click()
+    watched.wait_for_function("() => !location.search.includes('focus')")

@@ -143,11 +143,11 @@ def test_dilution_shows_the_recorded_numbers(folder):
 def test_depth_attention_shows_the_recorded_weights_of_two_runs(folder):
     at = opened(folder, "pages_/depth_attention.py", step="50")
     charts = plotted(at)
-    assert len(charts) == 3  # two triangles and the entropy
-    for (spec, (frame,)), name in zip(charts[:2], ("full", "block"), strict=True):
+    assert len(charts) == 7  # two triangles, four measures over training, the entropy
+    for (spec, (frame, _)), name in zip(charts[:2], ("full", "block"), strict=True):
         run = open_run(folder / name)
         row = run.steps("depth_weight").tolist().index(40)
-        assert spec["encoding"]["color"]["field"] == "depth_weight"
+        assert spec["layer"][0]["encoding"]["color"]["field"] == "depth_weight"
         assert frame["depth_weight"].to_numpy() == pytest.approx(run.layout.pack(run["depth_weight"][row]))
     assert "Last recorded up to step 50: 40 in full and 40 in block" in said(at)
 

@@ -45,10 +45,9 @@ def test_a_growing_run_keeps_its_specification(tmp_path, name):
 def test_domains_and_tables_travel_apart(folder):
     chart = triangle(frames.cells(open_run(folder / "full"), 200), "depth_weight", "t", (0, 0.7))
     told, signals, tables = spec.separate(chart)
-    colour = json.loads(told)["encoding"]["color"]["scale"]
+    colour = json.loads(told)["layer"][0]["encoding"]["color"]["scale"]
     assert [signals[end["expr"]] for end in colour["domain"]] == [0, 0.7]
-    (table,) = tables.values()
-    assert len(table) == 13 * 14 // 2 and "datasets" not in json.loads(told)
+    assert len(tables["rows0"]) == 13 * 14 // 2 and "datasets" not in json.loads(told)
 
 
 def test_tables_reach_the_browser_as_numbers():
