@@ -63,20 +63,36 @@ def places(layout: Layout, axes: tuple[str, ...]) -> list[tuple[int, str]]:
     raise ValueError(f"{axes} is not an axis over depth")
 
 
-def scalar(run: Run, label: str, name: str) -> pd.DataFrame:
-    """run, step, low, value, high: one row per recorded step, or minimum, mean and maximum of equal bins."""
+def scalar(run: Run, label: str, name: str, x: str = "step", window: int = 1) -> pd.DataFrame:
+    """run, step, x, low, value, high: one row per recorded step, or minimum, mean and maximum of equal bins.
+
+    `x` "tokens" or "wall_time" gives what was logged of it by that step. `window` recorded points are averaged; low
+    and high are then the extremes within the window, so that a spike stays in the band.
+    """
     steps, values = series(run, name)
-    values = _finite(values)
+    values = _finite(values).astype(np.float64)
+    low, high = values, values
+    if window > 1 and len(values):
+        values, low, high = _smooth(values, window)
+    along = steps.astype(np.float64)
+    if x != "step":
+        known, told = series(run, x)
+        along = np.interp(steps, known, told) if len(known) else np.full(len(steps), np.nan)
     if len(steps) > POINTS:
         starts = np.unique(np.linspace(0, len(steps), POINTS, endpoint=False).astype(int))
-        low, high = np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts)
-        counts = np.add.reduceat(np.isfinite(values).astype(np.float32), starts)
+        low, high = np.fmin.reduceat(low, starts), np.fmax.reduceat(high, starts)
+        counts = np.add.reduceat(np.isfinite(values).astype(np.float64), starts)
         total = np.add.reduceat(np.nan_to_num(values), starts)
-        mean = np.divide(total, counts, out=np.full_like(total, np.nan), where=counts > 0)
-        steps = steps[starts]
-    else:
-        low = mean = high = values
-    return pd.DataFrame({"run": label, "step": steps, "low": low, "value": mean, "high": high})
+        values = np.divide(total, counts, out=np.full_like(total, np.nan), where=counts > 0)
+        steps, along = steps[starts], along[starts]
+    frame = pd.DataFrame({"run": label, "step": steps, "x": along, "low": low, "value": values, "high": high})
+    return frame if x == "step" else frame.dropna(subset=["x"])
+
+
+def _smooth(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, minimum and maximum of the last `window` values at each point, blanks left out."""
+    rolling = pd.Series(values).rolling(window, min_periods=1)
+    return rolling.mean().to_numpy(), rolling.min().to_numpy(), rolling.max().to_numpy()
 
 
 def profile(run: Run, label: str, name: str, step: int) -> pd.DataFrame:

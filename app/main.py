@@ -29,6 +29,7 @@ page = st.navigation(
         st.Page("pages_/dilution.py", title="Dilution", icon=":material/water_drop:"),
         st.Page("pages_/gradients.py", title="Gradients", icon=":material/trending_down:"),
         st.Page("pages_/depth_attention.py", title="Depth attention", icon=":material/stacked_line_chart:"),
+        st.Page("pages_/compare.py", title="Compare", icon=":material/compare_arrows:"),
     ]
 )
 room.sidebar()

@@ -22,6 +22,10 @@ class View:
     runs: tuple[str, ...] = ()
     step: int | None = None
     scalar: str = "loss"
+    along: str = "step"
+    smooth: str = "1"
+    curve_scale: str = "linear"
+    search: str = ""
     depth: str = "hidden_rms"
     depth_scale: str = "linear"
     gradient: str = "output_grad_rms"
@@ -32,6 +36,12 @@ class View:
     focus: str = ""
     read: int | None = None
     source: int | None = None
+    first: str = ""
+    second: str = ""
+    by: str = "loss"
+    compared: str = "hidden_rms"
+    compare_scale: str = "linear"
+    other: int | None = None
 
     @classmethod
     def parse(cls, params: Mapping[str, Sequence[str]]) -> "View":

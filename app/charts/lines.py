@@ -17,13 +17,21 @@ def lines(
     scale: str = "linear",
     zero: bool = False,
     height: int = 340,
+    x: str = "step",
+    x_scale: str = "linear",
 ) -> alt.LayerChart:
-    """Rows run, step, `column` and, for bands, low and high. `label` is the axis title with its unit."""
+    """Rows run, step, `column` and, for bands, low and high. `label` is the axis title with its unit.
+
+    `x` "tokens" or "wall_time" draws against the column x, which holds that.
+    """
     if scale == "log":
         frame = frame[frame[column] > 0]
+    along = "step" if x == "step" else "x"
+    if x_scale == "log":
+        frame = frame[frame[along] > 0]
     y = axes.value(column, label, frame[column], scale, zero)
     base = alt.Chart(frame).encode(
-        x=alt.X("step:Q", axis=axes.steps(), scale=alt.Scale(nice=False, zero=False)),
+        x=axes.along(along, x, frame[along], x_scale),
         color=palette.colour(colours, symbol="stroke"),
     )
     layers = []

@@ -17,6 +17,11 @@ RAMP = [
     "#359caa", "#3580a5", "#3a60a0", "#403a75", "#2a1a3a",
 ]  # fmt: skip
 
+# Less to more, zero in the middle, on paper.
+DIVERGING = [
+    "#08519c", "#3b83bd", "#78b0d8", "#b5d3e8", "#e6eef4",
+    "#f7ebe1", "#f6cfa9", "#eea163", "#d9701f", "#a34400",
+]  # fmt: skip
 
 # Thousands of cells: drawn as pixels, not as elements of the page.
 CANVAS = {"embedOptions": {"renderer": "canvas"}}
@@ -133,7 +138,7 @@ def printed(chart: alt.TopLevelMixin) -> dict:
             "titleFontWeight": 500,
         },
         "legend": {**text, "titleFontWeight": 500},
-        "range": {"heatmap": RAMP, "ramp": RAMP, "category": RUNS},
+        "range": {"heatmap": RAMP, "ramp": RAMP, "category": RUNS, "diverging": DIVERGING},
         "view": {"stroke": None},
     }
     return spec

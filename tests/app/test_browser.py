@@ -14,7 +14,7 @@ import pytest
 from probes.writer import RunWriter
 from tests.app import made
 
-PAGES = ["", "dilution", "gradients", "depth_attention"]
+PAGES = ["", "dilution", "gradients", "depth_attention", "compare"]
 CHART = ".depthscope-chart :is(canvas, svg)"
 PLAYER = ".depthscope-player input"
 ROOT = Path(__file__).resolve().parents[2]

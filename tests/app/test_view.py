@@ -43,7 +43,7 @@ def test_a_link_restores_runs_step_and_measure(folder):
     assert at.multiselect(key="pick runs").value == ["block", "full"]
     assert shown_step(at) == 100
     assert at.button_group(key="pick reads").value == "mlp"
-    assert "block at step 100" in said(at)
+    assert "block, MLP reads at step 100" in said(at)
 
 
 def test_a_link_to_a_lost_run_says_so(folder):
@@ -52,7 +52,7 @@ def test_a_link_to_a_lost_run_says_so(folder):
 
 
 def test_nonsense_in_a_link_opens_the_default(folder):
-    for page in ("runs", "dilution", "gradients", "depth_attention"):
+    for page in ("runs", "dilution", "gradients", "depth_attention", "compare"):
         at = opened(
             folder,
             f"pages_/{page}.py",
