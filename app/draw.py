@@ -1,55 +1,83 @@
 """The only door to drawing: a chart under its title, with ways to save it."""
 
+import io
+from collections.abc import Callable, Sequence
+
 import altair as alt
 import pandas as pd
 import streamlit as st
 import vl_convert
 
-from app import words
+from app import browser, words
+from app.browser import Frames
 from app.charts import palette
 
+PICTURES = {"png": "image/png", "svg": "image/svg+xml", "pdf": "application/pdf"}
+NUMBERS = {"csv": "text/csv", "parquet": "application/vnd.apache.parquet"}
 
-def show(chart: alt.TopLevelMixin, *, key: str, data: pd.DataFrame | None = None) -> None:
-    """Draw `chart` under its title, which is text so that it wraps. `key` is stable and names saved files."""
+
+def show(
+    chart: alt.TopLevelMixin,
+    *,
+    key: str,
+    data: pd.DataFrame | None = None,
+    frames: Frames | None = None,
+    fields: Sequence[str] = (),
+    on_click: Callable[[dict], None] | None = None,
+) -> None:
+    """Draw `chart` under its title, which is text so that it wraps. `key` is stable and names saved files.
+
+    `frames` are the rows' numbers at other steps, for the player; `on_click` hears the `fields` of a clicked mark.
+    """
     title, subtitle = _title(chart)
-    head = st.container(horizontal=True, wrap=False, vertical_alignment="center", gap="small")
-    with head:
+    with st.container(horizontal=True, wrap=False, vertical_alignment="center", gap="small"):
         st.markdown(f"**{words.plain(title)}**", width="stretch")
         with st.popover("Save", icon=":material/download:", type="tertiary", key=f"save {key}"):
-            stem = f"depthscope {key}".replace("/", "-").replace(" ", "-")
-            for kind, mime in (("png", "image/png"), ("svg", "image/svg+xml")):
-                st.download_button(
-                    f"Picture ({kind.upper()})",
-                    data=lambda kind=kind: image(chart, kind),
-                    file_name=f"{stem}.{kind}",
-                    mime=mime,
-                    key=f"{kind} {key}",
-                    on_click="ignore",
-                    width="stretch",
-                )
-            if data is not None:
-                st.download_button(
-                    "Numbers (CSV)",
-                    data=lambda: data.to_csv(index=False).encode(),
-                    file_name=f"{stem}.csv",
-                    mime="text/csv",
-                    key=f"csv {key}",
-                    on_click="ignore",
-                    width="stretch",
-                )
+            _save(chart, data, key)
     if subtitle:
         st.caption(words.plain(subtitle))
     bare = chart.copy(deep=False)
     bare.title = alt.Undefined
-    st.altair_chart(bare, key=f"chart {key}", alt=title, width="stretch")
+    browser.chart(bare, key=f"chart {key}", alt=title, frames=frames, fields=fields, on_click=on_click)
+
+
+def _save(chart: alt.TopLevelMixin, data: pd.DataFrame | None, key: str) -> None:
+    """Buttons whose files are made when they are pressed."""
+    stem = f"depthscope {key}".replace("/", "-").replace(" ", "-")
+    files = [("Picture", kind, mime, lambda kind=kind: image(chart, kind)) for kind, mime in PICTURES.items()]
+    if data is not None:
+        files += [
+            ("Numbers", kind, mime, lambda kind=kind: numbers(data, kind)) for kind, mime in NUMBERS.items()
+        ]
+    for what, kind, mime, make in files:
+        st.download_button(
+            f"{what} ({kind.upper() if kind != 'parquet' else 'Parquet'})",
+            data=make,
+            file_name=f"{stem}.{kind}",
+            mime=mime,
+            key=f"{kind} {key}",
+            on_click="ignore",
+            width="stretch",
+        )
 
 
 def image(chart: alt.TopLevelMixin, kind: str) -> bytes:
-    """The chart with its title on white, as "png" (two pixels a point) or "svg"."""
+    """The chart with its title on white, as "png" (two pixels a point), "svg" or "pdf"."""
     spec = palette.printed(chart)
     if kind == "svg":
         return vl_convert.vegalite_to_svg(spec).encode()
+    if kind == "pdf":
+        return vl_convert.vegalite_to_pdf(spec)
     return vl_convert.vegalite_to_png(spec, scale=2)
+
+
+def numbers(data: pd.DataFrame, kind: str) -> bytes:
+    """The rows of a chart as "csv" or "parquet"."""
+    if kind == "csv":
+        return data.to_csv(index=False).encode()
+    out = io.BytesIO()
+    data.to_parquet(out, index=False)
+    return out.getvalue()
 
 
 def _title(chart: alt.TopLevelMixin) -> tuple[str, str]:

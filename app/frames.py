@@ -14,6 +14,7 @@ POINTS = 2_000  # a line's points at most
 COLUMNS = 200  # a heatmap's columns at most,
 CELLS = 16_000  # and its cells
 STOPS = 400  # a step slider's stops at most
+PLAYED = 600_000  # numbers sent along for playback, at most
 
 
 def series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -62,20 +63,36 @@ def places(layout: Layout, axes: tuple[str, ...]) -> list[tuple[int, str]]:
     raise ValueError(f"{axes} is not an axis over depth")
 
 
-def scalar(run: Run, label: str, name: str) -> pd.DataFrame:
-    """run, step, low, value, high: one row per recorded step, or minimum, mean and maximum of equal bins."""
+def scalar(run: Run, label: str, name: str, x: str = "step", window: int = 1) -> pd.DataFrame:
+    """run, step, x, low, value, high: one row per recorded step, or minimum, mean and maximum of equal bins.
+
+    `x` "tokens" or "wall_time" gives what was logged of it by that step. `window` recorded points are averaged; low
+    and high are then the extremes within the window, so that a spike stays in the band.
+    """
     steps, values = series(run, name)
-    values = _finite(values)
+    values = _finite(values).astype(np.float64)
+    low, high = values, values
+    if window > 1 and len(values):
+        values, low, high = _smooth(values, window)
+    along = steps.astype(np.float64)
+    if x != "step":
+        known, told = series(run, x)
+        along = np.interp(steps, known, told) if len(known) else np.full(len(steps), np.nan)
     if len(steps) > POINTS:
         starts = np.unique(np.linspace(0, len(steps), POINTS, endpoint=False).astype(int))
-        low, high = np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts)
-        counts = np.add.reduceat(np.isfinite(values).astype(np.float32), starts)
+        low, high = np.fmin.reduceat(low, starts), np.fmax.reduceat(high, starts)
+        counts = np.add.reduceat(np.isfinite(values).astype(np.float64), starts)
         total = np.add.reduceat(np.nan_to_num(values), starts)
-        mean = np.divide(total, counts, out=np.full_like(total, np.nan), where=counts > 0)
-        steps = steps[starts]
-    else:
-        low = mean = high = values
-    return pd.DataFrame({"run": label, "step": steps, "low": low, "value": mean, "high": high})
+        values = np.divide(total, counts, out=np.full_like(total, np.nan), where=counts > 0)
+        steps, along = steps[starts], along[starts]
+    frame = pd.DataFrame({"run": label, "step": steps, "x": along, "low": low, "value": values, "high": high})
+    return frame if x == "step" else frame.dropna(subset=["x"])
+
+
+def _smooth(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, minimum and maximum of the last `window` values at each point, blanks left out."""
+    rolling = pd.Series(values).rolling(window, min_periods=1)
+    return rolling.mean().to_numpy(), rolling.min().to_numpy(), rolling.max().to_numpy()
 
 
 def profile(run: Run, label: str, name: str, step: int) -> pd.DataFrame:
@@ -94,6 +111,33 @@ def profile(run: Run, label: str, name: str, step: int) -> pd.DataFrame:
             "value": _finite(values[index]),
         }
     )
+
+
+def played(stops: list[int], rows: int) -> list[int]:
+    """The stops a playback of so many rows shows: all, or as many as can be sent along, ends kept."""
+    most = max(2, PLAYED // max(rows, 1))
+    if len(stops) <= most:
+        return stops
+    return [stops[i] for i in np.unique(np.linspace(0, len(stops) - 1, most).round().astype(int))]
+
+
+def profile_frames(run: Run, name: str, stops: list[int]) -> np.ndarray:
+    """float32 [depths, stops]: one metric over depth at each stop, blank before it was first recorded."""
+    return _at_stops(run, name, stops).T
+
+
+def cell_frames(run: Run, name: str, stops: list[int], kind: str = "all") -> np.ndarray:
+    """float32 [cells, stops]: a triangle at each stop, cells as in `cells`."""
+    chosen = [row for row, read in enumerate(run.reads) if kind == "all" or read.kind in (kind, "final")]
+    return _at_stops(run, name, stops)[:, chosen][:, run.layout.triangle()[chosen]].T
+
+
+def _at_stops(run: Run, name: str, stops: list[int]) -> np.ndarray:
+    steps, values = series(run, name)
+    index = np.searchsorted(steps, stops, side="right") - 1
+    found = _finite(values[np.maximum(index, 0)])
+    found[index < 0] = np.nan
+    return found
 
 
 def over_training(run: Run, name: str) -> pd.DataFrame:
@@ -143,7 +187,7 @@ def evenness(run: Run, label: str, name: str) -> pd.DataFrame:
 def cells(run: Run, step: int, kind: str = "all") -> pd.DataFrame:
     """One row per existing read × source cell at the nearest matrix step not after `step`.
 
-    step, row (position among the shown reads), read, source (column), from, kind, sources (of the
+    step, row (position among the shown reads), number (from 1, among all), read, source (column), from, kind, sources (of the
     read), newest, depth_weight, depth_weight_std, contribution_rms. `kind` "attention" or "mlp" keeps those
     reads and the final read.
     """
@@ -151,7 +195,18 @@ def cells(run: Run, step: int, kind: str = "all") -> pd.DataFrame:
     index = nearest(steps, step)
     if index is None:
         return pd.DataFrame(
-            columns=["step", "row", "read", "source", "from", "kind", "sources", "newest", *_TRIANGLES]
+            columns=[
+                "step",
+                "row",
+                "number",
+                "read",
+                "source",
+                "from",
+                "kind",
+                "sources",
+                "newest",
+                *_TRIANGLES,
+            ]
         )
     reads, sources = run.reads, run.sources
     chosen = [row for row, read in enumerate(reads) if kind == "all" or read.kind in (kind, "final")]
@@ -162,6 +217,7 @@ def cells(run: Run, step: int, kind: str = "all") -> pd.DataFrame:
     frame = {
         "step": at,
         "row": row.astype(np.int16),
+        "number": np.array(chosen, np.int16)[row] + 1,
         "read": pd.Categorical.from_codes(row, [reads[r].label for r in chosen]),
         "source": column.astype(np.int16),
         "from": pd.Categorical.from_codes(column, [source.label for source in sources]),

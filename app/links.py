@@ -22,6 +22,8 @@ class Link:
     excess: float
     trend: str  # "rising", "falling", "steady" or "" with a single recorded step
     since: int
+    row: int = 0  # the read, from 1
+    column: int = 0  # the source, from 0
 
     def sentence(self, name: str = "depth_weight") -> str:
         """ "Layer 12 (MLP) reads layer 3 (attention) with 0.61, rising since step 300"."""
@@ -60,7 +62,16 @@ def strongest(
         past = values[: index + 1, row, column]
         trend, since = trend_of(steps[: index + 1], past, _still(past, name))
         links.append(
-            Link(run.reads[row].label, run.sources[column].label, float(past[-1]), excess, trend, since)
+            Link(
+                run.reads[row].label,
+                run.sources[column].label,
+                float(past[-1]),
+                excess,
+                trend,
+                since,
+                row + 1,
+                column,
+            )
         )
     return links
 

@@ -10,13 +10,18 @@ if _ROOT not in sys.path:
 
 import streamlit as st  # noqa: E402
 
-from app import room, view  # noqa: E402
+from app import browser, room, view  # noqa: E402
 
 ICON = str(Path(__file__).with_name("icon.svg"))
 st.set_page_config(page_title="depthscope", page_icon=ICON, layout="wide")
 st.logo(ICON, size="large")
-# Streamlit's own margins take a third of a laptop screen.
-st.html("<style>.stMainBlockContainer{padding:2.2rem 2.5rem 3rem} .stSidebar{width:260px !important}</style>")
+# Streamlit's own margins take a third of a laptop screen; the player stays in sight of the charts it moves.
+st.html(
+    "<style>.stMainBlockContainer{padding:2.2rem 2.5rem 3rem} .stSidebar{width:260px !important}"
+    ".st-key-player{position:sticky;bottom:0;top:3.4rem;z-index:90}"
+    "[data-testid='stBaseButton-tertiary'] p{text-align:left}"
+    '.stSidebar [data-baseweb="tag"] span{max-width:none}</style>'
+)
 view.arrive()
 page = st.navigation(
     [
@@ -24,7 +29,9 @@ page = st.navigation(
         st.Page("pages_/dilution.py", title="Dilution", icon=":material/water_drop:"),
         st.Page("pages_/gradients.py", title="Gradients", icon=":material/trending_down:"),
         st.Page("pages_/depth_attention.py", title="Depth attention", icon=":material/stacked_line_chart:"),
+        st.Page("pages_/compare.py", title="Compare", icon=":material/compare_arrows:"),
     ]
 )
 room.sidebar()
 page.run()
+browser.load()

@@ -28,7 +28,7 @@ def profiles(
         return
     frame = pd.concat(parts.values(), ignore_index=True)
     chart = profile(frame, name, room.colours(list(parts)), finding(frame, name), scale)
-    draw.show(chart, key=f"profile {name}", data=frame)
+    draw.show(chart, key=f"profile {name}", data=frame, frames=_playback(list(parts), name, frame, scale))
     note = nearest({one.name: int(part["step"].iloc[0]) for one, part in parts.items()}, step)
     late = [one.name for one in have if one not in parts]
     if late:
@@ -42,6 +42,15 @@ def profiles(
         )
     if note.strip():
         st.caption(words.plain(note.strip()))
+
+
+def _playback(shown: list[room.Shown], name: str, frame: pd.DataFrame, scale: str) -> draw.Frames:
+    """The rows of a profile at every step of the page's player; a logarithmic chart drops rows that hold no value."""
+    stops = frames.played(frames.stops([one.run for one in shown], [name]), len(frame))
+    values = np.concatenate([frames.profile_frames(one.run, name, stops) for one in shown])
+    if scale == "log":
+        values = np.where(values > 0, values, np.nan)[(frame["value"] > 0).to_numpy()]
+    return draw.Frames(stops, {"value": values})
 
 
 def nearest(steps: dict[str, int], step: int) -> str:

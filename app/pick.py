@@ -1,11 +1,12 @@
 """Pickers: widgets that show a part of the view and change it."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import streamlit as st
 
-from app import frames, opener, view, words
+from app import browser, frames, opener, view, words
 from app.opener import Entry
 from probes import Run
 
@@ -16,6 +17,7 @@ MOST = 6  # runs whose lines stay apart in one chart
 def runs(entries: Sequence[Entry]) -> list[Entry]:
     """The runs to look at, picked in the sidebar; the newest of each residual until somebody chooses."""
     readable = {entry.name: entry for entry in entries if not entry.problem}
+    found = search(readable)
     asked = view.current().runs
     chosen = [name for name in asked if name in readable][:MOST]
     key = "pick runs"
@@ -26,7 +28,7 @@ def runs(entries: Sequence[Entry]) -> list[Entry]:
     _set(key, chosen)
     st.multiselect(
         "Runs",
-        list(readable),
+        [name for name in readable if name in found or name in chosen],
         key=key,
         max_selections=MOST,
         placeholder="Choose runs",
@@ -38,10 +40,39 @@ def runs(entries: Sequence[Entry]) -> list[Entry]:
     return [readable[name] for name in chosen]
 
 
+def search(names: Iterable[str]) -> list[str]:
+    """The names that the sidebar's regular expression finds: all of them while it is empty or not one."""
+    key = "pick search"
+    _set(key, view.current().search)
+    st.text_input(
+        "Search",
+        key=key,
+        placeholder="Name, e.g. full|block",
+        help="A regular expression: the list below and the table of runs keep what it finds.",
+        on_change=lambda: view.change(search=st.session_state[key]),
+    )
+    found, wrong = matching(names, view.current().search)
+    if wrong:
+        st.caption(f"Not a regular expression: {words.plain(wrong)}.")
+    return found
+
+
+def matching(names: Iterable[str], pattern: str) -> tuple[list[str], str]:
+    """The names in which the pattern occurs, in any case of letters, and what is wrong with the pattern."""
+    try:
+        finds = re.compile(pattern, re.IGNORECASE)
+    except re.error as error:
+        return list(names), str(error)
+    return [name for name in names if finds.search(name)], ""
+
+
 def step(recorded: Sequence[Run], names: Sequence[str], where=None) -> int | None:
-    """The step to look at: the latest until somebody moves the slider, and again once it is at its end."""
+    """The step to look at: the latest until somebody moves the player, and again once it is at its end.
+
+    `where` is the player's own place, a `st.container(key="player")`: the page keeps that in sight.
+    """
+    where = where or st.container(key="player")
     stops = frames.stops(recorded, names)
-    where = where or st
     if not stops:
         return None
     asked = view.current().step
@@ -51,23 +82,27 @@ def step(recorded: Sequence[Run], names: Sequence[str], where=None) -> int | Non
             f"Only step {words.step(stops[0])} is recorded so far: a slider appears with the next one."
         )
         return stops[0]
-    key, last = "pick step", stops[-1]
-
-    def moved() -> None:
-        picked = st.session_state[key]
-        view.change(step=None if picked == last else picked)
-
-    _set(key, stops[at])
-    where.select_slider(
-        "Training step",
-        stops,
-        key=key,
-        format_func=words.step,
-        on_change=moved,
-        help="At its right end the slider follows a running run.",
-    )
+    with where:
+        browser.player(stops, at, key="pick step", on_step=lambda step: view.change(step=step))
     # Between stops (thinned, or a link's step) the asked step itself decides which recorded step is nearest.
     return stops[at] if asked is None else max(asked, stops[0])
+
+
+def asked(recorded: Sequence[Run], names: Sequence[str], where=None) -> int | None:
+    """The step somebody moved the player to; None while it follows the latest."""
+    found = step(recorded, names, where)
+    return None if view.current().step is None else found
+
+
+def number(field: str, label: str, last: int, where=None) -> int:
+    """A whole number from 0 to `last`, which is also what nobody has chosen."""
+    now = getattr(view.current(), field)
+    key = f"pick {field}"
+    _set(key, last if now is None else min(now, last))
+    (where or st).number_input(
+        label, 0, max(last, 0), key=key, on_change=lambda: view.change(**{field: st.session_state[key]})
+    )
+    return st.session_state[key]
 
 
 def choice(field: str, label: str, options: Mapping[str, str], help: str | None = None, where=None) -> str:
@@ -124,7 +159,11 @@ def turn(page: str) -> None:
     """Call when a page opens: the widgets of the page before are gone, so nothing shows anything yet."""
     if st.session_state.get("page") != page:
         st.session_state["page"] = page
-        for key in [key for key in st.session_state if str(key).startswith("pick ") and key != "pick runs"]:
+        for key in [
+            key
+            for key in st.session_state
+            if str(key).startswith("pick ") and key not in ("pick runs", "pick search")
+        ]:
             del st.session_state[key]
 
 

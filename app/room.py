@@ -162,7 +162,8 @@ def _welcome(entries: Sequence[Entry]) -> None:
     folder = places[0] if places else "runs"
     st.subheader("No run is here yet", anchor=False)
     st.markdown(
-        f"This page looks in {where} and opens the first run by itself. To record one, wrap your training:"
+        f"This page looks in {where} and opens the first run by itself. To watch three small models learn now, run "
+        "`depthscope demo`. To record a training of yours, wrap it:"
     )
     st.code(
         f'''import probes

@@ -23,7 +23,12 @@ def serve(folders: tuple[Path, ...], port: int, browser: bool) -> None:
     # Imported before the server is up, so that the first page does not wait for them.
     import altair  # noqa: F401
     import pandas  # noqa: F401
+    import vl_convert  # noqa: F401
     from streamlit.web import cli as streamlit
+
+    from app import vega
+
+    vega.library()
 
     settings = {
         "server.address": HOST,

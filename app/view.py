@@ -15,12 +15,17 @@ _VIEW, _WRITTEN = "view", "view written"
 class View:
     """What is looked at. Every field has its query parameter; defaults stay out of the URL.
 
-    No runs means the newest few; no step means the latest, also while a run grows.
+    No runs means the newest few; no step means the latest, also while a run grows. `focus` names the run of which a
+    read (from 1) and a source (from 0) are looked at closely.
     """
 
     runs: tuple[str, ...] = ()
     step: int | None = None
     scalar: str = "loss"
+    along: str = "step"
+    smooth: str = "1"
+    curve_scale: str = "linear"
+    search: str = ""
     depth: str = "hidden_rms"
     depth_scale: str = "linear"
     gradient: str = "output_grad_rms"
@@ -28,6 +33,15 @@ class View:
     show: str = "depth_weight"
     reads: str = "all"
     pair: tuple[str, ...] = ()
+    focus: str = ""
+    read: int | None = None
+    source: int | None = None
+    first: str = ""
+    second: str = ""
+    by: str = "loss"
+    compared: str = "hidden_rms"
+    compare_scale: str = "linear"
+    other: int | None = None
 
     @classmethod
     def parse(cls, params: Mapping[str, Sequence[str]]) -> "View":
@@ -39,9 +53,9 @@ class View:
                 continue
             if field.name in ("runs", "pair"):
                 found[field.name] = tuple(dict.fromkeys(values))
-            elif field.name == "step":
+            elif field.default is None:
                 if values[-1].isascii() and values[-1].isdecimal():
-                    found["step"] = int(values[-1])
+                    found[field.name] = int(values[-1])
             else:
                 found[field.name] = values[-1]
         return cls(**found)

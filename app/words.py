@@ -42,6 +42,14 @@ def size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
+def age(seconds: float) -> str:
+    """ "40 s", "12 min", "3 h", "5 days"."""
+    for length, unit in ((86_400, " days"), (3600, " h"), (60, " min")):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
 def joined(parts: Iterable[str], last: str = "and") -> str:
     """ "a", "a and b", "a, b and c"."""
     parts = list(parts)

@@ -45,6 +45,16 @@ def steps() -> alt.Axis:
     return alt.Axis(title=STEP, format=",d", tickMinStep=1, grid=False, labelFlush=False, tickCount=6)
 
 
+def along(column: str, x: str, values: pd.Series, scale: str) -> alt.X:
+    """What a curve runs along: step, tokens or wall time."""
+    axis = steps() if x == "step" else alt.Axis(title=measure(x), format="~s", grid=False, tickCount=6)
+    if scale == "log" and len(values):
+        low, high = float(values.min()), float(values.max())
+        axis.values = decades(low, high * 1.0001) or alt.Undefined
+        return alt.X(f"{column}:Q", axis=axis, scale=alt.Scale(type="log", domain=[low, high], nice=False))
+    return alt.X(f"{column}:Q", axis=axis, scale=alt.Scale(nice=False, zero=False))
+
+
 def depth(name: str, last: int | None, count: int = 12, **options) -> alt.Axis:
     """An axis of layers that names the embedding and the final state or read.
 

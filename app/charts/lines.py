@@ -17,30 +17,48 @@ def lines(
     scale: str = "linear",
     zero: bool = False,
     height: int = 340,
+    x: str = "step",
+    x_scale: str = "linear",
 ) -> alt.LayerChart:
-    """Rows run, step, `column` and, for bands, low and high. `label` is the axis title with its unit."""
+    """Rows run, step, `column` and, for bands, low and high. `label` is the axis title with its unit.
+
+    `x` "tokens" or "wall_time" draws against the column x, which holds that.
+    """
     if scale == "log":
         frame = frame[frame[column] > 0]
+    along = "step" if x == "step" else "x"
+    if x_scale == "log":
+        frame = frame[frame[along] > 0]
     y = axes.value(column, label, frame[column], scale, zero)
     base = alt.Chart(frame).encode(
-        x=alt.X("step:Q", axis=axes.steps(), scale=alt.Scale(nice=False, zero=False)),
+        x=axes.along(along, x, frame[along], x_scale),
         color=palette.colour(colours, symbol="stroke"),
     )
     layers = []
     if "low" in frame and (frame["low"] < frame["high"]).any():
-        low = alt.Y("low:Q", scale=y.scale, axis=y.axis)
+        low = alt.Y("low:Q", scale=y["scale"], axis=y["axis"])
         layers.append(base.mark_area(opacity=0.18).encode(y=low, y2="high:Q"))
     layers.append(base.mark_line(strokeWidth=1.8).encode(y=y))
     few = frame.groupby("run").size().max() <= FEW if len(frame) else True
-    # Invisible points carry the tooltip where visible ones would blur the line.
-    points = base.mark_circle(size=36 if few else 50, opacity=1 if few else 0).encode(
-        y=y,
-        tooltip=[
-            alt.Tooltip("run:N", title="Run"),
-            alt.Tooltip("step:Q", title="Step", format=",d"),
-            alt.Tooltip(f"{column}:Q", title=label, format=".4~g"),
-        ],
+    # Invisible points carry the tooltip where visible ones would blur the line. A value, not another chart: a run
+    # that grows past the limit keeps its picture.
+    seen = alt.param(name="seen", value=1 if few else 0)
+    zoom = alt.selection_interval(name="zoom", bind="scales", encodings=["x"], zoom="wheel![event.ctrlKey]")
+    # Altair numbers views without a name anew each time.
+    points = (
+        base.properties(name="points")
+        .add_params(zoom)
+        .mark_circle(size=40, opacity=alt.expr(seen.name))
+        .encode(
+            y=y,
+            tooltip=[
+                alt.Tooltip("run:N", title="Run"),
+                alt.Tooltip("step:Q", title="Step", format=",d"),
+                alt.Tooltip(f"{column}:Q", title=label, format=".4~g"),
+            ],
+        )
     )
-    return alt.layer(*layers, points).properties(
+    chart = alt.layer(*layers, points).properties(
         title=axes.title(title), height=height + palette.legend_room(colours)
     )
+    return chart.add_params(seen)

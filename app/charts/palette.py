@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from app.charts import axes
+from app.charts import TURN, axes
 
 RUNS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
+
+FOCUS = "#D55E00"  # what somebody clicked
 
 # Small to large, on paper; app/.streamlit/config.toml has the same for the light theme and one for the dark.
 RAMP = [
@@ -15,6 +17,11 @@ RAMP = [
     "#359caa", "#3580a5", "#3a60a0", "#403a75", "#2a1a3a",
 ]  # fmt: skip
 
+# Less to more, zero in the middle, on paper.
+DIVERGING = [
+    "#08519c", "#3b83bd", "#78b0d8", "#b5d3e8", "#e6eef4",
+    "#f7ebe1", "#f6cfa9", "#eea163", "#d9701f", "#a34400",
+]  # fmt: skip
 
 # Thousands of cells: drawn as pixels, not as elements of the page.
 CANVAS = {"embedOptions": {"renderer": "canvas"}}
@@ -79,7 +86,8 @@ def under(cells: int) -> float:
 
     Two neighbours that share a pixel would each colour a part of it and let the background through.
     """
-    return round(min(2.0, cells / 130), 3)
+    # Few distinct values, so that a growing heatmap stays the same chart.
+    return next((reach for reach in (0.05, 0.1, 0.2, 0.35, 0.6, 1.0) if reach >= cells / 130), 2.0)
 
 
 def legend_room(colours: dict[str, str]) -> int:
@@ -110,7 +118,7 @@ def _legend(colours: dict[str, str], symbol: str = "") -> alt.Legend:
 
 def printed(chart: alt.TopLevelMixin) -> dict:
     """The chart as a specification for paper: white, own fonts, own ramp, its title wrapped to its width."""
-    with alt.data_transformers.enable("default", max_rows=None):
+    with TURN, alt.data_transformers.enable("default", max_rows=None):
         spec = chart.to_dict(format="vega-lite")
     title = spec.get("title")
     if isinstance(title, dict) and isinstance(title.get("text"), str):
@@ -130,7 +138,7 @@ def printed(chart: alt.TopLevelMixin) -> dict:
             "titleFontWeight": 500,
         },
         "legend": {**text, "titleFontWeight": 500},
-        "range": {"heatmap": RAMP, "ramp": RAMP, "category": RUNS},
+        "range": {"heatmap": RAMP, "ramp": RAMP, "category": RUNS, "diverging": DIVERGING},
         "view": {"stroke": None},
     }
     return spec

@@ -13,18 +13,20 @@ def profile(
     title: str,
     scale: str = "linear",
     height: int = 340,
+    relative: bool = False,
 ) -> alt.LayerChart:
-    """Rows run, step, depth, place, value."""
+    """Rows run, step, depth, place, value; with `relative`, depth runs from 0 to 1."""
     if scale == "log":
         frame = frame[frame["value"] > 0]
     lasts = frame.groupby("run")["depth"].max().unique()
     last = int(lasts[0]) if len(lasts) == 1 else None
     first, most = (int(frame["depth"].min()), int(max(lasts))) if len(frame) else (0, 1)
+    axis = alt.Axis(title="Relative depth", grid=False) if relative else axes.depth(name, last)
     base = alt.Chart(frame).encode(
         x=alt.X(
             "depth:Q",
             scale=alt.Scale(domain=[first, most], nice=False, zero=False, padding=8),
-            axis=axes.depth(name, last),
+            axis=axis,
         ),
         y=axes.value("value", axes.measure(name), frame["value"], scale),
         color=palette.colour(colours),

@@ -14,11 +14,16 @@ SHOWN = ("depth_weight", "depth_weight_std", "contribution_rms")
 
 
 def triangle(
-    cells: pd.DataFrame, name: str, title: str, domain: tuple[float, float], height: int = 540
-) -> alt.Chart:
+    cells: pd.DataFrame,
+    name: str,
+    title: str,
+    domain: tuple[float, float],
+    focus: tuple[int | None, int | None] = (None, None),
+    height: int = 540,
+) -> alt.LayerChart:
     """Rows row, read, source, from and the metrics of app.frames.cells; `name` is the one drawn.
 
-    Colour is on a square-root scale, so that small weights stay apart from none.
+    `focus` frames the row of a read (its number) and the column of a source. Colour is on a square-root scale, so that small weights stay apart from none.
     """
     reads = dict(zip(cells["row"].astype(int), cells["read"].astype(str), strict=True))
     sources = dict(zip(cells["source"].astype(int), cells["from"].astype(str), strict=True))
@@ -32,8 +37,8 @@ def triangle(
         "top": "row - 0.5",
         "bottom": f"row + 0.5 + {high}",
     }
-    return (
-        alt.Chart(cells[["row", "source", "read", "from", *known]])
+    grid = (
+        alt.Chart(cells[["row", "number", "source", "read", "from", *known]])
         .transform_calculate(**{side: f"datum.{where}" for side, where in half.items()})
         .mark_rect(strokeWidth=0, opacity=1, clip=True)
         .encode(
@@ -65,7 +70,37 @@ def triangle(
                 *(alt.Tooltip(f"{other}:Q", title=metric(other).title, format=".3~g") for other in known),
             ],
         )
-        .properties(title=axes.title(title), height=height, usermeta=palette.CANVAS)
+    )
+    frame = (
+        alt.Chart(outline(cells, *focus))
+        .mark_rect(fillOpacity=0, stroke=palette.FOCUS, strokeWidth=2, clip=False)
+        .encode(
+            x=alt.X("left:Q", scale=_span(sources)),
+            x2="right:Q",
+            y=alt.Y("top:Q", scale=_span(reads, reverse=True)),
+            y2="bottom:Q",
+        )
+    )
+    return alt.layer(grid, frame).properties(title=axes.title(title), height=height, usermeta=palette.CANVAS)
+
+
+def outline(cells: pd.DataFrame, read: int | None, source: int | None) -> pd.DataFrame:
+    """left, right, top, bottom of the frames around a read's row and a source's column, where they are shown."""
+    row = cells[cells["number"] == read] if read is not None else cells[:0]
+    column = cells[cells["source"] == source] if source is not None and len(row) else cells[:0]
+    return pd.DataFrame(
+        [
+            (
+                float(part["source"].min()) - 0.5,
+                float(part["source"].max()) + 0.5,
+                float(part["row"].min()) - 0.5,
+                float(part["row"].max()) + 0.5,
+            )
+            for part in (row, column)
+            if len(part)
+        ],
+        columns=["left", "right", "top", "bottom"],
+        dtype=float,
     )
 
 

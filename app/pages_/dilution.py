@@ -11,9 +11,8 @@ MEASURES = (HIDDEN, OUTPUT, "block_rms")
 
 def body(shown: list[room.Shown]) -> None:
     picture = st.container()
-    left, right = st.columns([3, 1], vertical_alignment="bottom", gap="medium")
-    step = pick.step([one.run for one in shown], [HIDDEN, OUTPUT], where=left)
-    scale = pick.choice("depth_scale", "Scale", {"linear": "Linear", "log": "Logarithmic"}, where=right)
+    step = pick.step([one.run for one in shown], [HIDDEN, OUTPUT])
+    scale = pick.choice("depth_scale", "Scale", {"linear": "Linear", "log": "Logarithmic"})
     with picture:
         for column, name in zip(
             st.columns(2, gap="medium", vertical_alignment="bottom"), (HIDDEN, OUTPUT), strict=True

@@ -13,17 +13,19 @@ INCOMPARABLE = ("block_grad_rms", "hidden_grad_rms")
 
 def body(shown: list[room.Shown]) -> None:
     names = [name for name in MEASURES if any(name in one.run for one in shown)] or [MEASURES[0]]
-    picture, controls = st.container(), st.container()
+    picture, player = st.container(), st.container(key="player")
+    controls = st.columns([3, 1], gap="medium")
     name = pick.choice(
         "gradient",
         "Measure",
         {n: metric(n).title + (" (not comparable)" if n in INCOMPARABLE else "") for n in names},
-        where=controls,
+        where=controls[0],
         help="Output gradients mean the same in every architecture; gradients of states do not.",
     )
-    left, right = controls.columns([3, 1], vertical_alignment="bottom", gap="medium")
-    step = pick.step([one.run for one in shown], [name], where=left)
-    scale = pick.choice("gradient_scale", "Scale", {"log": "Logarithmic", "linear": "Linear"}, where=right)
+    scale = pick.choice(
+        "gradient_scale", "Scale", {"log": "Logarithmic", "linear": "Linear"}, where=controls[1]
+    )
+    step = pick.step([one.run for one in shown], [name], where=player)
     with picture:
         if name in INCOMPARABLE:
             st.warning(

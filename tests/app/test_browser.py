@@ -14,8 +14,9 @@ import pytest
 from probes.writer import RunWriter
 from tests.app import made
 
-PAGES = ["", "dilution", "gradients", "depth_attention"]
-CHART = '[data-testid="stVegaLiteChart"] :is(canvas, svg)'
+PAGES = ["", "dilution", "gradients", "depth_attention", "compare"]
+CHART = ".depthscope-chart :is(canvas, svg)"
+PLAYER = ".depthscope-player input"
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.browser
@@ -77,9 +78,7 @@ def test_a_warm_page_shows_its_chart_within_three_seconds(static, watched):
 def test_a_link_and_the_slider_meet_in_the_url(static, watched):
     watched.goto(f"{static}/dilution?runs=full&step=100")
     watched.wait_for_selector("text=/at step 100/")
-    watched.locator('[data-testid="stSlider"] [role="slider"], [data-testid="stSlider"] input').first.press(
-        "ArrowLeft"
-    )
+    watched.locator(PLAYER).press("ArrowLeft")
     watched.wait_for_selector("text=/at step 90/")
     watched.wait_for_url("**/dilution?*step=90*")
     watched.get_by_role("link", name="Gradients").click()
@@ -115,7 +114,7 @@ def test_a_growing_run_grows_on_screen(serve, watched, tmp_path):
         address = serve(tmp_path)
         watched.goto(address)
         watched.wait_for_selector(CHART, timeout=30_000)
-        watched.evaluate("window.kept = document.querySelector('[data-testid=stVegaLiteChart]')")
+        watched.evaluate(f"window.kept = document.querySelector('{CHART}')")
         line = watched.locator(".mark-line path").first
         before, early = line.get_attribute("d"), _live_step(watched)
         watched.wait_for_function(
@@ -125,14 +124,23 @@ def test_a_growing_run_grows_on_screen(serve, watched, tmp_path):
         )
         watched.wait_for_timeout(4_000)
         assert _live_step(watched) > early
-        assert watched.evaluate("window.kept === document.querySelector('[data-testid=stVegaLiteChart]')")
+        box = watched.locator(".depthscope-chart").bounding_box()
+        watched.mouse.move(box["x"] + box["width"] / 3, box["y"] + box["height"] / 2)
+        watched.keyboard.down("Control")
+        for _ in range(6):
+            watched.mouse.wheel(0, -300)
+            watched.wait_for_timeout(50)
+        watched.keyboard.up("Control")
+        watched.wait_for_timeout(200)
+        zoomed, early = watched.evaluate(TICKS), _live_step(watched)
+        watched.wait_for_function(f"() => {LIVE} > {early} + 30", timeout=15_000)
+        watched.wait_for_timeout(300)
+        assert watched.evaluate(TICKS) == zoomed and zoomed[0] != "0"
+        assert watched.evaluate(f"window.kept === document.querySelector('{CHART}')")
 
         watched.get_by_role("link", name="Dilution").click()
         watched.wait_for_selector("text=/hidden-state RMS grows/")
-        slider = watched.locator(
-            '[data-testid="stSlider"] [role="slider"], [data-testid="stSlider"] input'
-        ).first
-        slider.press("Home")
+        watched.locator(PLAYER).press("Home")
         watched.wait_for_selector("text=/at step 0/")
         held = _live_step(watched)
         watched.wait_for_function(f"() => {LIVE} > {held}", timeout=15_000)
@@ -144,8 +152,52 @@ def test_a_growing_run_grows_on_screen(serve, watched, tmp_path):
     watched.wait_for_selector("text=/finished, step/", timeout=15_000)
 
 
+TICKS = "[...document.querySelectorAll('.role-axis-label text')].map(t => t.textContent).slice(0, 4)"
 LIVE = "Number(document.body.innerText.match(/live, step ([\\d,]+)/)?.[1].replace(/,/g, ''))"
 
 
 def _live_step(page) -> int:
     return page.evaluate(f"() => {LIVE}")
+
+
+def test_the_triangle_plays_without_the_server(static, watched):
+    watched.goto(f"{static}/depth_attention?runs=full")
+    watched.wait_for_selector(CHART, timeout=30_000)
+    watched.wait_for_timeout(1_000)
+    watched.evaluate("window.kept = document.querySelector('.depthscope-chart canvas')")
+    box = watched.locator(PLAYER).bounding_box()
+    middle = box["y"] + box["height"] / 2
+    watched.mouse.move(box["x"] + box["width"] - 8, middle)
+    watched.mouse.down()
+    seen = set()
+    for share in (0.9, 0.7, 0.5, 0.3, 0.1):
+        watched.mouse.move(box["x"] + share * box["width"], middle)
+        watched.wait_for_timeout(150)
+        seen.add(watched.locator(".depthscope-chart").first.get_attribute("data-step"))
+    assert len(seen) >= 4 and watched.get_by_text("full at step 200").count() == 1
+    watched.mouse.up()
+    watched.wait_for_selector("text=/full at step 20:/")
+    watched.wait_for_url("**step=20*")
+    assert watched.evaluate("window.kept === document.querySelector('.depthscope-chart canvas')")
+
+
+def test_play_runs_to_the_end_and_follows_again(static, watched):
+    watched.goto(f"{static}/depth_attention?runs=full&step=100")
+    watched.wait_for_selector("text=/full at step 100/")
+    watched.wait_for_timeout(1_000)
+    watched.get_by_role("button", name="Play the training").click()
+    watched.wait_for_selector("text=/full at step 200:/", timeout=20_000)
+    assert "step=" not in watched.url
+
+
+def test_a_click_on_a_cell_shows_its_read(static, watched):
+    watched.goto(f"{static}/depth_attention?runs=full")
+    watched.wait_for_selector("text=/full at step 200/")
+    watched.wait_for_timeout(1_000)
+    box = watched.locator(".depthscope-chart canvas").first.bounding_box()
+    watched.mouse.click(box["x"] + 0.2 * box["width"], box["y"] + 0.5 * box["height"])
+    watched.wait_for_selector("text=Let go of this read")
+    watched.wait_for_url("**focus=full*")
+    watched.wait_for_selector("text=/reads give .* more than an even share/")
+    watched.get_by_text("Let go of this read").click()
+    watched.wait_for_function("() => !location.search.includes('focus')")

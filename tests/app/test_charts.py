@@ -73,9 +73,10 @@ def test_a_logarithmic_scale_leaves_zeros_out(depth):
 def test_triangle_leaves_missing_cells_blank(folder):
     cells = frames.cells(open_run(folder / "full"), 200)
     spec = triangle(cells, "depth_weight", "t", (0, 1)).to_dict()
-    (data,) = spec["datasets"].values()
+    data = spec["datasets"][spec["layer"][0]["data"]["name"]]
     assert len(data) == 13 * 14 // 2
-    labels = spec["encoding"]["y"]["axis"]["labelExpr"], spec["encoding"]["x"]["axis"]["labelExpr"]
+    encoding = spec["layer"][0]["encoding"]
+    labels = encoding["y"]["axis"]["labelExpr"], encoding["x"]["axis"]["labelExpr"]
     assert "'final'" in labels[0] and "'emb.'" in labels[1]
     shown = {row["read"] + row["from"]: row["depth_weight"] for row in data}
     run = open_run(folder / "full")
@@ -92,7 +93,7 @@ def test_every_heatmap_is_valid(folder, name):
 
 def test_bands_appear_with_averaged_points_only():
     frame = pd.DataFrame({"run": "a", "step": [0, 1], "low": [1, 1], "value": [2, 2], "high": [2, 3]})
-    assert len(lines(frame, "value", "y", {"a": "#000"}, "t").layer) == 3
+    assert len(lines(frame, "value", "y", {"a": "#000"}, "t").to_dict()["layer"]) == 3
     assert len(lines(frame.drop(columns="low"), "value", "y", {"a": "#000"}, "t").layer) == 2
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ from probes import open_run
 from tests.app import made
 
 MAIN = Path(app.__file__).with_name("main.py")
-PAGES = ["runs", "dilution", "gradients", "depth_attention"]
+PAGES = ["runs", "dilution", "gradients", "depth_attention", "compare"]
 FOLDERS = [
     "prenorm", "full", "block", "empty", "missing metrics", "broken shard", "single step", "few steps",
     "nothing yet", "unreadable manifest",
@@ -42,13 +43,38 @@ def said(at: AppTest) -> str:
     return "\n".join(element.value for kind in kinds for element in kind).replace("\\", "")
 
 
+def mounted(at: AppTest, name: str) -> list[dict]:
+    """What every browser component of a name was given, its tables as frames."""
+    found = []
+    for element in at.get("bidi_component"):
+        if element.proto.component_name != name:
+            continue
+        mixed = element.proto.mixed
+        data = json.loads(mixed.json or element.proto.json)
+        for key, value in data.items():
+            if isinstance(value, dict) and "__streamlit_arrow_ref__" in value:
+                blob = mixed.arrow_blobs[value["__streamlit_arrow_ref__"]].data
+                data[key] = pa.ipc.open_stream(blob).read_pandas()
+        found.append(data)
+    return found
+
+
 def plotted(at: AppTest) -> list[tuple[dict, list]]:
     """Specification and rows of every chart on the page."""
-    found = []
-    for element in at.get("vega_lite_chart"):
-        rows = [pa.ipc.open_stream(data.data.data).read_pandas() for data in element.proto.datasets]
-        found.append((json.loads(element.proto.spec), rows))
-    return found
+    charts = mounted(at, "depthscope_chart")
+    return [(json.loads(data["spec"]), [data[name] for name in data["tables"]]) for data in charts]
+
+
+def shown_step(at: AppTest) -> int:
+    """The step at which the page's player stands."""
+    (player,) = mounted(at, "depthscope_player")
+    return player["steps"][player["at"]]
+
+
+def picked_step(at: AppTest, step: int | None) -> AppTest:
+    """The page after somebody moved the player: a test cannot press it, so its answer is given."""
+    at.session_state["view"] = replace(at.session_state["view"], step=step)
+    return at.run()
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -76,7 +102,7 @@ def test_a_broken_shard_is_told_in_one_sentence(folders):
 
 def test_an_unreadable_run_is_told_and_the_others_open(folders):
     at = opened(folders["unreadable manifest"])
-    assert "cannot be opened" in said(at) and len(at.get("vega_lite_chart")) == 1
+    assert "cannot be opened" in said(at) and len(plotted(at)) == 1
 
 
 def test_missing_metrics_are_named(folders):
@@ -117,11 +143,11 @@ def test_dilution_shows_the_recorded_numbers(folder):
 def test_depth_attention_shows_the_recorded_weights_of_two_runs(folder):
     at = opened(folder, "pages_/depth_attention.py", step="50")
     charts = plotted(at)
-    assert len(charts) == 3  # two triangles and the entropy
-    for (spec, (frame,)), name in zip(charts[:2], ("full", "block"), strict=True):
+    assert len(charts) == 7  # two triangles, four measures over training, the entropy
+    for (spec, (frame, _)), name in zip(charts[:2], ("full", "block"), strict=True):
         run = open_run(folder / name)
         row = run.steps("depth_weight").tolist().index(40)
-        assert spec["encoding"]["color"]["field"] == "depth_weight"
+        assert spec["layer"][0]["encoding"]["color"]["field"] == "depth_weight"
         assert frame["depth_weight"].to_numpy() == pytest.approx(run.layout.pack(run["depth_weight"][row]))
     assert "Last recorded up to step 50: 40 in full and 40 in block" in said(at)
 
@@ -146,7 +172,7 @@ def test_runs_of_other_lengths_share_a_page(tmp_path):
 def test_every_chart_has_a_title_and_labelled_axes(folder):
     for page in PAGES:
         at = opened(folder, f"pages_/{page}.py")
-        titles = [element.proto.alt for element in at.get("vega_lite_chart")]
+        titles = [data["alt"] for data in mounted(at, "depthscope_chart")]
         assert titles and all(titles), page
         for spec, _ in plotted(at):
             layer = spec.get("layer", [spec])[0]["encoding"]

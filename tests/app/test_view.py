@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.view import View
-from tests.app.test_pages import opened, said
+from tests.app.test_pages import opened, picked_step, said, shown_step
 
 
 @given(
@@ -41,9 +41,9 @@ def test_a_link_restores_runs_step_and_measure(folder):
     )
     assert not at.exception
     assert at.multiselect(key="pick runs").value == ["block", "full"]
-    assert at.select_slider(key="pick step").value == 100
+    assert shown_step(at) == 100
     assert at.button_group(key="pick reads").value == "mlp"
-    assert "block at step 100" in said(at)
+    assert "block, MLP reads at step 100" in said(at)
 
 
 def test_a_link_to_a_lost_run_says_so(folder):
@@ -52,7 +52,7 @@ def test_a_link_to_a_lost_run_says_so(folder):
 
 
 def test_nonsense_in_a_link_opens_the_default(folder):
-    for page in ("runs", "dilution", "gradients", "depth_attention"):
+    for page in ("runs", "dilution", "gradients", "depth_attention", "compare"):
         at = opened(
             folder,
             f"pages_/{page}.py",
@@ -69,17 +69,16 @@ def test_nonsense_in_a_link_opens_the_default(folder):
 
 def test_a_pick_is_kept_across_pages(folder):
     at = opened(folder, "pages_/dilution.py")
-    at.select_slider(key="pick step").set_value(50).run()
+    picked_step(at, 50)
     at.multiselect(key="pick runs").set_value(["full"]).run()
     at.switch_page("pages_/gradients.py").run()
-    assert at.select_slider(key="pick step").value == 50
+    assert shown_step(at) == 50
     assert at.multiselect(key="pick runs").value == ["full"]
 
 
-def test_the_slider_follows_until_it_is_moved_and_again_at_its_end(folder):
+def test_the_player_follows_until_it_is_moved(folder):
     at = opened(folder, "pages_/dilution.py")
-    assert at.select_slider(key="pick step").value == 200 and at.session_state["view"].step is None
-    at.select_slider(key="pick step").set_value(30).run()
-    assert at.session_state["view"].step == 30
-    at.select_slider(key="pick step").set_value(200).run()
-    assert at.session_state["view"].step is None
+    assert shown_step(at) == 200 and at.session_state["view"].step is None
+    picked_step(at, 30)
+    assert shown_step(at) == 30
+    assert "at step 30" in said(at)

@@ -1,0 +1,137 @@
+"""Differences of two runs: profiles at matched steps, a grid of ratios over training, triangles, and a table."""
+
+import numpy as np
+import pandas as pd
+
+from app import frames, match, reads, words
+from probes import Run
+from probes.vocabulary import OUTPUT, STATE, metric
+
+
+def relative(frame: pd.DataFrame, run: Run, name: str) -> pd.DataFrame:
+    """A profile whose depth runs from 0 to 1."""
+    positions = [position for position, _ in frames.places(run.layout, metric(name).axes)]
+    first, last = positions[0], positions[-1]
+    return frame.assign(depth=(frame["depth"] - first) / max(1, last - first))
+
+
+def grid(a: Run, b: Run, name: str, way: str) -> pd.DataFrame:
+    """step (of a), until, depth (of a), place, value: log2 of b's metric over a's at the matched step, blank without.
+
+    Layers are matched by relative depth, each with the nearest.
+    """
+    steps, values = frames.series(a, name)
+    others, theirs = frames.series(b, name)
+    places = frames.places(a.layout, metric(name).axes)
+    chosen = (
+        np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 150)).round().astype(int))
+        if len(steps)
+        else []
+    )
+    rows = []
+    into = np.linspace(0, theirs.shape[1] - 1, len(places)).round().astype(int) if len(others) else None
+    measures = {run: match.measured(run, way) for run in (a, b)} if way in match.SCALARS else {}
+    for i, index in enumerate(chosen):
+        second = answer(measures, a, b, int(steps[index]), way)
+        at = frames.nearest(others, second) if second is not None else None
+        if at is None:
+            continue
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.log2(theirs[at][into] / values[index])
+        until = (
+            int(steps[chosen[i + 1]]) if i + 1 < len(chosen) else int(steps[index]) + max(1, a.manifest.every)
+        )
+        rows.append(
+            pd.DataFrame(
+                {
+                    "step": int(steps[index]),
+                    "until": until,
+                    "depth": [depth for depth, _ in places],
+                    "place": [place for _, place in places],
+                    "value": np.where(np.isfinite(ratio), ratio, np.nan),
+                }
+            )
+        )
+    columns = ["step", "until", "depth", "place", "value"]
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=columns)
+
+
+def answer(measures: dict, a: Run, b: Run, step: int, way: str) -> int | None:
+    """The step of b that matches a step of a."""
+    if way not in match.SCALARS:
+        return step if step <= b.last_step else None
+    steps, values = measures[a]
+    at = frames.nearest(steps, step)
+    return match.reached(*measures[b], values[at], way) if at is not None else None
+
+
+def cells(a: Run, b: Run, first: int, second: int) -> pd.DataFrame:
+    """The cells of a with `difference`, b's depth weight less a's; empty where the two have other reads or sources."""
+    one, other = frames.cells(a, first), frames.cells(b, second)
+    if one.empty or other.empty or [s.label for s in a.sources] != [s.label for s in b.sources]:
+        return pd.DataFrame()
+    if len(one) != len(other):
+        return pd.DataFrame()
+    return one.assign(difference=other["depth_weight"].to_numpy() - one["depth_weight"].to_numpy())
+
+
+def table(a: Run, b: Run, at: match.Pair, names: tuple[str, str]) -> pd.DataFrame:
+    """One row a measure: its value in either run and the difference."""
+    rows = []
+    whole = ("Step", metric("tokens").title)
+    told = [_measures(run, step) for run, step in ((a, at.first), (b, at.second))]
+    for name in told[0]:
+        x, y = told[0][name], told[1].get(name, np.nan)
+        if np.isfinite(x) or np.isfinite(y):
+            write = _count if name in whole else words.number
+            ratio = words.factor(y / x if x else np.nan)
+            rows.append((name, write(x), write(y), write(y - x), ratio))
+    second = names[1] if names[0] != names[1] else f"{names[1]} (second)"
+    return pd.DataFrame(rows, columns=["Measure", names[0], second, "Difference", "Ratio"])
+
+
+def _measures(run: Run, step: int) -> dict[str, float]:
+    found: dict[str, float] = {"Step": float(step)}
+    for name in ("loss", "val_loss", "tokens", "wall_time", "grad_norm"):
+        steps, values = frames.series(run, name)
+        index = frames.nearest(steps, step)
+        found[metric(name).title] = float(values[index]) if index is not None else np.nan
+    for name, label in (("hidden_rms", "Hidden-state RMS"), ("output_rms", "Output RMS")):
+        row = _row(run, name, step)
+        found[f"{label}, last over first layer"] = row[-1] / row[0] if len(row) and row[0] > 0 else np.nan
+    row = _row(run, "output_grad_rms", step)
+    good = len(row) and np.isfinite(row).all() and row.min() > 0
+    found["Output gradient RMS, max/min"] = row.max() / row.min() if good else np.nan
+    found["Output gradient RMS, CV"] = row.std() / row.mean() if good else np.nan
+    routing = reads.over_training(run, "")
+    routing = routing[routing["step"] <= step]
+    for name, label in reads.MEASURES.items():
+        found[label] = float(routing[name].iloc[-1]) if len(routing) else np.nan
+    return found
+
+
+def _row(run: Run, name: str, step: int) -> np.ndarray:
+    """One metric over the layers at the last recorded step up to `step`, the embedding left out."""
+    steps, values = frames.series(run, name)
+    index = frames.nearest(steps, step)
+    if index is None:
+        return np.empty(0)
+    row = values[index].astype(np.float64)
+    return row[1:] if metric(name).axes == OUTPUT else row
+
+
+def finding(frame: pd.DataFrame, name: str, names: tuple[str, str]) -> str:
+    """Where the two differ most at the last matched step."""
+    last = frame[frame["step"] == frame["step"].max()].dropna(subset=["value"]) if len(frame) else frame
+    noun = words.small(metric(name).title)
+    if not len(last):
+        return f"{metric(name).title}: nothing to compare"
+    most = last.loc[last["value"].abs().idxmax()]
+    times = words.factor(2 ** abs(float(most["value"])))
+    more, less = (names[1], names[0]) if most["value"] > 0 else names
+    where = str(most["place"]) if metric(name).axes != STATE else str(most["place"]).removeprefix("into ")
+    return f"{noun[:1].upper()}{noun[1:]} differs most at {where}: {times} as large in {more} as in {less}"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if np.isfinite(value) else "–"
