@@ -7,8 +7,15 @@ import sys
 
 
 def main() -> None:
+    try:
+        _main()
+    except KeyboardInterrupt:  # also while the libraries are still being imported
+        sys.exit(130)
+
+
+def _main() -> None:
     missing = [name for name in ("click", "streamlit", "altair", "safetensors") if not _installed(name)]
-    if sys.argv[1:2] in (["demo"], ["train"]) and not _installed("torch"):
+    if sys.argv[1:2] == ["demo"] and not _installed("torch"):
         missing.append("torch")
     if not missing:
         from app.cli import main as command_line
@@ -21,8 +28,6 @@ def main() -> None:
         python = environment("probes")
     except BootstrapError as problem:
         sys.exit(str(problem))
-    except KeyboardInterrupt:
-        sys.exit("Stopped.")
     command = [str(python), "-m", "app", *sys.argv[1:]]
     if os.name == "nt":  # exec there would return to the shell at once
         sys.exit(subprocess.call(command))

@@ -6,10 +6,11 @@ import click
 
 from app.demo import demo
 from app.server import free, serve
+from probes.version import version
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="depthscope")
+@click.version_option(version(), prog_name="depthscope")
 def main() -> None:
     """See what depth does to a transformer while it trains."""
 

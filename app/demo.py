@@ -6,6 +6,7 @@ and says how to come back.
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -58,6 +59,8 @@ def demo(runs: Path | None, port: int, serve: bool, no_browser: bool, steps: int
 
 def train_three(runs: Path, steps: int, text: Path | None) -> None:
     """Train and record the three models of equal size into `runs`, a step of each in turn."""
+    # Threads that spin while they wait for each other crawl as soon as anything else wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from app.training import Corpus, DecoderConfig, RecordedTraining, Schedule, TrainingConfig, in_turn
     except ModuleNotFoundError as error:
@@ -67,8 +70,12 @@ def train_three(runs: Path, steps: int, text: Path | None) -> None:
     except ImportError as error:
         raise click.ClickException(str(error)) from error
     from probes import RunError
+    from probes.manifest import MANIFEST
 
     kinds = {"prenorm": {}, "full": {}, "block": {"layers_per_block": BLOCK_LAYERS}}
+    for kind in kinds:
+        if (runs / kind / MANIFEST).exists():
+            raise click.ClickException(f"{runs / kind} already holds a run: give another folder with --runs.")
     try:
         corpus = Corpus.from_path(text) if text else Corpus.standard_library()
         config = TrainingConfig(steps=steps, batch=BATCH, context=SHAPE["context"])
@@ -90,13 +97,18 @@ def train_three(runs: Path, steps: int, text: Path | None) -> None:
     )
     try:
         in_turn(trainings)
+    except RunError as error:
+        raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         click.echo("\nStopped; what was recorded stays.", err=True)
 
 
 def _supervise(runs: Path, port: int, browser: bool, steps: int, text: Path | None) -> None:
     """Run the two processes until both are done or Ctrl-C; the training first, so that there is something to see."""
-    runs.mkdir(parents=True, exist_ok=True)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"The runs cannot be recorded in {runs}: {error.strerror}.") from error
     # The child must find this very package, wherever the command was given.
     here = {
         **os.environ,
@@ -124,7 +136,11 @@ def _supervise(runs: Path, port: int, browser: bool, steps: int, text: Path | No
         pass
     finally:
         _end(trainer, server)
-        click.echo(f"\nThe runs are in {runs}. To come back: depthscope dash {' '.join(folders)}", err=True)
+        if list(runs.glob("*/run.json")):
+            again = shlex.join(["depthscope", "dash", *folders])
+            click.echo(f"\nThe runs are in {runs}. To come back: {again}", err=True)
+        else:
+            click.echo("\nNothing was recorded yet.", err=True)
 
 
 def _wait(trainer: subprocess.Popen, server: subprocess.Popen) -> str | None:

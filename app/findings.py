@@ -19,7 +19,7 @@ def growth(frame: pd.DataFrame, name: str) -> str:
     if frame.empty:
         return f"{metric(name).title}: nothing recorded yet"
     factors = [(run, _growth(part, name)) for run, part in by_run(frame)]
-    ends, when = _ends(name), _when(frame)
+    ends, when = _ends(frame, name), _when(frame)
     if len(factors) == 1:
         run, value = factors[0]
         return f"{run}’s {_noun(name)} {_moves(value)} {ends} {when}"
@@ -37,6 +37,9 @@ def unevenness(frame: pd.DataFrame, name: str) -> str:
     if not ratios:
         return f"{metric(name).title}: nothing recorded yet"
     noun, when = _noun(name), _when(frame)
+    blank = [run for run, ratio in ratios if not np.isfinite(ratio)]
+    if len(blank) == len(ratios):
+        return f"{words.joined(blank)}: no finite {noun} {when}"
     if len(ratios) == 1:
         return f"{ratios[0][0]}’s largest {noun} is {words.factor(ratios[0][1])} its smallest {when}"
     told = words.joined(
@@ -64,15 +67,18 @@ def _peak(frame: pd.DataFrame) -> pd.Series | None:
 
 
 def evenness(frame: pd.DataFrame, column: str) -> str:
-    """The last CV or max/min over depth, run by run."""
-    parts = []
-    for run, part in by_run(frame.dropna(subset=[column])):
+    """The last finite CV or max/min over depth, run by run, and at which step."""
+    known = frame.dropna(subset=[column])
+    parts, steps = [], []
+    for run, part in by_run(known):
         value = part[column].iloc[-1]
+        steps.append(int(part["step"].iloc[-1]))
         parts.append((run, words.factor(value) if column == "ratio" else words.number(value)))
     what = "Max/min over depth" if column == "ratio" else "CV over depth"
     if not parts:
         return f"{what}: no finite values recorded"
-    return f"{what} at the last step: {words.joined(f'{value} in {run}' for run, value in parts)}"
+    told = words.joined(f"{value} in {run}" for run, value in parts)
+    return f"{what} {_when(pd.DataFrame({'step': steps}))}: {told}"
 
 
 def routing(cells: pd.DataFrame, label: str) -> str:
@@ -116,23 +122,35 @@ def decisiveness(frame: pd.DataFrame) -> str:
 
 
 def losses(frame: pd.DataFrame, name: str) -> str:
-    """The metric at the last step all runs reached: the mean of the last ten recorded points of each."""
+    """The metric at the last step all runs reached; a loss, which jumps from batch to batch, as a mean of ten."""
     parts = [(run, part.dropna(subset=["value"])) for run, part in by_run(frame)]
     parts = [(run, part) for run, part in parts if len(part)]
     title = metric(name).title
     if not parts:
         return f"{title}: nothing recorded yet"
     common = min(int(part["step"].iloc[-1]) for _, part in parts)
-    means = [(run, part.loc[part["step"] <= common, "value"].tail(TAIL).mean()) for run, part in parts]
+    tail = TAIL if name == "loss" else 1
+    means = [(run, part.loc[part["step"] <= common, "value"].tail(tail).mean()) for run, part in parts]
     means = sorted(((run, value) for run, value in means if np.isfinite(value)), key=lambda pair: pair[1])
     if not means:
         return f"{title} of {words.joined(run for run, _ in parts)}"
     told = words.joined(f"{words.number(value)} in {run}" for run, value in means)
-    return f"{title} at step {words.step(common)}: {told}"
+    meant = f" (mean of {TAIL} recorded losses)" if tail > 1 else ""
+    return f"{title} at step {words.step(common)}: {told}{meant}"
+
+
+def _first(part: pd.DataFrame) -> int:
+    """Where growth is counted from: behind the first transformer block where there is more than one.
+
+    The embedding starts tiny and the first block leaps from it, in every architecture: counted from there, all
+    would seem to grow.
+    """
+    return 3 if part["depth"].max() > 4 else 1
 
 
 def _growth(part: pd.DataFrame, name: str) -> float:
-    values = part.loc[part["depth"] >= 1, "value"].to_numpy(float)
+    first = 1 if name.startswith("block_") else _first(part)
+    values = part.loc[part["depth"] >= first, "value"].to_numpy(float)
     return float(values[-1] / values[0]) if len(values) and values[0] > 0 else np.nan
 
 
@@ -144,10 +162,11 @@ def _moves(value: float) -> str:
     return f"grows {words.factor(value)}" if value >= 1 else f"falls to {words.factor(value)}"
 
 
-def _ends(name: str) -> str:
-    if metric(name).axes == STATE:
-        return "from layer 1 to the final state"
-    return "from the first to the last " + ("transformer block" if name.startswith("block_") else "layer")
+def _ends(frame: pd.DataFrame, name: str) -> str:
+    if name.startswith("block_"):
+        return "from the first to the last transformer block"
+    last = "the final state" if metric(name).axes == STATE else "the last layer"
+    return f"from layer {_first(frame)} to {last}"
 
 
 def _place(place: str) -> str:

@@ -9,6 +9,7 @@ from app.frames import nearest, series
 from probes import Run
 from probes.vocabulary import metric
 
+STANDS_OUT = 0.1  # a link is at least this share of its read's mean above it: rounding is no preference
 STILL = 0.02  # a weight that stays within this of its present value has not moved
 
 
@@ -54,9 +55,14 @@ def strongest(
         if read.sources < 2 or (kind != "all" and read.kind not in (kind, "final")):
             continue
         line = values[index, row, : read.sources]
-        excess = line - np.nanmean(line) if np.isfinite(line).any() else line
-        found += [(float(excess[s]), row, s) for s in range(read.sources - 1) if np.isfinite(excess[s])]
-    found = sorted((link for link in found if link[0] > 0), key=lambda link: (-link[0], link[1], link[2]))
+        if not np.isfinite(line).any():
+            continue
+        mean = np.nanmean(line)
+        excess = line - mean
+        found += [
+            (float(excess[s]), row, s) for s in range(read.sources - 1) if excess[s] > STANDS_OUT * mean
+        ]
+    found.sort(key=lambda link: (-link[0], link[1], link[2]))
     links = []
     for excess, row, column in found[:count]:
         past = values[: index + 1, row, column]

@@ -86,10 +86,15 @@ def colours(shown: Sequence[Shown]) -> dict[str, str]:
 def recorded(shown: Sequence[Shown], name: str) -> list[Shown]:
     """The runs that recorded a metric; a sentence on the page for the others."""
     have = [one for one in shown if one.name and name in one.run]
-    lack = [one.name for one in shown if name not in one.run]
-    if lack:
-        who = words.joined(f"**{words.plain(one)}**" for one in lack)
-        st.caption(f"{who} did not record {words.small(metric(name).title)} (`{name}`).")
+    what = f"{words.small(metric(name).title)} (`{name}`)"
+    for running, verb, then in (
+        (True, "has not recorded", " yet: the first numbers come within seconds of the first step"),
+        (False, "did not record", ""),
+    ):
+        lack = [one.name for one in shown if name not in one.run and (one.run.status == "running") == running]
+        if lack:
+            who = words.joined(f"**{words.plain(one)}**" for one in lack)
+            st.caption(f"{who} {verb} {what}{then}.")
     return have
 
 

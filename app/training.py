@@ -1,7 +1,6 @@
 """Train and record: where the reference models, the probes and the command line meet. Needs torch."""
 
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -49,20 +48,20 @@ class RecordedTraining:
     ):
         self.path, self.name = path, NAMES[decoder.residual]
         self.training = Training(decoder, config, corpus)
-        self.schedule = schedule
-        described = {"training": asdict(config), "corpus": corpus.describe()}
-        self.recorder = probes.record(
-            self.training.model,
-            path,
-            optimizer=self.training.optimizer,
-            every=schedule.every,
-            matrices_every=schedule.matrices_every,
-            config=described,
-            tags=tags,
-        )
+        self.schedule, self.tags = schedule, tags
+        self.described = {"training": asdict(config), "corpus": corpus.describe()}
 
     def __enter__(self) -> "RecordedTraining":
-        self.recorder.__enter__()
+        # Only here, so that a run which is begun is also closed.
+        self.recorder = probes.record(
+            self.training.model,
+            self.path,
+            optimizer=self.training.optimizer,
+            every=self.schedule.every,
+            matrices_every=self.schedule.matrices_every,
+            config=self.described,
+            tags=self.tags,
+        )
         return self
 
     def __exit__(self, *error) -> None:
@@ -90,7 +89,6 @@ class RecordedTraining:
 
 def in_turn(trainings: Sequence[RecordedTraining]) -> None:
     """Train all, a step of each in turn, so that they can be compared from the first seconds."""
-    torch.set_num_threads(os.cpu_count() or 1)
     with ExitStack() as stack:
         for training in trainings:
             stack.enter_context(training)
@@ -146,9 +144,10 @@ class _Lines:
         self._told = time.monotonic()
         done = sum(training.training.steps_done for training in self._trainings)
         total = sum(training.training.config.steps for training in self._trainings)
-        left = (self._told - self._begun) / done * (total - done) if done else math.nan
-        losses = ", ".join(f"{t.name} {x:.3f}" for t, x in zip(self._trainings, self._losses, strict=True))
-        print(f"{done / total:4.0%}  loss: {losses}  about {left:.0f} s left", file=sys.stderr, flush=True)
+        left = f", about {(self._told - self._begun) / done * (total - done):.0f} s left" if done else ""
+        known = [(t.name, x) for t, x in zip(self._trainings, self._losses, strict=True) if not math.isnan(x)]
+        losses = ", ".join(f"{name} {loss:.3f}" for name, loss in known) or "none yet"
+        print(f"{done / total:4.0%}  loss: {losses}{left}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "_Lines":
         return self

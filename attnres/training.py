@@ -67,6 +67,9 @@ class Training:
             raise ValueError(f"context is {config.context}, and the decoder's is only {decoder.context}.")
         if decoder.vocabulary < 256:
             raise ValueError(f"vocabulary must be at least 256 to hold all bytes, not {decoder.vocabulary}.")
+        # Asked for once now, so that a text that is too small is refused before anything is begun.
+        corpus.train_batch(0, 1, config.context, config.seed)
+        corpus.validation_batches(1, 1, config.context)
         self.config = config
         self.corpus = corpus
         self.steps_done = 0

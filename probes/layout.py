@@ -47,7 +47,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Layout:
-    """Layers, reads (L+1) and sources of one model. `block_of_state` is derived, nothing is stored twice."""
+    """Layers, reads (L+1) and sources of one model."""
 
     layers: list[Layer]
     reads: list[Read] = field(default_factory=list)

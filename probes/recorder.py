@@ -13,7 +13,6 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from probes.gradients import GradientNorms
 from probes.manifest import Manifest, RunError
 from probes.sites import Sites, find_sites
 from probes.taps import MATRICES, OFF, VECTORS, Taps
+from probes.version import version
 from probes.vocabulary import metric
 from probes.writer import RunWriter
 
@@ -157,6 +157,11 @@ class Recorder:
         if self._closed or os.getpid() != self._process:
             return
         self._closed = True
+        if self._optimizer is None and self._step == 0 and self._taps.seen:
+            log.warning(
+                "depthscope saw no optimizer step, so nothing but logged scalars was recorded: "
+                "pass optimizer= to probes.record, or call recorder.step() after each update."
+            )
         self._taps.detach()
         self._gradients.detach()
         for hook in self._hooks:
@@ -191,9 +196,9 @@ class Recorder:
         step = self._step if self._taps.seen else max(self._step - 1, 0)
         for name, value in scalars.items():
             if isinstance(value, torch.Tensor):
-                if value.numel() != 1:
+                if value.numel() != 1 or value.is_complex():
                     raise ValueError(
-                        f"log({name}=…) takes a single number, not a tensor of {value.numel()} values."
+                        f"log({name}=…) takes a single real number, not a {value.dtype} tensor of {value.numel()}."
                     )
                 # A copy: the tensor's memory may be reused before it is fetched.
                 value = value.detach().reshape(()).clone()
@@ -272,7 +277,7 @@ def _check_name(name: str) -> None:
 def _number(name: str, value: object) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"log({name}=…) takes a number, not {value!r}.") from None
 
 
@@ -288,13 +293,6 @@ def _model_config(root: nn.Module) -> dict:
     return json.loads(json.dumps(config, default=str, skipkeys=True), parse_constant=str)
 
 
-def _own_version() -> str:
-    try:
-        return metadata.version("depthscope")
-    except metadata.PackageNotFoundError:  # used from a checkout without installing
-        return "checkout"
-
-
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -302,7 +300,7 @@ def _device_name(device: torch.device) -> str:
 def _versions(sites: Sites) -> dict:
     parameter = next(sites.root.parameters())
     return {
-        "depthscope": _own_version(),
+        "depthscope": version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": _device_name(parameter.device),

@@ -2,9 +2,11 @@
 
 Four decoders of 24 layers (12 transformer blocks) learn the Python standard library's source: PreNorm, Full and Block
 AttnRes to the end, and a Block run whose process is killed on the way, as it happens at night. A finished run is left
-alone, an unfinished one is recorded anew. About 10 minutes on two CPU cores.
+alone, an unfinished one is recorded anew. About 10 minutes on two idle CPU cores (the recorded ones were
+not idle).
 """
 
+import os
 import shutil
 import signal
 import subprocess
@@ -80,6 +82,7 @@ def _join(folder: Path) -> None:
 
 
 def record(name: str) -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see app/demo.py
     from app.training import Corpus, DecoderConfig, RecordedTraining, Schedule, TrainingConfig, in_turn
 
     config = TrainingConfig(steps=STEPS, batch=4, context=SHAPE["context"])

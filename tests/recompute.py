@@ -6,7 +6,6 @@ same batch, and compares with what the run says.
 
 import copy
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,11 +20,14 @@ from tests.attnres.models import defined_pass
 TOLERANCE = 1e-3
 
 
-def main(path: str, step: str = "0") -> None:
-    run = probes.open_run(path)
+def main(path: str, step: str = "0") -> bool:
+    """Print the comparison; whether all agree."""
+    run, good = probes.open_run(path), True
     for name, difference in compare(run, int(step)).items():
+        good &= difference <= TOLERANCE
         verdict = "ok" if difference <= TOLERANCE else "DIFFERS"
         print(f"{name:24} largest relative difference {difference:.1e}  {verdict}")
+    return good
 
 
 def compare(run: probes.Run, step: int) -> dict[str, float]:
@@ -109,6 +111,9 @@ def l2(tensors) -> Tensor:
 
 
 if __name__ == "__main__":
-    if not 2 <= len(sys.argv) <= 3 or not Path(sys.argv[1]).is_dir():
+    if not 2 <= len(sys.argv) <= 3:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    try:
+        sys.exit(0 if main(*sys.argv[1:]) else 1)
+    except probes.RunError as problem:
+        sys.exit(str(problem))

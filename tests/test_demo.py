@@ -92,6 +92,27 @@ def test_demo_learns_what_it_is_given_and_says_what_it_cannot_read(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+def test_a_text_too_small_is_refused_before_anything_is_recorded(tmp_path):
+    (tmp_path / "tiny.txt").write_text("hello")
+    done = depthscope("demo", "--no-serve", "--runs", tmp_path / "r", "--text", tmp_path / "tiny.txt")
+    assert done.returncode == 1
+    assert "too small" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for serve in ("--serve", "--no-serve"):
+        done = depthscope("demo", serve, "--port", free_port(), "--runs", tmp_path / "file", "--steps", 1)
+        assert done.returncode == 1
+        assert "cannot be recorded" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_version_in_a_checkout():
+    done = depthscope("--version")
+    assert done.returncode == 0 and "depthscope" in done.stdout
+
+
 def test_demo_says_that_the_port_is_busy(tmp_path):
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
@@ -187,6 +208,14 @@ def wait_for(condition, seconds: float) -> None:
     while not condition():
         assert time.monotonic() < end, "it took too long"
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/*.md", "sample_runs/*.md"])
+def test_links_and_images_of_the_docs_exist(document):
+    for path in ROOT.glob(document):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path} points to {target}, which is not there"
 
 
 def test_readme_commands_exist():

@@ -39,6 +39,25 @@ def test_growth_states_the_factor(depth):
     assert findings.growth(depth, "hidden_rms") == both
 
 
+def test_growth_is_counted_behind_the_first_transformer_block():
+    """The leap from the tiny embedding is every architecture's; it would make all of them seem to grow."""
+    values = [0.04, 0.05, 2.0, 2.5, 3.0, 4.0]
+    frame = pd.DataFrame({"run": "a", "step": 7, "depth": range(1, 7), "value": values})
+    told = "a’s hidden-state RMS grows 2.0× from layer 3 to the final state at step 7"
+    assert findings.growth(frame, "hidden_rms") == told
+    assert findings.growth(frame, "output_rms").endswith(
+        "grows 2.0× from layer 3 to the last layer at step 7"
+    )
+    assert "grows 100× from the first to the last transformer block" in findings.growth(frame, "block_rms")
+
+
+def test_what_is_not_finite_is_said():
+    frame = pd.DataFrame({"run": "a", "step": 5, "depth": [0, 1, 2], "value": [np.nan] * 3})
+    assert findings.unevenness(frame, "output_grad_rms") == "a: no finite output gradient RMS at step 5"
+    frame = pd.DataFrame({"run": "a", "step": [3, 4], "cv": [0.5, np.nan]})
+    assert findings.evenness(frame, "cv") == "CV over depth at step 3: 0.500 in a"
+
+
 def test_unevenness_leaves_the_embedding_out():
     frame = pd.DataFrame({"run": "a", "step": 5, "depth": [0, 1, 2], "value": [100.0, 2.0, 8.0]})
     told = "a’s largest output gradient RMS is 4.0× its smallest at step 5"
@@ -49,7 +68,9 @@ def test_losses_are_compared_where_all_runs_are():
     frame = pd.DataFrame(
         {"run": ["a"] * 3 + ["b"] * 2, "step": [0, 10, 20, 0, 10], "value": [5.0, 4.0, 1.0, 5.0, 3.0]}
     )
-    assert findings.losses(frame, "loss") == "Training loss at step 10: 4.00 in b and 4.50 in a"
+    told = "Training loss at step 10: 4.00 in b and 4.50 in a"
+    assert findings.losses(frame, "loss") == f"{told} (mean of 10 recorded losses)"
+    assert findings.losses(frame, "val_loss") == "Validation loss at step 10: 3.00 in b and 4.00 in a"
 
 
 def test_profile_draws_its_frame(depth):

@@ -50,6 +50,15 @@ def test_the_strongest_link_as_a_sentence(tmp_path, weights):
     assert links[0].excess == pytest.approx(0.36, abs=1e-6)
 
 
+def test_rounding_is_no_preference(tmp_path):
+    """Zero queries give an even average, up to the last bits of float32."""
+    even = np.tril(np.ones((5, 5), np.float32))
+    even /= even.sum(axis=1, keepdims=True)
+    even[4] *= np.array([1, 1 + 1e-6, 1 - 1e-6, 1, 1], np.float32)
+    run = recorded(tmp_path / "run", {0: even})
+    assert strongest(run, 0) == []
+
+
 def test_only_the_past_counts(tmp_path, weights):
     run = recorded(tmp_path / "run", weights)
     assert strongest(run, 300) == []

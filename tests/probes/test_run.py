@@ -98,7 +98,7 @@ def test_under_accumulation_a_step_keeps_every_logged_value(tmp_path):
     [
         ({"loss": "high"}, "takes a number, not 'high'"),
         ({"loss": None}, "takes a number, not None"),
-        ({"loss": torch.ones(3)}, "takes a single number, not a tensor of 3 values"),
+        ({"loss": torch.ones(3)}, "takes a single real number, not a torch.float32 tensor of 3"),
         ({"hidden_rms": 1.0}, "kept for depthscope's own"),
         ({"my.step": 1.0}, "kept for depthscope's own"),
     ],
@@ -123,6 +123,13 @@ def test_what_the_script_logs_itself_is_not_recorded_twice(tmp_path):
         # The first step was recorded before the script said that it logs these.
         assert run.steps(name).tolist() == [0, 0, 1, 2]
         assert run[name][1:].tolist() == [logged] * 3
+
+
+def test_a_recorder_that_saw_no_step_says_so(tmp_path, caplog):
+    model = decoder("prenorm", blocks=1)
+    with probes.record(model, tmp_path / "run", every=1):
+        train(model, sgd(model), 2)
+    assert "recorder.step()" in caplog.text
 
 
 def test_now_records_one_step_with_matrices(tmp_path):
