@@ -154,7 +154,10 @@ def test_demo_shows_three_growing_runs_within_a_minute(growing, watched):
         watched.wait_for_selector(f"text=/{name}.*running|{name}.*live/", timeout=60_000)
     watched.wait_for_selector('[data-testid="stVegaLiteChart"] :is(canvas, svg)', timeout=60_000)
     steps = [run.last_step for run in probes.list_runs(folder)]
-    wait_for(lambda: all(run.last_step > step for run, step in zip(probes.list_runs(folder), steps, strict=True)), 60)
+    wait_for(
+        lambda: all(run.last_step > step for run, step in zip(probes.list_runs(folder), steps, strict=True)),
+        60,
+    )
     watched.wait_for_selector("text=/1.25/")
 
 

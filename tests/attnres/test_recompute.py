@@ -7,7 +7,9 @@ from tests.attnres.models import ATTNRES, RESIDUALS, lively_decoder, loss_of, se
 
 
 def gradients(model, inputs, run=None):
-    return torch.autograd.grad(loss_of((model if run is None else run)(inputs), inputs), list(model.parameters()))
+    return torch.autograd.grad(
+        loss_of((model if run is None else run)(inputs), inputs), list(model.parameters())
+    )
 
 
 @pytest.mark.parametrize("kind", ATTNRES)
