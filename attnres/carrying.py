@@ -80,7 +80,7 @@ class Plan:
         self.slots = self.slot[-1] + 1
         self.running: list[Depth] = []
         """The sources, from its first norm to its last; while compiling, from its entry to its exit."""
-        self.counts = any(layer.tail_calls > 1 for layer in block.layers)
+        self.counts = self.slots > 1 and any(layer.tail_calls > 1 for layer in block.layers)
         """Whether a module that ends a layer is called more than once, so that calls have to be told apart."""
         self.progress: list = []
         """Where it counts: the layer that runs, and the modules called since its norm that may end it."""

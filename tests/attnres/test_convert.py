@@ -203,7 +203,10 @@ def test_compiled_gradients(name, kind, recomputes):
         if recomputes:
             checkpointed(model)
         torch._dynamo.reset()
-        return torch.compile(model, backend="aot_eager", fullgraph=name not in ("Kimi Linear", "DeepSeek-V3"))
+        # Experts and delta attention break the graph by themselves; telling two calls of ViT's dropout apart does
+        # inside a checkpoint.
+        broken = name in ("Kimi Linear", "DeepSeek-V3") or (name == "ViT" and recomputes)
+        return torch.compile(model, backend="aot_eager", fullgraph=not broken)
 
     checked(name, kind, compiled)
 
