@@ -46,7 +46,7 @@ class RecordedTraining:
         schedule: Schedule,
         tags: Sequence[str] = (),
     ):
-        self.path, self.name = path, NAMES[decoder.residual]
+        self.path, self.name = path, NAMES.get(decoder.residual, decoder.residual)
         self.training = Training(decoder, config, corpus)
         self.schedule, self.tags = schedule, tags
         self.described = {"training": asdict(config), "corpus": corpus.describe()}

@@ -135,7 +135,7 @@ class Taps:
             self._before(sites.layers[0].norm, lambda given: self._tap(given, "output", 0))
         for row, site in enumerate(sites.layers):
             self._before(site.norm, lambda given, row=row: self._tap(given, "state", row))
-            self._after(site.sublayer, lambda given, out, row=row: self._tap(_first(out), "output", row + 1))
+            self._after(site.sublayer, lambda given, out, row=row: self._output(given, _first(out), row + 1))
         final = len(sites.layers)
         self._before(sites.final_norm, lambda given: self._tap(given, "state", final))
         for row, read in enumerate(sites.reads):
@@ -195,6 +195,13 @@ class Taps:
                     add_moments, gradient.detach(), backward.squares, backward.count, row
                 )
             )
+
+    def _output(self, given, x: Tensor, row: int) -> None:
+        # An output with an axis more than the input is not what is added to the stream, but a stack that holds
+        # it: better blank than wrong.
+        if isinstance(x, Tensor) and isinstance(given, Tensor) and x.ndim > given.ndim:
+            return
+        self._tap(x, "output", row)
 
     def _read(self, row: int, sources: list[Tensor], weight: Tensor) -> None:
         if self._matrices:
