@@ -69,7 +69,7 @@ def evenness(frame: pd.DataFrame, column: str) -> str:
     for run, part in by_run(frame.dropna(subset=[column])):
         value = part[column].iloc[-1]
         parts.append((run, words.factor(value) if column == "ratio" else words.number(value)))
-    what = "Max/min over depth" if column == "ratio" else "CV over depth"
+    what = {"ratio": "Max/min over depth", "cv": "CV over depth", "gini": "Gini over depth"}[column]
     if not parts:
         return f"{what}: no finite values recorded"
     return f"{what} at the last step: {words.joined(f'{value} in {run}' for run, value in parts)}"
