@@ -1,0 +1,9 @@
+"""The dashboard and its charts. In a notebook: `app.plot(probes.open_run(path)).dilution()` is an `alt.Chart`."""
+
+
+def plot(run):
+    """The charts of one run, or of several given as a list, for a notebook. See `app.notebook.Plot`."""
+    # Imported here: the command line must stay quick to start.
+    from app.notebook import Plot
+
+    return Plot(run)

@@ -74,7 +74,7 @@ def evenness(frame: pd.DataFrame, column: str) -> str:
         value = part[column].iloc[-1]
         steps.append(int(part["step"].iloc[-1]))
         parts.append((run, words.factor(value) if column == "ratio" else words.number(value)))
-    what = "Max/min over depth" if column == "ratio" else "CV over depth"
+    what = {"ratio": "Max/min over depth", "cv": "CV over depth", "gini": "Gini over depth"}[column]
     if not parts:
         return f"{what}: no finite values recorded"
     told = words.joined(f"{value} in {run}" for run, value in parts)

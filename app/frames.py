@@ -167,10 +167,10 @@ def over_training(run: Run, name: str) -> pd.DataFrame:
 
 
 def evenness(run: Run, label: str, name: str) -> pd.DataFrame:
-    """run, step, cv, ratio: coefficient of variation and max/min over depth, embedding left out, per step."""
+    """run, step, cv, ratio, gini over depth, embedding left out, per recorded step."""
     steps, values = series(run, name)
     if not len(steps):
-        return pd.DataFrame(columns=["run", "step", "cv", "ratio"])
+        return pd.DataFrame(columns=["run", "step", "cv", "ratio", "gini"])
     values = _finite(values.astype(np.float64))
     if metric(name).axes == OUTPUT:
         values = values[:, 1:]
@@ -178,10 +178,32 @@ def evenness(run: Run, label: str, name: str) -> pd.DataFrame:
         warnings.simplefilter("ignore", RuntimeWarning)
         cv = np.nanstd(values, axis=1) / np.nanmean(values, axis=1)
         ratio = np.nanmax(values, axis=1) / np.nanmin(values, axis=1)
-    frame = pd.DataFrame({"run": label, "step": steps, "cv": _finite(cv), "ratio": _finite(ratio)})
+    told = {"cv": _finite(cv), "ratio": _finite(ratio), "gini": gini(values)}
+    frame = pd.DataFrame({"run": label, "step": steps, **told})
     if len(frame) > POINTS:
         frame = frame.iloc[np.unique(np.linspace(0, len(frame) - 1, POINTS).astype(int))]
     return frame.reset_index(drop=True)
+
+
+def gini(values: np.ndarray) -> np.ndarray:
+    """Gini coefficient of each row [N, L]: 0 when all are equal, near 1 when one has everything; blank with a blank."""
+    ordered = np.sort(values, axis=1)
+    count = values.shape[1]
+    rank = 2 * np.arange(1, count + 1) - count - 1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _finite((ordered * rank).sum(axis=1) / (count * ordered.sum(axis=1)))
+
+
+def update_ratio(run: Run, label: str, step: int) -> pd.DataFrame:
+    """run, step, depth, place, value: param_grad_norm times lr over param_norm, layer by layer; none without all three."""
+    parts = [profile(run, label, name, step) for name in ("param_grad_norm", "param_norm")]
+    steps, rates = series(run, "lr")
+    index = nearest(steps, step)
+    if index is None or any(part.empty for part in parts):
+        return parts[0].iloc[:0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = parts[0]["value"] * float(rates[index]) / parts[1]["value"]
+    return parts[0].assign(value=_finite(ratio.to_numpy()))
 
 
 def cells(run: Run, step: int, kind: str = "all") -> pd.DataFrame:

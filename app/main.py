@@ -33,5 +33,6 @@ page = st.navigation(
     ]
 )
 room.sidebar()
+with st.sidebar:  # before the page: the browser reads the library while the page is made
+    browser.load()
 page.run()
-browser.load()

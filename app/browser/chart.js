@@ -3,6 +3,7 @@
 // player, new numbers wait.
 
 const charts = new WeakMap();
+let turn = Promise.resolve();
 
 export default function ({ data, parentElement, setTriggerValue }) {
   let chart = charts.get(parentElement);
@@ -52,7 +53,8 @@ class Chart {
       for (const [name, values] of Object.entries(tables)) this.view.data(name, values);
       await this.view.runAsync();
     } else {
-      await this.embed(next, look, tables);
+      // One after the other: the first chart of a page is finished before the second begins.
+      await (turn = turn.catch(() => {}).then(() => this.embed(next, look, tables)));
       this.shape = shape;
     }
     this.home.setAttribute("role", "img");

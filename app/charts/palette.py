@@ -23,6 +23,22 @@ DIVERGING = [
     "#f7ebe1", "#f6cfa9", "#eea163", "#d9701f", "#a34400",
 ]  # fmt: skip
 
+_TEXT = {"labelFontSize": 11, "titleFontSize": 12, "labelColor": "#3d4450", "titleColor": "#1c2430"}
+PAPER = {
+    "font": "Liberation Sans, Arial, sans-serif",
+    "title": {"anchor": "start", "fontSize": 15, "fontWeight": 600, "color": "#1c2430", "offset": 12},
+    "axis": {
+        **_TEXT,
+        "gridColor": "#e6e9ee",
+        "domainColor": "#c4cad4",
+        "tickColor": "#c4cad4",
+        "titleFontWeight": 500,
+    },
+    "legend": {**_TEXT, "titleFontWeight": 500},
+    "range": {"heatmap": RAMP, "ramp": RAMP, "category": RUNS, "diverging": DIVERGING},
+    "view": {"stroke": None},
+}
+
 # Thousands of cells: drawn as pixels, not as elements of the page.
 CANVAS = {"embedOptions": {"renderer": "canvas"}}
 
@@ -126,21 +142,7 @@ def printed(chart: alt.TopLevelMixin) -> dict:
     spec.setdefault("width", 680)
     spec["background"] = "white"
     spec["padding"] = 16
-    text = {"labelFontSize": 11, "titleFontSize": 12, "labelColor": "#3d4450", "titleColor": "#1c2430"}
-    spec["config"] = {
-        "font": "Liberation Sans, Arial, sans-serif",
-        "title": {"anchor": "start", "fontSize": 15, "fontWeight": 600, "color": "#1c2430", "offset": 12},
-        "axis": {
-            **text,
-            "gridColor": "#e6e9ee",
-            "domainColor": "#c4cad4",
-            "tickColor": "#c4cad4",
-            "titleFontWeight": 500,
-        },
-        "legend": {**text, "titleFontWeight": 500},
-        "range": {"heatmap": RAMP, "ramp": RAMP, "category": RUNS, "diverging": DIVERGING},
-        "view": {"stroke": None},
-    }
+    spec["config"] = PAPER
     return spec
 
 

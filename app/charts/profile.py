@@ -14,8 +14,10 @@ def profile(
     scale: str = "linear",
     height: int = 340,
     relative: bool = False,
+    label: str = "",
 ) -> alt.LayerChart:
-    """Rows run, step, depth, place, value; with `relative`, depth runs from 0 to 1."""
+    """Rows run, step, depth, place, value; with `relative`, depth runs from 0 to 1. `label` replaces the metric's."""
+    label = label or axes.measure(name)
     if scale == "log":
         frame = frame[frame["value"] > 0]
     lasts = frame.groupby("run")["depth"].max().unique()
@@ -28,7 +30,7 @@ def profile(
             scale=alt.Scale(domain=[first, most], nice=False, zero=False, padding=8),
             axis=axis,
         ),
-        y=axes.value("value", axes.measure(name), frame["value"], scale),
+        y=axes.value("value", label, frame["value"], scale),
         color=palette.colour(colours),
         order="depth:Q",
     )
@@ -39,7 +41,7 @@ def profile(
         tooltip=[
             alt.Tooltip("run:N", title="Run"),
             alt.Tooltip("place:N", title="Where"),
-            alt.Tooltip("value:Q", title=axes.measure(name), format=".4~g"),
+            alt.Tooltip("value:Q", title=label, format=".4~g"),
             alt.Tooltip("step:Q", title="Step", format=",d"),
         ],
     )

@@ -71,7 +71,9 @@ def _overlaid(a: room.Shown, b: room.Shown, name: str, at: match.Pair, scale: st
         steps if at.first != at.second else words.step(at.first)
     )
     draw.show(
-        profile(frame, name, colours, title, scale, relative=not even), key=f"compared {name}", data=frame
+        profile(frame, name, colours, title, scale, relative=not even, height=370),
+        key=f"compared {name}",
+        data=frame,
     )
 
 

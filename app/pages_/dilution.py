@@ -1,8 +1,11 @@
 """Dilution: does the residual stream drown what each layer adds?"""
 
+import pandas as pd
 import streamlit as st
 
-from app import findings, over_depth, pick, room
+from app import draw, findings, fits, frames, over_depth, pick, room, words
+from app.charts.growth import growth
+from app.charts.lines import lines as curves
 from probes.vocabulary import metric
 
 HIDDEN, OUTPUT = "hidden_rms", "output_rms"
@@ -19,6 +22,7 @@ def body(shown: list[room.Shown]) -> None:
         ):
             with column:
                 over_depth.profiles(shown, name, step, scale, findings.growth)
+    _growth(shown, step)
     names = [name for name in MEASURES if any(name in one.run for one in shown)]
     if names:
         st.subheader("How did it get there?", anchor=False)
@@ -26,7 +30,32 @@ def body(shown: list[room.Shown]) -> None:
         name = pick.choice("depth", "Measure", {name: metric(name).title for name in names})
         with heatmaps:
             over_depth.heatmaps(shown, name)
-    room.explain(MEASURES)
+    room.explain(MEASURES, fits.MEANING)
+
+
+def _growth(shown: list[room.Shown], step: int | None) -> None:
+    """The growth exponent: its fit at this step, and its course over training."""
+    have = [one for one in shown if HIDDEN in one.run]
+    parts = [frames.profile(one.run, one.name, HIDDEN, step) for one in have] if step is not None else []
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        return
+    st.subheader("How fast does it grow with depth?", anchor=False)
+    frame = pd.concat(parts, ignore_index=True)
+    lines = fits.fitted(frame)
+    left, right = st.columns(2, gap="medium", vertical_alignment="bottom")
+    with left:
+        chart = growth(frame, lines, HIDDEN, room.colours(have), fits.finding(lines, HIDDEN))
+        draw.show(chart, key="growth", data=frame)
+    with right:
+        course = pd.concat([fits.over_training(one.run, one.name, HIDDEN) for one in have], ignore_index=True)
+        last = course.dropna(subset=["exponent"]).groupby("run", sort=False)["exponent"].last()
+        told = words.joined(f"{value:.2f} in {run}" for run, value in last.items())
+        title = f"Growth exponent at the last step: {told}" if told else "Growth exponent: nothing to fit"
+        chart = curves(
+            course, "exponent", "Growth exponent", room.colours(have), title, zero=True, height=300
+        )
+        draw.show(chart, key="growth course", data=course)
 
 
 room.enter(

@@ -5,6 +5,7 @@ import streamlit as st
 
 from app import draw, findings, frames, over_depth, pick, room
 from app.charts.lines import lines
+from app.charts.profile import profile
 from probes.vocabulary import metric
 
 MEASURES = ("output_grad_rms", "param_grad_norm", "block_grad_rms", "hidden_grad_rms")
@@ -14,17 +15,15 @@ INCOMPARABLE = ("block_grad_rms", "hidden_grad_rms")
 def body(shown: list[room.Shown]) -> None:
     names = [name for name in MEASURES if any(name in one.run for one in shown)] or [MEASURES[0]]
     picture, player = st.container(), st.container(key="player")
-    controls = st.columns([3, 1], gap="medium")
+    controls = st.container()
     name = pick.choice(
         "gradient",
         "Measure",
         {n: metric(n).title + (" (not comparable)" if n in INCOMPARABLE else "") for n in names},
-        where=controls[0],
+        where=controls,
         help="Output gradients mean the same in every architecture; gradients of states do not.",
     )
-    scale = pick.choice(
-        "gradient_scale", "Scale", {"log": "Logarithmic", "linear": "Linear"}, where=controls[1]
-    )
+    scale = pick.choice("gradient_scale", "Scale", {"log": "Logarithmic", "linear": "Linear"}, where=controls)
     step = pick.step([one.run for one in shown], [name], where=player)
     with picture:
         if name in INCOMPARABLE:
@@ -39,26 +38,48 @@ def body(shown: list[room.Shown]) -> None:
         st.subheader("Does it even out while it trains?", anchor=False)
         _evenness(have, name)
         over_depth.heatmaps(have, name)
+    if step is not None:
+        _updates(shown, step)
     room.explain(
         names,
         "CV is the standard deviation over layers divided by their mean; max/min divides the largest by the "
-        "smallest. Both leave the embedding out.",
+        "smallest; the Gini coefficient is 0 when all layers have the same and near 1 when one has everything. All three "
+        "leave the embedding out.",
     )
 
 
 def _evenness(have: list[room.Shown], name: str) -> None:
     frame = pd.concat([frames.evenness(one.run, one.name, name) for one in have], ignore_index=True)
-    columns = {"cv": "CV over depth (standard deviation / mean)", "ratio": "Max/min over depth"}
+    columns = {"cv": "CV over depth", "ratio": "Max/min over depth", "gini": "Gini over depth"}
     for place, (column, label) in zip(
-        st.columns(2, gap="medium", vertical_alignment="bottom"), columns.items(), strict=True
+        st.columns(3, gap="medium", vertical_alignment="bottom"), columns.items(), strict=True
     ):
         with place:
             scale = "log" if column == "ratio" else "linear"
             title = findings.evenness(frame, column)
             chart = lines(
-                frame, column, label, room.colours(have), title, scale, zero=column == "cv", height=290
+                frame, column, label, room.colours(have), title, scale, zero=column != "ratio", height=290
             )
             draw.show(chart, key=f"{column} {name}", data=frame)
+
+
+def _updates(shown: list[room.Shown], step: int) -> None:
+    """How far a step would move each layer, for the runs that recorded what it takes."""
+    parts = {one: frames.update_ratio(one.run, one.name, step) for one in shown}
+    parts = {one: part for one, part in parts.items() if len(part)}
+    if not parts:
+        return
+    st.subheader("How far does one step move a layer?", anchor=False)
+    frame = pd.concat(parts.values(), ignore_index=True)
+    title = findings.unevenness(frame, "param_norm").replace("parameter norm", "estimated update ratio")
+    chart = profile(
+        frame, "param_norm", room.colours(list(parts)), title, "log", 280, label="Update ratio (estimate)"
+    )
+    draw.show(chart, key="update ratio", data=frame)
+    st.caption(
+        "An estimate: gradient norm × learning rate / parameter norm. It is exact for plain SGD without momentum or clipping; Adam "
+        "rescales every gradient, so compare layers and runs by it, not its size."
+    )
 
 
 room.enter(

@@ -1,0 +1,69 @@
+"""The growth exponent is that of a made power law; Gini and update ratios are those of hand-made numbers."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app import fits, frames
+from app.charts.growth import growth
+from probes import open_run
+from probes.manifest import Manifest
+from probes.writer import RunWriter
+from tests.app import made
+from tests.app.test_pages import mounted, opened, said
+
+
+@given(st.floats(-2, 2), st.floats(0.01, 100), st.integers(3, 60))
+def test_a_power_law_gives_its_exponent(exponent, factor, layers):
+    slope, intercept, r2 = fits.slopes(factor * np.arange(1, layers + 1)[None, :] ** exponent)
+    assert slope[0] == pytest.approx(exponent, abs=1e-6)
+    assert np.exp(intercept[0]) == pytest.approx(factor, rel=1e-5)
+    assert np.isnan(r2[0]) or r2[0] == pytest.approx(1, abs=1e-4)
+
+
+def test_blanks_are_left_out_and_two_points_are_no_fit():
+    values = np.array([[1, np.nan, 3, 4, 0.0], [1, 2, np.nan, np.nan, np.nan]])
+    slope, _, _ = fits.slopes(values)
+    assert slope[0] == pytest.approx(1) and np.isnan(slope[1])
+
+
+def test_the_fit_is_drawn_and_told():
+    frame = pd.DataFrame({"run": "a", "step": 5, "depth": [1, 2, 4], "place": "p", "value": [1.0, 2.0, 4.0]})
+    lines = fits.fitted(frame.assign(depth=[1, 2, 3], value=[1.0, 2.0, 3.0]))
+    assert lines["value"].tolist() == pytest.approx([1, 3])
+    assert fits.finding(lines, "hidden_rms") == "Hidden-state RMS goes like depth^1.00 in a (R² 1.00)"
+    growth(frame, lines, "hidden_rms", {"a": "#0072B2"}, "t").to_dict()
+    assert fits.finding(lines.iloc[:0], "hidden_rms").endswith("too few layers for a fit")
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=2, max_size=20))
+def test_gini_against_its_definition(values):
+    values = np.array(values)
+    mean_gap = np.abs(values[:, None] - values[None, :]).mean()
+    assert frames.gini(values[None, :])[0] == pytest.approx(mean_gap / (2 * values.mean()), abs=1e-9)
+
+
+def test_update_ratios(tmp_path):
+    shape = made.layout("prenorm", 1)
+    writer = RunWriter(tmp_path / "run", Manifest(shape, 0.0, 1, 1))
+    rows = [
+        ("param_grad_norm", 0, np.float32([2, 4])),
+        ("param_norm", 0, np.float32([10, 5])),
+        ("lr", 0, np.float32(0.1)),
+    ]
+    writer.put(lambda: rows, 0)
+    writer.close("finished")
+    run = open_run(tmp_path / "run")
+    assert frames.update_ratio(run, "run", 3)["value"].tolist() == pytest.approx([0.02, 0.08])
+    at = opened(tmp_path, "pages_/gradients.py", gradient="param_grad_norm")
+    assert not at.exception and "An estimate: gradient norm" in said(at)
+    assert any("estimated update ratio is 4.0×" in data["alt"] for data in mounted(at, "depthscope_chart"))
+
+
+def test_the_page_shows_exponents(folder):
+    at = opened(folder, "pages_/dilution.py", runs=["prenorm", "full"])
+    titles = [data["alt"] for data in mounted(at, "depthscope_chart")]
+    assert any(title.startswith("Hidden-state RMS goes like depth^") for title in titles)
+    assert any(title.startswith("Growth exponent at the last step: ") for title in titles)

@@ -1,0 +1,49 @@
+"""Charts for a notebook: valid, titled, with the recorded numbers, of one run or several."""
+
+import altair as alt
+import pytest
+
+import app
+from app import draw
+from probes import open_run
+
+
+@pytest.mark.parametrize("name", ["loss", "dilution", "gradients", "over_training", "depth_attention"])
+def test_every_chart_of_a_run_is_valid(folder, name):
+    chart = getattr(app.plot(open_run(folder / "full")), name)()
+    assert isinstance(chart, alt.TopLevelMixin)
+    assert "full" in chart.to_dict()["title"]["text"]
+
+
+def test_several_runs_share_a_chart(folder):
+    runs = [open_run(folder / name) for name in ("prenorm", "full")]
+    chart = app.plot(runs).dilution(step=100)
+    (data,) = chart.to_dict()["datasets"].values()
+    assert {row["run"] for row in data} == {"prenorm", "full"} and {row["step"] for row in data} == {100}
+    again = app.plot([runs[0], runs[0]]).dilution()
+    assert {row["run"] for row in next(iter(again.to_dict()["datasets"].values()))} == {
+        "prenorm 1",
+        "prenorm 2",
+    }
+
+
+def test_what_was_not_recorded_is_named(folder):
+    with pytest.raises(KeyError, match="prenorm did not record 'depth_weight'"):
+        app.plot(open_run(folder / "prenorm")).depth_attention()
+
+
+@pytest.mark.parametrize(("kind", "magic"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<svg")])
+def test_pictures(folder, kind, magic):
+    chart = app.plot(open_run(folder / "full")).depth_attention()
+    assert draw.image(chart, kind).startswith(magic)
+
+
+def test_numbers_come_back_from_parquet(folder, tmp_path):
+    import pandas as pd
+
+    from app import frames
+
+    cells = frames.cells(open_run(folder / "full"), 200)
+    (tmp_path / "cells.parquet").write_bytes(draw.numbers(cells, "parquet"))
+    read = pd.read_parquet(tmp_path / "cells.parquet")
+    assert read["depth_weight"].tolist() == cells["depth_weight"].tolist() and list(read) == list(cells)
