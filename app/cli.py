@@ -6,11 +6,25 @@ import click
 
 from app.demo import demo
 from app.server import free, serve
-from probes.version import version
+
+
+def _say_version(context: click.Context, option: click.Option, asked: bool) -> None:
+    if asked:
+        from probes.version import version
+
+        click.echo(f"depthscope {version()}")
+        context.exit()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version(), prog_name="depthscope")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_say_version,
+    help="Show the version and exit.",
+)
 def main() -> None:
     """See what depth does to a transformer while it trains."""
 
