@@ -24,7 +24,7 @@ from app.server import HOST, free
 SAMPLE_RUNS = Path(__file__).resolve().parent.parent / "sample_runs"
 
 # About three minutes for the three on two CPU cores.
-SHAPE = {"width": 128, "blocks": 12, "heads": 4, "kv_heads": 2, "context": 256}
+SHAPE = {"width": 128, "blocks": 12, "heads": 4, "kv_heads": 2, "context": 128}
 BATCH = 4
 BLOCK_LAYERS = 3  # eight depth blocks
 
@@ -59,8 +59,6 @@ def demo(runs: Path | None, port: int, serve: bool, no_browser: bool, steps: int
 
 def train_three(runs: Path, steps: int, text: Path | None) -> None:
     """Train and record the three models of equal size into `runs`, a step of each in turn."""
-    # Threads that spin while they wait for each other crawl as soon as anything else wants a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from app.training import Corpus, DecoderConfig, RecordedTraining, Schedule, TrainingConfig, in_turn
     except ModuleNotFoundError as error:
@@ -95,12 +93,21 @@ def train_three(runs: Path, steps: int, text: Path | None) -> None:
     click.echo(
         f"Three models of equal size learn {corpus.name}, {steps} steps each; recording to {runs}.", err=True
     )
+    _leave_a_core()
     try:
         in_turn(trainings)
     except RunError as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         click.echo("\nStopped; what was recorded stays.", err=True)
+
+
+def _leave_a_core() -> None:
+    """One core is for the dashboard: threads that wait for each other crawl when one of them has to share."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
 
 def _supervise(runs: Path, port: int, browser: bool, steps: int, text: Path | None) -> None:

@@ -6,7 +6,6 @@ alone, an unfinished one is recorded anew. About 10 minutes on two idle CPU core
 not idle).
 """
 
-import os
 import shutil
 import signal
 import subprocess
@@ -82,7 +81,6 @@ def _join(folder: Path) -> None:
 
 
 def record(name: str) -> None:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see app/demo.py
     from app.training import Corpus, DecoderConfig, RecordedTraining, Schedule, TrainingConfig, in_turn
 
     config = TrainingConfig(steps=STEPS, batch=4, context=SHAPE["context"])
