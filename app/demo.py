@@ -39,7 +39,7 @@ BLOCK_LAYERS = 3  # eight depth blocks
 @click.option("--serve/--no-serve", default=True, help="Open the dashboard, or only train and record.")
 @click.option("--no-browser", is_flag=True, help="Serve the dashboard without opening a browser.")
 @click.option(
-    "--steps", default=200, show_default=True, type=click.IntRange(1), help="Training steps of each model."
+    "--steps", default=160, show_default=True, type=click.IntRange(1), help="Training steps of each model."
 )
 @click.option(
     "--text", type=click.Path(path_type=Path), help="File or folder to learn  [default: Python's own library]"
