@@ -107,33 +107,26 @@ def number(field: str, label: str, last: int, where=None) -> int:
 
 def choice(field: str, label: str, options: Mapping[str, str], help: str | None = None, where=None) -> str:
     """One of a few named options, as buttons; an unknown one in a link falls back to the first."""
-    asked = getattr(view.current(), field)
-    key = f"pick {field}"
-    _set(key, asked if asked in options else next(iter(options)))
-    (where or st).segmented_control(
-        label,
-        list(options),
-        key=key,
-        format_func=lambda option: options[option],
-        required=True,
-        help=help,
-        on_change=lambda: view.change(**{field: st.session_state[key]}),
-    )
-    return st.session_state[key]
+    return _named((where or st).segmented_control, field, label, options, help, required=True)
 
 
 def one(field: str, label: str, options: Mapping[str, str], help: str | None = None, where=None) -> str:
-    """One of many named options, as a list."""
+    """One of many named options, as a list; an unknown one in a link falls back to the first."""
+    return _named((where or st).selectbox, field, label, options, help)
+
+
+def _named(widget, field: str, label: str, options: Mapping[str, str], help: str | None, **more) -> str:
     asked = getattr(view.current(), field)
     key = f"pick {field}"
     _set(key, asked if asked in options else next(iter(options)))
-    (where or st).selectbox(
+    widget(
         label,
         list(options),
         key=key,
         format_func=lambda option: options[option],
         help=help,
         on_change=lambda: view.change(**{field: st.session_state[key]}),
+        **more,
     )
     return st.session_state[key]
 

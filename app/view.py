@@ -15,7 +15,7 @@ _VIEW, _WRITTEN = "view", "view written"
 class View:
     """What is looked at. Every field has its query parameter; defaults stay out of the URL.
 
-    No runs means the newest few; no step means the latest, also while a run grows. `focus` names the run of which a
+    No runs means the newest of each residual; no step means the latest, also while a run grows. `focus` names the run of which a
     read (from 1) and a source (from 0) are looked at closely.
     """
 
