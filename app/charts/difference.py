@@ -4,6 +4,7 @@ import altair as alt
 import pandas as pd
 
 from app.charts import axes, palette
+from app.charts.grid import depth_by_step
 from app.charts.triangle import triangle
 
 FACTORS = "format(pow(2, abs(datum.value)), '.2~g') + '×' + (datum.value < 0 ? ' less' : datum.value > 0 ? ' more' : '')"
@@ -11,35 +12,9 @@ FACTORS = "format(pow(2, abs(datum.value)), '.2~g') + '×' + (datum.value < 0 ? 
 
 def over_training(frame: pd.DataFrame, name: str, second: str, title: str, height: int = 370) -> alt.Chart:
     """Rows step, until, depth, place, value (log2 of a ratio)."""
-    first, last = (int(frame["depth"].min()), int(frame["depth"].max())) if len(frame) else (0, 1)
-    span = [int(frame["step"].min()), int(frame["until"].max())] if len(frame) else [0, 1]
-    return (
-        alt.Chart(frame)
-        .transform_calculate(
-            below="datum.depth - 0.5",
-            above=f"datum.depth + 0.5 + {palette.under(last - first + 1)}",
-            until=f"datum.until + {palette.under(frame['step'].nunique())} * (datum.until - datum.step)",
-            factor=FACTORS,
-        )
-        .mark_rect(strokeWidth=0, opacity=1, clip=True)
-        .encode(
-            x=alt.X("step:Q", axis=axes.steps(), scale=alt.Scale(domain=span, zero=False, nice=False)),
-            x2="until:Q",
-            y=alt.Y(
-                "below:Q",
-                axis=axes.depth(name, last, count=8, **axes.FLAT),
-                scale=alt.Scale(domain=[first - 0.5, last + 0.5], nice=False, zero=False),
-            ),
-            y2="above:Q",
-            color=colour("value", frame["value"], f"{axes.measure(name)} in {second}", FACTORS),
-            tooltip=[
-                alt.Tooltip("place:N", title="Where"),
-                alt.Tooltip("step:Q", title="Step", format=",d"),
-                alt.Tooltip("factor:N", title=f"In {second}"),
-            ],
-        )
-        .properties(title=axes.title(title), height=height, usermeta=palette.CANVAS)
-    )
+    shade = colour("value", frame["value"], f"{axes.measure(name)} in {second}", FACTORS)
+    value = alt.Tooltip("factor:N", title=f"In {second}")
+    return depth_by_step(frame, name, title, height, shade, value, factor=FACTORS)
 
 
 def weights(cells: pd.DataFrame, second: str, title: str, height: int = 500) -> alt.LayerChart:
