@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from attnres.fused import fused_read
 from attnres.logits import source_logits
 from attnres.watching import WatchedBlock, first_tensor
 
@@ -45,7 +46,8 @@ class AttentiveDepth:
     def __init__(self, reads: nn.ModuleList, queries: Tensor, sources: tuple = (), logits: tuple = ()):
         self.reads, self.queries, self.sources = reads, queries, sources
         self.logits = logits
-        """One pair for each source: the first row that it has logits for, and the logits from there on."""
+        """A pair for each source: the first row that it has logits for, and the logits from there on. No pairs at all
+        where a fused kernel reads."""
 
     @classmethod
     def open(cls, reads: nn.ModuleList) -> "AttentiveDepth":
@@ -53,10 +55,14 @@ class AttentiveDepth:
 
     def commit(self, sources: Sequence[Tensor], written: int) -> "AttentiveDepth":
         eps = self.reads[0].eps
+        if fused_read(sources, self.reads[-1].depth_sources) is not None:
+            return AttentiveDepth(self.reads, self.queries, (*self.sources, *sources), self.logits)
         new = [(written, source_logits(source, self.queries[written:], eps)) for source in sources]
         return AttentiveDepth(self.reads, self.queries, (*self.sources, *sources), (*self.logits, *new))
 
     def read(self, row: int, running: Sequence[Tensor]) -> Tensor:
+        if len(self.logits) < len(self.sources):
+            return self.reads[row]([*self.sources, *running])[0]
         logits = [rest[row - start] for start, rest in self.logits]
         query = self.queries[row : row + 1]
         logits += [source_logits(source, query, self.reads[row].eps)[0] for source in running]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from attnres.fused import fused_read
 from attnres.logits import source_logits
 
 
@@ -35,11 +36,15 @@ class DepthAttention(nn.Module):
         """The mix [B, T, D], always a new tensor in the embedding's dtype, and the weights [S, B, T].
 
         `sources` are S tensors [B, T, D], oldest first. A stream that has worked the logits out already
-        gives them, [S, B, T] in float32 or float64; one with another schedule gives all of the `mix`.
+        gives them, [S, B, T] in float32 or float64; one with another schedule gives all of the `mix`. Otherwise
+        a fused kernel reads where there is one (fused.py), and its weights carry no gradient.
         """
         if mix is not None:
             return mix(sources)
         if logits is None:
+            fused = fused_read(sources)
+            if fused is not None:
+                return fused(sources, self.query, self.gain, self.eps)
             query = self.effective_query().unsqueeze(0)
             logits = torch.stack([source_logits(source, query, self.eps)[0] for source in sources])
         return softmax_mix(sources, logits)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnres.depth_attention import softmax_mix
+from attnres.fused import fused_read
 from attnres.logits import source_logits
 
 
@@ -29,20 +30,26 @@ def full_attn_res(sources: Sequence[Tensor], proj: nn.Linear, norm: nn.Module) -
     `proj` and `norm` as in `block_attn_res`; ValueError where sources or `proj` do not fit.
     """
     _check(sources, proj)
+    fused = fused_read(sources)
+    # Exactly this class, here and below: what somebody made of it may compute something else.
+    if fused is not None and type(norm) is nn.RMSNorm and norm.weight is not None:
+        return fused(sources, proj.weight[0], norm.weight, _eps(norm, sources[0]))[0]
     logits = torch.stack([_logit(source, proj.weight, norm) for source in sources])
     return softmax_mix(sources, logits)[0]
 
 
 def _logit(source: Tensor, query: Tensor, norm: nn.Module) -> Tensor:
     """query · norm(source), [B, T]."""
-    # Exactly this class: what somebody made of it may compute something else.
     if type(norm) is nn.RMSNorm:
         effective = query if norm.weight is None else query * norm.weight
-        eps = torch.finfo(source.dtype).eps if norm.eps is None else norm.eps
-        return source_logits(source, effective, eps)[0]
+        return source_logits(source, effective, _eps(norm, source))[0]
     key = norm(source)
     wide = torch.promote_types(key.dtype, torch.float32)
     return F.linear(key.to(wide), query.to(wide)).squeeze(-1)
+
+
+def _eps(norm: nn.RMSNorm, source: Tensor) -> float:
+    return torch.finfo(source.dtype).eps if norm.eps is None else norm.eps
 
 
 def _check(sources: Sequence[Tensor], proj: nn.Linear) -> None:

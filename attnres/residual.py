@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnres.depth_attention import DepthAttention
 from attnres.logits import source_logits
-from attnres.schedules import SCHEDULES, StackStream, TwoPhaseStream
+from attnres.schedules import FusedStream, StackStream, TwoPhaseStream, chosen
 from attnres.stream import Stream
 
 
@@ -51,10 +51,10 @@ class Full(nn.Module):
     def __init__(self, width: int, layers: int, eps: float = 1e-6):
         super().__init__()
         self.reads = nn.ModuleList(DepthAttention(width, row + 1, eps) for row in range(layers + 1))
-        self.schedule = "no_stack"
+        self.schedule = "auto"
         """The order of the arithmetic; see schedules.py."""
         self.recompute = False
-        """Whether backward computes each mix again instead of keeping it (with "no_stack" only)."""
+        """Whether backward computes each mix again instead of keeping it (with "auto" and "no_stack" only)."""
 
     def open(self, embedding: Tensor) -> Stream:
         """The stream of one pass, from the embedding [B, T, D]; ValueError for an unknown schedule."""
@@ -69,10 +69,10 @@ class Block(nn.Module):
         self.layers_per_block = layers_per_block
         counts = [block_sources(row, layers_per_block) for row in range(layers + 1)]
         self.reads = nn.ModuleList(DepthAttention(width, count, eps) for count in counts)
-        self.schedule = "no_stack"
+        self.schedule = "auto"
         """The order of the arithmetic; see schedules.py."""
         self.recompute = False
-        """Whether backward computes each mix again instead of keeping it (with "no_stack" only)."""
+        """Whether backward computes each mix again instead of keeping it (with "auto" and "no_stack" only)."""
 
     def open(self, embedding: Tensor) -> Stream:
         """The stream of one pass, from the embedding [B, T, D]; ValueError for an unknown schedule."""
@@ -85,13 +85,11 @@ class Block(nn.Module):
 def _opened(
     residual: Full | Block, embedding: Tensor, layers_per_block: int, no_stack: Callable[[], Stream]
 ) -> Stream:
-    if residual.schedule == "no_stack":
+    schedule = chosen(residual, embedding)
+    if schedule == "no_stack":
         return no_stack()
-    if residual.schedule == "stack":
-        return StackStream(residual.reads, embedding, layers_per_block)
-    if residual.schedule == "two_phase":
-        return TwoPhaseStream(residual.reads, embedding, layers_per_block)
-    raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {residual.schedule!r}.")
+    stream = {"stack": StackStream, "two_phase": TwoPhaseStream, "fused": FusedStream}[schedule]
+    return stream(residual.reads, embedding, layers_per_block)
 
 
 def block_sources(written: int, layers_per_block: int) -> int:

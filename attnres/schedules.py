@@ -1,9 +1,11 @@
-"""Other orders of the same arithmetic, kept to be measured against the one that the streams use (`residual.py`).
+"""Other orders of the same arithmetic than the one in `residual.py`.
 
     no_stack   a source meets all of its later queries when it is written; the mix is an unstacked sum
     stack      every read stacks its sources, normalises them and mixes them, as in the paper's pseudocode
     two_phase  all queries of a depth block meet its finished sources at once, and each read merges its partial sum
                into that by online softmax (the paper's §4)
+    fused      every read is another package's kernel (fused.py)
+    auto       fused where there is one; otherwise no_stack, the fastest of the others
 
 `benchmarks/attnres.py` prints their times; all of them are tested against the definition.
 """
@@ -13,10 +15,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from attnres.fused import fused_read
 from attnres.logits import source_logits
 from attnres.stream import Stream
 
 SCHEDULES = ("no_stack", "stack", "two_phase")
+"""Those that every machine has."""
+
+
+def chosen(residual: nn.Module, embedding: Tensor) -> str:
+    """The schedule for one pass, "auto" decided; ValueError for one that is unknown or cannot be here."""
+    schedule = residual.schedule
+    if schedule not in ("auto", "fused", *SCHEDULES):
+        raise ValueError(f"schedule must be one of auto, {', '.join(SCHEDULES)}, fused, not {schedule!r}.")
+    if schedule in SCHEDULES:
+        return schedule
+    has_kernel = fused_read([embedding], residual.reads[-1].depth_sources) is not None
+    if schedule == "fused" and not has_kernel:
+        raise ValueError(
+            'schedule "fused" needs tensors on CUDA, of at most 32 bits, in a model that is not compiled, and '
+            "flash-linear-attention installed, or liger-kernel for up to 32 sources."
+        )
+    # Only no_stack computes its mixes again in backward.
+    return "fused" if has_kernel and not (schedule == "auto" and residual.recompute) else "no_stack"
 
 
 class _Sums(Stream):
@@ -34,6 +55,13 @@ class _Sums(Stream):
         written = self.layers + 1 - len(self.reads)
         grown = self.partial.pop() + output if self.partial else output.to(self.sources[0].dtype)
         (self.sources if written % self.layers_per_block == 0 else self.partial).append(grown)
+
+
+class FusedStream(_Sums):
+    """Every read on its own, by a fused kernel where it takes the sources."""
+
+    def read(self) -> Tensor:
+        return self.reads[0]([*self.sources, *self.partial])[0]
 
 
 class StackStream(_Sums):

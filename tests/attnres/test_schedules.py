@@ -66,5 +66,7 @@ def test_bfloat16_stays_near_float32_in_every_schedule(schedule):
 def test_an_unknown_schedule_is_named():
     model = seeded_decoder(residual="full")
     model.residual.schedule = "fast"
-    with pytest.raises(ValueError, match="schedule must be one of no_stack, stack, two_phase, not 'fast'"):
+    with pytest.raises(
+        ValueError, match="schedule must be one of auto, no_stack, stack, two_phase, fused, not 'fast'"
+    ):
         model(tokens())
