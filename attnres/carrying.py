@@ -171,21 +171,30 @@ class Read:
         return depth
 
 
+class DepthOutput(nn.Identity):
+    """Is called with the output of layer `depth_output` (from 1) before it becomes part of a stack: to see it there."""
+
+    def __init__(self, depth_output: int):
+        super().__init__()
+        self.depth_output = depth_output
+
+
 class Widen:
     """After a layer's last module: its output in the layer's slot."""
 
-    def __init__(self, plan: Plan, slot: int):
-        self.plan, self.slot = plan, slot
+    def __init__(self, plan: Plan, index: int, output: DepthOutput):
+        self.plan, self.index, self.output = plan, index, output
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        return with_first(output, self.plan.widened(first_tensor(output), self.slot))
+        plain = self.output(first_tensor(output))
+        return with_first(output, self.plan.widened(plain, self.plan.slot[self.index]))
 
 
 class WidenEach:
     """The same for a module that is called several times in a block, as a dropout may be: it has to count."""
 
-    def __init__(self, plan: Plan, calls: dict[int, int]):
-        self.plan = plan
+    def __init__(self, plan: Plan, calls: dict[int, int], outputs: Sequence[DepthOutput]):
+        self.plan, self.outputs = plan, outputs
         self.calls = calls
         """For each layer that ends in this module, the call after the layer's norm that does."""
 
@@ -194,7 +203,8 @@ class WidenEach:
         self.plan.progress.append(module)
         if sum(other is module for other in seen) != self.calls.get(layer):
             return output
-        return with_first(output, self.plan.widened(first_tensor(output), self.plan.slot[layer]))
+        plain = self.outputs[layer](first_tensor(output))
+        return with_first(output, self.plan.widened(plain, self.plan.slot[layer]))
 
 
 class Leave:
@@ -231,9 +241,10 @@ def attach(
     blocks: Sequence[WatchedBlock],
     layers_per_block: int,
     reads: nn.ModuleList | None,
+    outputs: Sequence[DepthOutput],
     depth_type: type = AttentiveDepth,
 ) -> list[torch.utils.hooks.RemovableHandle]:
-    """Put the hooks of all blocks in place; the handles take them off again."""
+    """Put the hooks of all blocks in place; the handles take them off again. `outputs` has one for each layer."""
     handles, first = [], 0
     for block in blocks:
         plan = Plan(block, first, layers_per_block)
@@ -243,19 +254,26 @@ def attach(
         for index, layer in enumerate(block.layers):
             handles.append(layer.norm.register_forward_pre_hook(Read(plan, index, layer.name)))
         if plan.slots > 1:
-            handles += _widen(block, plan)
+            handles += _widen(block, plan, outputs[first : first + plan.layers])
         leave = Leave(plan, is_last=block is blocks[-1])
         handles.append(block.module.register_forward_hook(leave, with_kwargs=True))
         first += plan.layers
     return handles
 
 
-def _widen(block: WatchedBlock, plan: Plan) -> list[torch.utils.hooks.RemovableHandle]:
+def _widen(
+    block: WatchedBlock, plan: Plan, outputs: Sequence[DepthOutput]
+) -> list[torch.utils.hooks.RemovableHandle]:
     """The hooks on the modules that end the block's layers."""
     if not plan.counts:
-        ends = zip(block.layers, plan.slot, strict=True)
-        return [layer.tail.register_forward_hook(Widen(plan, slot)) for layer, slot in ends]
+        ends = enumerate(zip(block.layers, outputs, strict=True))
+        return [layer.tail.register_forward_hook(Widen(plan, index, out)) for index, (layer, out) in ends]
     calls: dict[nn.Module, dict[int, int]] = {}
     for index, layer in enumerate(block.layers):
         calls.setdefault(layer.tail, {})[index] = layer.tail_call
-    return [tail.register_forward_hook(WidenEach(plan, each)) for tail, each in calls.items()]
+    return [tail.register_forward_hook(WidenEach(plan, each, outputs)) for tail, each in calls.items()]
+
+
+def depth_outputs(layers: int) -> nn.ModuleList:
+    """One for each layer."""
+    return nn.ModuleList(DepthOutput(index + 1) for index in range(layers))

@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from attnres.carrying import attach
+from attnres.carrying import attach, depth_outputs
 from attnres.config import check_count
 from attnres.residual import Block, Full
 from attnres.verifying import verify
@@ -26,7 +26,7 @@ def convert(
     """Give a PreNorm model the residual "full" or "block", in place; returns the model.
 
     Its depth reads are then `model.attnres.reads`, one for each layer and the final one: parameters for the optimizer,
-    and part of the state dict. A layer is a sublayer, so `layers_per_block` is usually even. `example` is an input to
+    and part of the state dict; `model.attnres.outputs` are for hooks (docs/attnres.md). A layer is a sublayer, so `layers_per_block` is usually even. `example` is an input to
     try the model on, as one argument, a tuple of them or keywords; transformers' language models bring their own.
     `eps` is that of the key norms. `weights` is a folder that `save_pretrained` made of a converted model, to take
     the reads' parameters from.
@@ -56,7 +56,8 @@ def convert(
     if weights is not None:
         reads.load_state_dict(_saved(Path(weights)))
     model.add_module(NAME, reads)
-    reads.handles = attach(blocks, size, reads.reads)
+    reads.outputs = depth_outputs(layers)
+    reads.handles = attach(blocks, size, reads.reads, reads.outputs)
     return model
 
 

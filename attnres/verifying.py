@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from attnres.carrying import attach
+from attnres.carrying import attach, depth_outputs
 from attnres.watching import ConversionError, WatchedBlock, undisturbed
 
 
@@ -36,8 +36,8 @@ def verify(
 ) -> None:
     """ConversionError, naming the first layer whose state differs by more than 1e-3, where sources do not add up."""
     summed: list[Tensor] = []
-    handles = attach(blocks, layers_per_block, summed, SummedDepth)
     names = [layer.name for block in blocks for layer in block.layers]
+    handles = attach(blocks, layers_per_block, summed, depth_outputs(len(names)), SummedDepth)
     failure = None
     try:
         with undisturbed(model):

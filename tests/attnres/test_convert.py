@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import attnres
+from attnres import definition
+from attnres.watching import first_tensor
 from tests.attnres.families import FAMILIES, LANGUAGE, NEGLIGIBLE_EPS, logits_of
 
 pytest.importorskip("transformers")
@@ -145,6 +147,38 @@ def test_reads_follow_the_protocol(kind):
     for count, shape, rows, said in seen:
         assert (rows, said) == (count, count)
         assert shape == (2, 7, 16)
+
+
+@pytest.mark.parametrize("kind", RESIDUALS)
+@pytest.mark.parametrize("name", ["Llama", "ViT"])
+def test_every_output_can_be_seen_and_has_its_gradient(name, kind):
+    """At the sublayer, or where its output becomes part of a stack, at `outputs`."""
+    family, original, model, inputs = prepared(name, kind)
+    size = RESIDUALS[kind][1] or 1
+    seen = {}
+
+    def see(layer):
+        def hook(module, args, out):
+            if first_tensor(out).ndim == 3:
+                seen[layer] = first_tensor(out)
+
+        return hook
+
+    for layer, output in enumerate(model.attnres.outputs, 1):
+        assert output.depth_output == layer
+        output.register_forward_hook(see(layer))
+    blocks = model.model.layers if name == "Llama" else model.vit.layers
+    sublayers = [m for b in blocks for m in (b.self_attn if name == "Llama" else b.attention, b.mlp)]
+    for layer, sublayer in enumerate(sublayers, 1):
+        sublayer.register_forward_hook(see(layer))
+    loss = loss_of(model, inputs)
+    embedding, layers, head = family.parts(original, inputs)
+    queries = [read.gain * read.query for read in model.attnres.reads]
+    defined = definition.block(embedding, layers, queries, size, EPS)
+    torch.testing.assert_close([seen[layer] for layer in range(1, 7)], defined.outputs, rtol=1e-4, atol=1e-5)
+    theirs = torch.autograd.grad(head(defined.final_state).square().mean(), defined.outputs)
+    ours = torch.autograd.grad(loss, [seen[layer] for layer in range(1, 7)])
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", RESIDUALS)
