@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from attnres.fused import fused_read
 from attnres.logits import source_logits
@@ -67,11 +68,32 @@ class DepthAttention(nn.Module):
 
 def softmax_mix(sources: Sequence[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
     """The mix of S sources [B, T, D], in the dtype of the first, and the weights [S, B, T] (Eq. 3-4)."""
-    weight = torch.softmax(logits, dim=0)
-    embedding, *later = sources
-    first, *rest = weight.to(embedding.dtype).unsqueeze(-1).unbind(0)
-    # An unstacked sum: a stack would copy every source again at every read.
-    mix = first * embedding
-    for share, source in zip(rest, later, strict=True):
-        mix += share * source
-    return mix, weight
+    return _SoftmaxMix.apply(logits, *sources)
+
+
+class _SoftmaxMix(torch.autograd.Function):
+    """An unstacked weighted sum: a stack would copy every source again at every read.
+
+    By hand, since autograd would write out each weight times its source before it adds it up.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, *sources: Tensor) -> tuple[Tensor, Tensor]:
+        weight = torch.softmax(logits, dim=0)
+        first, *rest = weight.to(sources[0].dtype).unsqueeze(-1).unbind(0)
+        mix = first * sources[0]
+        for share, source in zip(rest, sources[1:], strict=True):
+            mix.addcmul_(share, source)
+        ctx.save_for_backward(weight, *sources)
+        return mix, weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, grad_weight: Tensor) -> tuple[Tensor, ...]:
+        weight, *sources = ctx.saved_tensors
+        along = torch.stack([(grad * source).sum(-1, dtype=weight.dtype) for source in sources])
+        grad_weight = grad_weight + along
+        grad_logits = weight * (grad_weight - (weight * grad_weight).sum(0))
+        shares = weight.to(grad.dtype).unsqueeze(-1).unbind(0)
+        grads = [(share * grad).to(source.dtype) for share, source in zip(shares, sources, strict=True)]
+        return grad_logits, *grads

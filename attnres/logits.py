@@ -31,7 +31,8 @@ class _SourceLogits(torch.autograd.Function):
         with _without_autocast(source):
             rows = _rows(source)
             wide = queries.to(rows.dtype)
-            scale = torch.rsqrt(rows.square().mean(-1) + eps)
+            # A norm, squared again: one pass without a square of everything in between.
+            scale = torch.rsqrt(torch.linalg.vector_norm(rows, dim=-1).square() / rows.shape[-1] + eps)
             logits = (wide @ rows.T) * scale
         ctx.save_for_backward(source, queries, scale, logits)
         return logits.view(len(queries), *source.shape[:-1])
@@ -46,9 +47,7 @@ class _SourceLogits(torch.autograd.Function):
             scaled = grad * scale
             # The norm's own part: every logit shrinks as the source grows along itself.
             along = (grad * logits).sum(0) * scale.square() / rows.shape[-1]
-            grad_source = torch.addcmul(
-                scaled.T @ queries.to(rows.dtype), rows, along.unsqueeze(-1), value=-1
-            )
+            grad_source = (scaled.T @ queries.to(rows.dtype)).addcmul_(rows, along.unsqueeze(-1), value=-1)
             grad_queries = scaled @ rows
         return grad_source.view_as(source).to(source.dtype), grad_queries.to(queries.dtype), None
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from attnres.definition import depth_attention, rms_norm
+from attnres.depth_attention import softmax_mix
 from attnres.logits import source_logits
 from tests.attnres.models import ATTNRES, RESIDUALS, defined_pass, lively_decoder, loss_of, tokens
 
@@ -85,6 +86,32 @@ def test_the_logits_of_a_source_have_the_gradients_of_their_formula():
         stacked(source, queries), (rms_norm(source, 1e-3) @ queries.T).permute(2, 0, 1)
     )
     assert torch.autograd.gradcheck(stacked, (source, queries))
+
+
+def test_a_mix_has_the_gradients_of_its_formula_and_its_weights_too():
+    """Also what goes through the weights alone, as a loss on their entropy does."""
+    logits = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    sources = [torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    both = lambda logits, *sources: softmax_mix(sources, logits)  # noqa: E731
+    mix, weight = both(logits, *sources)
+    torch.testing.assert_close(weight, logits.softmax(0))
+    torch.testing.assert_close(mix, (weight.unsqueeze(-1) * torch.stack(sources)).sum(0))
+    assert torch.autograd.gradcheck(both, (logits, *sources))
+    assert torch.autograd.gradcheck(lambda *given: both(*given)[1], (logits, *sources))
+
+
+def test_a_mix_of_several_dtypes_has_that_of_the_first():
+    logits = torch.randn(2, 1, 4, requires_grad=True)
+    sources = [torch.randn(1, 4, 64, requires_grad=True), torch.randn(1, 4, 64).bfloat16().requires_grad_()]
+    mix, _ = softmax_mix(sources, logits)
+    exact, _ = softmax_mix([source.double() for source in sources], logits.double())
+    assert mix.dtype == torch.float32
+    torch.testing.assert_close(mix, exact.float())
+    gradients = torch.autograd.grad(mix.square().sum(), [logits, *sources])
+    assert [each.dtype for each in gradients] == [torch.float32, torch.float32, torch.bfloat16]
+    exact = torch.autograd.grad(exact.square().sum(), [logits, *sources])
+    for one, other in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=2**-7, atol=1e-3)
 
 
 def test_a_second_derivative_is_refused_instead_of_wrong():
