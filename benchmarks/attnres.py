@@ -1,14 +1,20 @@
 """What AttnRes costs: `python -m benchmarks.attnres` prints the time of every contender over PreNorm's.
 
 Each round runs every contender once, in turning order, and a ratio is taken within a round, so that what else the
-machine does falls on all alike. Columns: the median ratio and its quartiles over the rounds, PreNorm's median time,
-the seconds that the first call took (compilation and all), and the most memory that one call held at a time beyond
-what was held before it. PyPI's attn-res is measured where it is installed. `--smoke` takes seconds and proves nothing.
+machine does falls on all alike. Columns: the median ratio and its quartiles over the rounds, the median time, the
+seconds that the first call took (compilation and all), and the most memory that one call held at a time beyond what
+was held before it. PyPI's attn-res takes part in eager training where it is installed, and its time over ours is
+printed too. `--save NAME` keeps every table in benchmarks/results/NAME.json and .md, beside those that are there of
+other workloads. `--smoke` takes seconds and proves nothing.
 """
 
 import argparse
 import json
+import platform
+import shlex
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +26,14 @@ from torch.nn import functional as F
 
 try:
     from attnres import Decoder, DecoderConfig, generate
+    from attnres.fused import fused_read
     from attnres.schedules import SCHEDULES
 except ImportError as error:
     raise SystemExit(
         f"Run this from the repository's root as `python -m benchmarks.attnres` ({error})."
     ) from error
 
+RESULTS = Path(__file__).parent / "results"
 SMOKE = {"rounds": 2, "blocks": 2, "width": 32, "batch": 1, "context": 16, "tokens": 4}
 
 
@@ -43,15 +51,15 @@ class Contender:
 def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     torch.set_num_threads(options.threads)
-    print(f"torch {torch.__version__}, {options.device}, {options.threads} threads; {vars(options)}")
+    print(f"torch {torch.__version__}, {options.device}, {options.threads} threads", flush=True)
     for mode in options.modes:
         for name, contenders in (("training step", training), ("generation", generation)):
             if name.split()[0] in options.workloads:
-                report(
-                    f"{mode} {name}",
-                    measured(list(contenders(options, mode == "compiled")), options),
-                    options,
-                )
+                title = f"{mode} {name}" + (f", {options.label}" if options.label else "")
+                table = tabled(measured(list(contenders(options, mode == "compiled")), options))
+                print(f"\n{title}, {options.rounds} rounds\n{printed(table)}", flush=True)
+                if options.save:
+                    save(title, table, options, arguments)
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -67,9 +75,11 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workloads", nargs="+", choices=("training", "generation"), default=["training", "generation"]
     )
-    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
+    parser.add_argument("--schedules", nargs="+", choices=(*SCHEDULES, "fused", "auto"), default=["auto"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--save", metavar="NAME", help="keep the tables in benchmarks/results")
+    parser.add_argument("--label", help="what sets these tables apart from others of the same workload")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and two rounds")
     options = parser.parse_args(arguments)
     if options.smoke:
@@ -94,13 +104,16 @@ def models(options: argparse.Namespace) -> Iterator[tuple[str, Decoder]]:
                 for read in model.residual.reads:
                     read.query.normal_(std=options.width**-0.5)
             model.residual.schedule = schedule
+            if schedule == "auto":
+                fuses = fused_read([torch.empty(1, 1, 1, device=options.device)]) is not None
+                schedule = "fused" if fuses else "no_stack"
             yield f"{kind.capitalize()}, {schedule}", model
 
 
 def training(options: argparse.Namespace, compiled: bool) -> Iterator[Contender]:
     """Forward, backward and AdamW on 4×256 tokens, or what the options say."""
     tokens = torch.randint(256, (options.batch, options.context), device=options.device)
-    for name, model in [*models(options), *others(options)]:
+    for name, model in [*models(options), *([] if compiled else others(options))]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         run = torch.compile(model, dynamic=False) if compiled else model
 
@@ -183,15 +196,81 @@ def peak_memory(call: Callable[[], object], options: argparse.Namespace) -> floa
     return most / 2**20
 
 
-def report(title: str, contenders: list[Contender], options: argparse.Namespace) -> None:
-    baseline = contenders[0]
-    print(f"\n{title}: PreNorm {1e3 * statistics.median(baseline.seconds):.1f} ms, {options.rounds} rounds")
-    print(f"{'':24}{'over PreNorm':>14}{'quartiles':>18}{'first call':>14}{'peak MiB':>12}")
-    for each in contenders:
-        ratios = [mine / base for mine, base in zip(each.seconds, baseline.seconds, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        quartiles = f"{low:.3f} – {high:.3f}"
-        print(f"{each.name:24}{middle:14.3f}{quartiles:>18}{each.first:12.1f} s{each.peak:12.1f}")
+def tabled(contenders: list[Contender]) -> list[dict]:
+    """A row for each contender, and one for each of attn-res' over ours of the same kind."""
+    rows = [row(each, contenders[0]) for each in contenders]
+    for other in contenders:
+        package, _, kind = other.name.rpartition(" ")
+        for ours in contenders:
+            if package.startswith("attn-res") and ours.name.lower().startswith(f"{kind},"):
+                rows.append(row(other, ours, name=f"{other.name} over {ours.name}"))
+    return rows
+
+
+def row(each: Contender, base: Contender, name: str | None = None) -> dict:
+    ratios = [mine / theirs for mine, theirs in zip(each.seconds, base.seconds, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {
+        "name": name or each.name,
+        "over": base.name,
+        "ratio": middle,
+        "quartiles": [low, high],
+        "milliseconds": 1e3 * statistics.median(each.seconds),
+        "first call seconds": each.first,
+        "peak MiB": each.peak,
+    }
+
+
+def printed(table: list[dict]) -> str:
+    """The table in Markdown."""
+    lines = ["| | ratio | quartiles | ms | first call, s | peak MiB |", "|---|---|---|---|---|---|"]
+    for each in table:
+        low, high = each["quartiles"]
+        lines.append(
+            f"| {each['name']} | {each['ratio']:.3f} | {low:.3f} – {high:.3f} | {each['milliseconds']:.1f} | "
+            f"{each['first call seconds']:.1f} | {each['peak MiB']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def save(title: str, table: list[dict], options: argparse.Namespace, arguments: list[str] | None) -> None:
+    """Put the table beside the others of that name, in JSON and in Markdown."""
+    path = RESULTS / f"{options.save}.json"
+    path.parent.mkdir(exist_ok=True)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    given = sys.argv[1:] if arguments is None else arguments
+    kept[title] = {
+        "command": shlex.join(["python", "-m", "benchmarks.attnres", *given]),
+        "commit": commit(),
+        "machine": machine(options),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "rounds": options.rounds,
+        "table": table,
+    }
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+    parts = [f"# {options.save}: time over PreNorm's in the same rounds"]
+    for name, each in kept.items():
+        parts.append(
+            f"## {name}\n\n    {each['command']}\n\nCommit {each['commit']}; {each['machine']}; "
+            f"{each['versions']}; {each['rounds']} rounds.\n\n{printed(each['table'])}"
+        )
+    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+
+def commit() -> str:
+    """The commit that runs, and whether files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"
+
+
+def machine(options: argparse.Namespace) -> str:
+    if options.device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    return f"{name}, {options.threads} threads"
 
 
 if __name__ == "__main__":
