@@ -91,9 +91,11 @@ class _SoftmaxMix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, grad_weight: Tensor) -> tuple[Tensor, ...]:
         weight, *sources = ctx.saved_tensors
-        along = torch.stack([(grad * source).sum(-1, dtype=weight.dtype) for source in sources])
-        grad_weight = grad_weight + along
-        grad_logits = weight * (grad_weight - (weight * grad_weight).sum(0))
-        shares = weight.to(grad.dtype).unsqueeze(-1).unbind(0)
-        grads = [(share * grad).to(source.dtype) for share, source in zip(shares, sources, strict=True)]
-        return grad_logits, *grads
+        along, grads = [], []
+        for share, source in zip(weight.to(grad.dtype).unsqueeze(-1).unbind(0), sources, strict=True):
+            product = grad * source
+            along.append(product.sum(-1, dtype=weight.dtype))
+            # Into the memory of the product, which is done with: fresh memory is what takes time here.
+            grads.append(torch.mul(share, grad, out=product).to(source.dtype))
+        grad_weight = grad_weight + torch.stack(along)
+        return weight * (grad_weight - (weight * grad_weight).sum(0)), *grads
