@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attnres import definition
 
@@ -154,11 +155,12 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(width, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=eps, elementwise_affine=False)
         self.head = nn.Linear(width, 12)
+        self.checkpointing: dict | None = None
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         x, c = self.patches(x), self.time(t)
         for block in self.blocks:
-            x = block(x, c)
+            x = block(x, c) if self.checkpointing is None else checkpoint(block, x, c, **self.checkpointing)
         return self.head(self.norm(x))
 
 
