@@ -5,8 +5,9 @@
 
 from probes.manifest import RunError
 from probes.run import Run, list_runs, open_run
+from probes.schedule import log_spaced
 
-__all__ = ["Run", "RunError", "list_runs", "open_run", "record"]
+__all__ = ["Run", "RunError", "list_runs", "log_spaced", "open_run", "record"]
 
 
 def __getattr__(name: str):
