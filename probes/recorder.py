@@ -63,7 +63,7 @@ def record(
 
     Raises RunError: a run or other files at `path`, a model without recognisable layers, a bad interval.
     """
-    vectors, matrices = _schedule("every", every), _schedule("matrices_every", matrices_every)
+    vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
     sites = find_sites(model)
     created = time.time()
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
@@ -270,7 +270,8 @@ class Recorder:
             )
 
 
-def _schedule(name: str, given: Steps) -> Schedule:
+def schedule_of(name: str, given: Steps) -> Schedule:
+    """The schedule that `name=given` asks for. Raises RunError, in one sentence."""
     try:
         return schedule(given)
     except ValueError as error:

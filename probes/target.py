@@ -72,9 +72,9 @@ def _imported(module: str) -> ModuleType:
             raise RunError(
                 f"There is no module {module!r} in this folder or among the installed packages: {_EXAMPLE}."
             ) from None
-        raise RunError(f"{module} cannot be imported: {_said(error)}.") from error
+        raise RunError(f"{module} cannot be imported: {said(error)}.") from error
     except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"` may well exit
-        raise RunError(f"{module} cannot be imported: {_said(error)}.") from error
+        raise RunError(f"{module} cannot be imported: {said(error)}.") from error
 
 
 def _function(module: ModuleType, path: str, name: str) -> Callable:
@@ -107,7 +107,7 @@ def _called(name: str, function: Callable) -> object:
     try:
         return function()
     except (Exception, SystemExit) as error:
-        raise RunError(f"{name} failed: {_said(error)}.") from error
+        raise RunError(f"{name} failed: {said(error)}.") from error
 
 
 def _target(name: str, made: object) -> Target:
@@ -134,7 +134,7 @@ def _target(name: str, made: object) -> Target:
     return Target(model, args, kwargs, loss, optimizer)
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
     """Kind and text of an error, and the user's line that raised it."""
     lines = traceback.extract_tb(error.__traceback__)
     here = [line for line in lines if line.filename != __file__ and not line.filename.startswith("<frozen")]
