@@ -55,7 +55,9 @@ def bench(
     if not isinstance(pairs, int) or pairs < 1:
         raise RunError(f"pairs is {pairs!r}: give a whole number, 1 or more.")
     if not isinstance(model, nn.Module):
-        raise RunError(f"A {type(model).__name__} is not a torch.nn.Module: pass the model that is trained.")
+        raise RunError(
+            f"A model of type {type(model).__name__} is not a torch.nn.Module: pass the model that is trained."
+        )
     compiled = compile or _is_compiled(model)
     with unchanged(model, optimizer), tempfile.TemporaryDirectory() as folder, torch.enable_grad():
         try:
