@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from app.bench import bench
 from app.demo import demo
 from app.server import free, serve
 
@@ -46,6 +47,7 @@ def dash(folders: tuple[Path, ...], port: int, no_browser: bool) -> None:
 
 
 main.add_command(demo)
+main.add_command(bench)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from probes.flush import start_copy
 from probes.gradients import GradientNorms
 from probes.identity import first_broken
 from probes.manifest import Manifest, RunError
+from probes.schedule import Schedule, Steps, schedule
 from probes.sites import Sites
 from probes.taps import MATRICES, OFF, VECTORS, Taps
 from probes.version import version
@@ -46,8 +47,8 @@ def record(
     path: str | os.PathLike,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    every: int = 10,
-    matrices_every: int = 100,
+    every: Steps = 10,
+    matrices_every: Steps = 100,
     config: dict | None = None,
     tags: Sequence[str] = (),
     stack: str | Sequence[str] | None = None,
@@ -57,9 +58,11 @@ def record(
     """Attach probes to `model` and record its training at `path`, a new folder.
 
     Call it before the first forward, also before torch.compile has run. Step s is the number of optimizer
-    steps completed; vectors are recorded when s % every == 0, matrices when s % matrices_every == 0. Without
-    an `optimizer` call `recorder.step()` after each update. `config` (JSON values) is stored beside the
-    model's own configuration.
+    steps completed; vectors are recorded every `every` steps, matrices (and vectors with them) every
+    `matrices_every`. Either may also be a range of steps, `probes.log_spaced()`, or a list of such parts, as
+    `[range(100), 10]` for each of the first 100 steps and then every 10; step 0 is always recorded. Without an
+    `optimizer` call `recorder.step()` after each update. `config` (JSON values) is stored beside the model's
+    own configuration.
 
     The layers are found by themselves (`probes.describe` shows how). Where a model has several stacks of transformer
     blocks, `stack` names the one to record; where none is found, `layers` and `norms` are patterns over
@@ -69,9 +72,7 @@ def record(
 
     Raises RunError: a run or other files at `path`, a model without recognisable layers, a bad interval.
     """
-    for name, interval in (("every", every), ("matrices_every", matrices_every)):
-        if not isinstance(interval, int) or interval < 1:
-            raise RunError(f"{name} is {interval!r}: give a whole number of steps, 1 or more.")
+    vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
     sites = find_sites(model, stack, layers, norms)
     created = time.time()
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
@@ -86,7 +87,7 @@ def record(
             f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
         ) from error
     tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
-    manifest = Manifest(sites.layout, created, every, matrices_every, described, tags, _versions(sites))
+    manifest = Manifest(sites.layout, created, vectors, matrices, described, tags, _versions(sites))
     return Recorder(sites, RunWriter(Path(path), manifest), manifest, optimizer)
 
 
@@ -193,9 +194,9 @@ class Recorder:
 
     def _mode(self, step: int) -> int:
         asked, self._asked = self._asked, False
-        if asked or step % self._manifest.matrices_every == 0:
+        if asked or self._manifest.matrices(step):
             return MATRICES
-        return VECTORS if step % self._manifest.every == 0 else OFF
+        return VECTORS if self._manifest.vectors(step) else OFF
 
     def _due(self, now: float) -> bool:
         many = len(self._scalars) >= _PENDING_SCALARS
@@ -294,6 +295,14 @@ class Recorder:
                 self._model_name,
                 _BEFORE,
             )
+
+
+def schedule_of(name: str, given: Steps) -> Schedule:
+    """The schedule that `name=given` asks for. Raises RunError, in one sentence."""
+    try:
+        return schedule(given)
+    except ValueError as error:
+        raise RunError(f"{name} is {given!r}: {error}.") from None
 
 
 def _check_name(name: str) -> None:
