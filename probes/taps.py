@@ -90,6 +90,15 @@ class Taps:
         self._looking = mode != OFF
         self._matrices = mode == MATRICES
 
+    @property
+    def nbytes(self) -> int:
+        """Memory held on the device, in bytes."""
+        parts = [*self._forward.values(), *self._backward.values(), self._sample, self._depth]
+        tensors = [
+            t for part in parts if part is not None for t in vars(part).values() if isinstance(t, Tensor)
+        ]
+        return sum(t.nbytes for t in tensors)
+
     def detach(self) -> None:
         """Take every hook off the model."""
         while self._handles:
