@@ -20,10 +20,13 @@ import torch
 from torch import nn
 
 from probes.ending import Ending, describe
+from probes.finding import find_sites
 from probes.flush import start_copy
 from probes.gradients import GradientNorms
+from probes.identity import first_broken
 from probes.manifest import Manifest, RunError
-from probes.sites import Sites, find_sites
+from probes.schedule import Schedule, Steps, schedule
+from probes.sites import Sites
 from probes.taps import MATRICES, OFF, VECTORS, Taps
 from probes.version import version
 from probes.vocabulary import metric
@@ -44,26 +47,34 @@ def record(
     path: str | os.PathLike,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    every: int = 10,
-    matrices_every: int = 100,
+    every: Steps = 10,
+    matrices_every: Steps = 100,
     config: dict | None = None,
     tags: Sequence[str] = (),
+    stack: str | Sequence[str] | None = None,
+    layers: int | str | Sequence[str] | None = None,
+    norms: str | Sequence[str] | None = None,
 ) -> "Recorder":
     """Attach probes to `model` and record its training at `path`, a new folder.
 
     Call it before the first forward, also before torch.compile has run. Step s is the number of optimizer
-    steps completed; vectors are recorded when s % every == 0, matrices when s % matrices_every == 0. Without
-    an `optimizer` call `recorder.step()` after each update. `config` (JSON values) is stored beside the
-    model's own configuration.
+    steps completed; vectors are recorded every `every` steps, matrices (and vectors with them) every
+    `matrices_every`. Either may also be a range of steps, `probes.log_spaced()`, or a list of such parts, as
+    `[range(100), 10]` for each of the first 100 steps and then every 10; step 0 is always recorded. Without an
+    `optimizer` call `recorder.step()` after each update. `config` (JSON values) is stored beside the model's
+    own configuration.
+
+    The layers are found by themselves (`probes.describe` shows how). Where a model has several stacks of transformer
+    blocks, `stack` names the one to record; where none is found, `layers` and `norms` are patterns over
+    `named_modules()` for the sublayers, and for the modules that receive each layer's state and the final one. A number of `layers` is for a
+    model that names its tensors itself with `probes.mark`.
 
     Gradients are recorded as autograd gives them: a loss scaled by a GradScaler gives scaled ones.
 
     Raises RunError: a run or other files at `path`, a model without recognisable layers, a bad interval.
     """
-    for name, interval in (("every", every), ("matrices_every", matrices_every)):
-        if not isinstance(interval, int) or interval < 1:
-            raise RunError(f"{name} is {interval!r}: give a whole number of steps, 1 or more.")
-    sites = find_sites(model)
+    vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
+    sites = find_sites(model, stack, layers, norms)
     created = time.time()
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise RunError(
@@ -77,7 +88,7 @@ def record(
             f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
         ) from error
     tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
-    manifest = Manifest(sites.layout, created, every, matrices_every, described, tags, _versions(sites))
+    manifest = Manifest(sites.layout, created, vectors, matrices, described, tags, _versions(sites))
     return Recorder(sites, RunWriter(Path(path), manifest), manifest, optimizer)
 
 
@@ -95,7 +106,8 @@ class Recorder:
         self._step = 0
         self._asked = False
         self._closed = False
-        self._checked = False
+        self._checked = self._identity_checked = False
+        self._sites = sites
         self._owed = False  # the writer waits to hear that the recorded step is complete
         self._process = os.getpid()
         self._scalars: list[tuple[str, int, object]] = []
@@ -183,9 +195,9 @@ class Recorder:
 
     def _mode(self, step: int) -> int:
         asked, self._asked = self._asked, False
-        if asked or step % self._manifest.matrices_every == 0:
+        if asked or self._manifest.matrices(step):
             return MATRICES
-        return VECTORS if step % self._manifest.every == 0 else OFF
+        return VECTORS if self._manifest.vectors(step) else OFF
 
     def _due(self, now: float) -> bool:
         many = len(self._scalars) >= _PENDING_SCALARS
@@ -232,6 +244,7 @@ class Recorder:
             seen = {name: values["count", name] for name in counts}
             yield from known
             yield from ((name, s, values[name, s, i]) for name, s, i in logged)
+            self._check_identity(values.get("identity_error"))
             for name in metrics:
                 # A metric nobody observed is absent, not a row of blanks.
                 if name not in seen or seen[name].any():
@@ -259,6 +272,22 @@ class Recorder:
             rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
             log.warning("depthscope saw nothing of %s. These rows stay blank. %s", rows, _BEFORE)
 
+    def _check_identity(self, errors: np.ndarray | None) -> None:
+        """Say once where the stream of a plain residual does not add up; runs in the writer's thread."""
+        if self._identity_checked or errors is None or not self._sites.is_plain:
+            return
+        self._identity_checked = True
+        row = first_broken(errors, next(self._sites.root.parameters()).dtype)
+        if row is not None:
+            log.warning(
+                "depthscope: the %s of %s is not the embedding plus the outputs before it (it differs by %.1e): the "
+                "model mixes its layers otherwise. Outputs are recorded as the modules return them; "
+                "`probes.describe(model)` shows which.",
+                self._manifest.layout.states[row].replace("into", "state into"),
+                self._model_name,
+                errors[row],
+            )
+
     def _say_unseen(self) -> None:
         if not self._checked:
             self._checked = True
@@ -267,6 +296,14 @@ class Recorder:
                 self._model_name,
                 _BEFORE,
             )
+
+
+def schedule_of(name: str, given: Steps) -> Schedule:
+    """The schedule that `name=given` asks for. Raises RunError, in one sentence."""
+    try:
+        return schedule(given)
+    except ValueError as error:
+        raise RunError(f"{name} is {given!r}: {error}.") from None
 
 
 def _check_name(name: str) -> None:
