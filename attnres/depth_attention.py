@@ -68,7 +68,19 @@ class DepthAttention(nn.Module):
 
 def softmax_mix(sources: Sequence[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
     """The mix of S sources [B, T, D], in the dtype of the first, and the weights [S, B, T] (Eq. 3-4)."""
-    return _SoftmaxMix.apply(logits, *sources)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (logits, *sources)):
+        return _SoftmaxMix.apply(logits, *sources)
+    # Without the function, since torch 2.13 compiles one of several arguments wrongly where nothing has a gradient.
+    return _mixed(logits, sources)
+
+
+def _mixed(logits: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    weight = torch.softmax(logits, dim=0)
+    first, *rest = weight.to(sources[0].dtype).unsqueeze(-1).unbind(0)
+    mix = first * sources[0]
+    for share, source in zip(rest, sources[1:], strict=True):
+        mix.addcmul_(share, source)
+    return mix, weight
 
 
 class _SoftmaxMix(torch.autograd.Function):
@@ -79,11 +91,7 @@ class _SoftmaxMix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, *sources: Tensor) -> tuple[Tensor, Tensor]:
-        weight = torch.softmax(logits, dim=0)
-        first, *rest = weight.to(sources[0].dtype).unsqueeze(-1).unbind(0)
-        mix = first * sources[0]
-        for share, source in zip(rest, sources[1:], strict=True):
-            mix.addcmul_(share, source)
+        mix, weight = _mixed(logits, sources)
         ctx.save_for_backward(weight, *sources)
         return mix, weight
 
