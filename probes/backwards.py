@@ -45,7 +45,7 @@ class Backwards:
         """A new step begins."""
         self._began_with: list[int] | None = None  # versions of the parameters
         self._left: list[GradientMark | None] = []  # gradients as the last pass left them
-        self._counts = True
+        self.counts = True  # whether the last pass did
         self._closed = False
 
     def close(self) -> None:
@@ -61,16 +61,16 @@ class Backwards:
         if not self._wanted() or backward_id() == self._pass:
             return
         self._pass = backward_id()
-        self._counts = not self._closed and self._began_with in (None, self._versions())
-        if self._counts and self._thrown_away(parameter):
+        self.counts = not self._closed and self._began_with in (None, self._versions())
+        if self.counts and self._thrown_away(parameter):
             self._restart()
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:
-        if self._counts:
+        if self.counts:
             self._began_with = self._versions()
             self._left = [GradientMark.of(p.grad) for p in self._watched]
-        self._ended(self._counts)
+        self._ended(self.counts)
 
     def _versions(self) -> list[int]:
         return [p._version for p in self._watched]

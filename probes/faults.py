@@ -8,28 +8,38 @@ log = logging.getLogger("depthscope")
 
 
 class Faults:
-    """Metrics that are missing, each from a step on, with the cause; `strict` raises instead."""
+    """`now` are the metrics that are missing from this step; `missing` says of each when that began, and why.
+
+    With `strict` an error is raised instead.
+    """
 
     def __init__(self, strict: bool):
-        self.strict = strict
+        self._strict = strict
         self.step: Callable[[], int] = lambda: 0
+        self.now: set[str] = set()
         self.missing: dict[str, dict] = {}
 
+    def reset(self) -> None:
+        """A new step begins, and with it another try."""
+        self.now = set()
+
     def caught(self, error: Exception, *metrics: str) -> None:
-        """`metrics` could not be measured because of `error`: say so once, and leave them out from now on."""
-        if self.strict:
+        """`metrics` could not be measured because of `error`: leave them out of this step, and say so once."""
+        if self._strict:
             raise error
+        self.now |= set(metrics)
         new = [name for name in metrics if name not in self.missing]
+        if not new:
+            return
         cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         self.missing |= {name: {"step": self.step(), "cause": cause} for name in new}
-        if new:
-            log.warning(
-                "depthscope cannot record %s from step %d on: %s. Training goes on; strict=True raises instead.",
-                ", ".join(new),
-                self.step(),
-                cause,
-                exc_info=error,
-            )
+        log.warning(
+            "depthscope could not record %s at step %d: %s. Training goes on; strict=True raises instead.",
+            ", ".join(new),
+            self.step(),
+            cause,
+            exc_info=error,
+        )
 
     @contextlib.contextmanager
     def guard(self, *metrics: str) -> Iterator[None]:

@@ -32,7 +32,7 @@ class GradientNorms:
         return [group[0] for group in trained if group]
 
     def reset(self) -> None:
-        self._squares: Tensor | None = None  # of each parameter's gradient, as autograd left it
+        self.squares: Tensor | None = None  # of each parameter's gradient, as autograd left it
         self._norm_squares: Tensor | None = None
         self._query_norm: Tensor | None = None
         self._left: list[GradientMark | None] = []
@@ -41,7 +41,7 @@ class GradientNorms:
     @torch.no_grad()
     def measure(self) -> None:
         gradients = [p.grad for p in self._parameters]
-        self._squares = _squares(gradients)
+        self.squares = _squares(gradients)
         self._left = [GradientMark.of(g) for g in gradients]
         self._norm_squares = self._by_group(_squares(self._parameters))
         if self._reads:
@@ -53,7 +53,7 @@ class GradientNorms:
 
         `before` and `now` are the loss scales in the gradients at the end of backward and now (None: 1).
         """
-        if self._squares is None or id(optimizer) in self._taken:
+        if self.squares is None or id(optimizer) in self._taken:
             return
         places = [
             self._place[p]
@@ -69,19 +69,19 @@ class GradientNorms:
             small = [i for i in places if self._parameters[i].ndim < 2]
             places = small or [min(places, key=lambda i: self._parameters[i].numel())]
         found = _squares([self._parameters[i].grad for i in places]).sum()
-        expected = torch.stack([self._squares[i] for i in places]).sum()
+        expected = torch.stack([self.squares[i] for i in places]).sum()
         self._taken[id(optimizer)] = _unscaled(expected, before, 2), _unscaled(found, now, 2)
 
     def finite(self) -> Tensor:
         """Whether the gradients were finite at the end of backward, bool [] on the device."""
-        return torch.isfinite(self._squares).all()
+        return torch.isfinite(self.squares).all()
 
     def finish(self, scale: Tensor | None = None) -> dict[str, Tensor]:
         """param_grad_norm and param_norm [L], other_grad_norm, grad_norm and clip_factor []; what nobody saw is
         left out. Gradients are divided by the loss `scale`."""
-        if self._squares is None:
+        if self.squares is None:
             return {}
-        squares = self._by_group(self._squares)
+        squares = self._by_group(self.squares)
         metrics = {
             "param_grad_norm": _unscaled(squares[:-1].sqrt(), scale),
             "other_grad_norm": _unscaled(squares[-1].sqrt(), scale),

@@ -32,7 +32,11 @@ def mask_finder(mask: str | MaskOf | None, root: nn.Module) -> MaskOf:
     positions = [
         key for key, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    if mask is not None and name not in parameters and not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+    if (
+        mask is not None
+        and name not in parameters
+        and not any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    ):
         raise RunError(
             f"The forward of {type(root).__name__} has no argument {name!r} for the mask: it takes "
             f"{', '.join(parameters) or 'nothing'}."

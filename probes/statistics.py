@@ -92,9 +92,7 @@ class DepthSums:
         for sums in self.tensors():
             sums.zero_()
 
-    def add(
-        self, row: int, weight: Tensor, mean_squares: list[Tensor], mask: Tensor | None = None
-    ) -> None:
+    def add(self, row: int, weight: Tensor, mean_squares: list[Tensor], mask: Tensor | None = None) -> None:
         """Add one read: weight [S, B, T] and the mean square over channels of each source, S times [B, T].
 
         Of a `mask` (bool [B, T]) only the true tokens count.

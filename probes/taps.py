@@ -11,18 +11,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from probes.backwards import in_backward
+from probes.faults import Faults
+from probes.masks import MaskOf, fitting, mask_finder
+from probes.passes import Passes
+from probes.scaling import half_precision
 from probes.sites import Sites
-from probes.statistics import DEPTH_METRICS, DepthSums, Moments, add_moments, token_mean_square
+from probes.statistics import DEPTH_METRICS, Tables, add_moments, add_nonfinite, token_mean_square
 
 OFF, VECTORS, MATRICES = 0, 1, 2
 
+_METRIC_OF = {"state": "hidden", "output": "output", "block": "block"}
+_ACTIVATIONS = tuple(f"{name}_{suffix}" for name in _METRIC_OF.values() for suffix in ("rms", "grad_rms"))
+
 
 @torch._dynamo.allow_in_graph
-def _tap_gradient_in_graph(x: Tensor, squares: Tensor, count: Tensor, row: int) -> None:
+def _tap_gradient_in_graph(
+    x: Tensor, squares: Tensor, count: Tensor, row: int, mask: Tensor | None = None
+) -> None:
     # Opaque to dynamo on purpose: where it traces `register_hook` itself, torch 2.13 forgets what the model
     # assigned to attributes of Python objects, and the compiled model computes something else.
     def tap(gradient: Tensor) -> None:
-        add_moments(gradient, squares, count, row)
+        add_moments(gradient, squares, count, row, mask)
 
     x.register_hook(tap)
 
@@ -48,24 +58,36 @@ class Hook:
 
 
 class Taps:
-    """All taps of one model. Set `mode` between steps; `finish` gives a step's metrics, `reset` clears."""
+    """All taps of one model. Set `mode` between steps; `finish` gives a step's metrics, `reset` clears.
 
-    def __init__(self, sites: Sites):
+    At the end of each backward pass `commit` counts what it belongs to, or `drop` forgets it; `restart` forgets
+    what was counted in this step.
+    """
+
+    def __init__(self, sites: Sites, mask: str | MaskOf | None = None, faults: Faults | None = None):
         self._mode = OFF
         # Booleans, for the compiler would make a number that changes a symbol, and compile graphs for it.
         self._looking = self._matrices = False
         self.seen = False  # a training forward has begun since the last optimizer step
         self.seconds = 0.0  # host time inside eager taps
+        self.half = False  # a training forward ran under float16 autocast
+        self.odd_mask = False  # a mask was there, but not one of [B, T]
         self._live = False  # inside a training forward that is looked at
+        self._embedded = False  # this forward's embedding has been seen
         self._sites = sites
+        self._faults = faults or Faults(strict=True)
+        self._mask_of = mask_finder(mask, sites.root)
+        self._mask: Tensor | None = None
         self._block_rows = _block_rows(sites)
-        device = next(sites.root.parameters()).device
         sizes = {"state": len(sites.layers) + 1, "output": len(sites.layers) + 1}
         if self._block_rows is None:
             sizes["block"] = len(_last_layers(sites))
-        self._forward = {place: Moments(rows, device) for place, rows in sizes.items()}
-        self._backward = {place: Moments(rows, device) for place, rows in sizes.items()}
-        self._depth = DepthSums([read.depth_sources for read in sites.reads], device) if sites.reads else None
+        self._shape = sizes, [read.depth_sources for read in sites.reads]
+        self._parameter = next(sites.root.parameters())
+        self._owing = False  # a row's gradient is to be tapped in a recomputation
+        self._owed: set[tuple[str, int]] = set()
+        self._recomputing = False
+        self._make_tables()
         self._mean_squares: dict[int, tuple[Tensor, Tensor]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
@@ -89,17 +111,46 @@ class Taps:
         while self._handles:
             self._handles.pop().remove()
 
+    def _make_tables(self) -> None:
+        """Empty sums where the model is: taps write to the live ones, `commit` adds them to those that count."""
+        self._device = self._parameter.device
+        self._autocasts = torch.amp.is_autocast_available(self._device.type)
+        live, self._counted = (Tables(*self._shape, self._device) for _ in range(2))
+        self._forward, self._backward = live.forward, live.backward
+        self._nonfinite, self._depth = live.nonfinite, live.depth
+        self._passes = Passes(live, self._counted)
+
+    def follow(self) -> None:
+        """Go where the model went, with empty sums."""
+        if self._parameter.device != self._device:
+            self._make_tables()
+
+    def commit(self) -> None:
+        self._passes.commit()
+
+    def drop(self) -> None:
+        self._passes.drop()
+
+    def restart(self) -> None:
+        self._passes.restart()
+
+    @property
+    def repeated(self) -> list[str]:
+        """Names of layers that ran more than once in one forward."""
+        rows = {row for place, row in self._passes.repeated if place == "output"}
+        return [site.layer.name for row, site in enumerate(self._sites.layers, 1) if row in rows]
+
     def reset(self) -> None:
         self.seconds = 0.0
-        for moments in (*self._forward.values(), *self._backward.values()):
-            moments.reset()
-        if self._depth is not None:
-            self._depth.reset()
+        self._owing = False
+        self._owed.clear()
+        self._passes.reset()
 
     def finish(self) -> dict[str, Tensor]:
         """Metrics of the step just taken, float32 on the device, by name of the vocabulary."""
+        self._passes.settle()
         metrics = {}
-        for suffix, table in (("rms", self._forward), ("grad_rms", self._backward)):
+        for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
             done = {place: moments.finish() for place, moments in table.items()}
             metrics[f"hidden_{suffix}"] = done["state"]
             metrics[f"output_{suffix}"] = done["output"]
@@ -108,31 +159,36 @@ class Taps:
             else:
                 place, rows = self._block_rows
                 metrics[f"block_{suffix}"] = done[place][rows]
-        if self.mode == MATRICES and self._depth is not None:
-            metrics |= self._depth.finish()
+        if self.mode == MATRICES:
+            count = self._counted.forward["state"].count
+            metrics["nonfinite"] = self._counted.nonfinite.float().where(count > 0, torch.nan)
+            if self._counted.depth is not None:
+                metrics |= self._counted.depth.finish()
         return metrics
 
     def counts(self) -> dict[str, Tensor]:
         """How much each row of the metrics of `finish` has seen, by name; zero for a row that saw nothing."""
         counts = {}
-        for suffix, table in (("rms", self._forward), ("grad_rms", self._backward)):
+        for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
             counts[f"hidden_{suffix}"] = table["state"].count
             counts[f"output_{suffix}"] = table["output"].count
             place, rows = self._block_rows or ("block", slice(None))
             counts[f"block_{suffix}"] = table[place].count[rows]
-        if self.mode == MATRICES and self._depth is not None:
-            counts |= dict.fromkeys(DEPTH_METRICS, self._depth.tokens)
+        if self.mode == MATRICES:
+            counts["nonfinite"] = counts["hidden_rms"]
+            if self._counted.depth is not None:
+                counts |= dict.fromkeys(DEPTH_METRICS, self._counted.depth.tokens)
         return counts
 
     def _attach(self) -> None:
         sites = self._sites
-        self._handles.append(sites.root.register_forward_pre_hook(Hook(self._begin)))
+        self._handles.append(sites.root.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
         if sites.reads:
-            self._before(sites.reads[0], lambda given: self._tap(given[0], "output", 0))
+            self._before(sites.reads[0], lambda given: self._tap_embedding(given[0]))
         else:
             # What the first layer receives is the embedding: with its position and dropout, where a model has
             # them.
-            self._before(sites.layers[0].norm, lambda given: self._tap(given, "output", 0))
+            self._before(sites.layers[0].norm, self._tap_embedding)
         for row, site in enumerate(sites.layers):
             self._before(site.norm, lambda given, row=row: self._tap(given, "state", row))
             self._after(site.sublayer, lambda given, out, row=row: self._output(given, _first(out), row + 1))
@@ -146,55 +202,140 @@ class Taps:
                 self._before(read, lambda given, block=block: self._tap(given[-1], "block", block))
         self._handles.append(sites.root.register_forward_hook(Hook(self._end)))
 
-    def _begin(self, root: nn.Module, args) -> None:
-        # Validation and generation forwards are not recorded; recomputation in backward finds `_live` off.
-        training = root.training and torch.is_grad_enabled()
+    def _begin(self, root: nn.Module, args, kwargs) -> None:
+        # Validation and generation forwards are not recorded, nor is a recomputation in backward.
+        compiling = torch.compiler.is_compiling()
+        training = root.training and torch.is_grad_enabled() and (compiling or not in_backward())
         if training:
             self.seen = True
+            self.half = self._autocasts and half_precision(self._device.type)
         self._live = training and self._looking
         self._mean_squares.clear()  # a forward that raised left its own behind
+        self._embedded = False
+        if not self._live:
+            return
+        if not compiling:
+            self._eagerly(self._begin_eagerly, "hidden_rms", "output_rms", "block_rms")
+        elif self._parameter.device != self._device:
+            self._live = False  # until `follow`
+        self._mask = self._find_mask(args, kwargs)
+
+    def _begin_eagerly(self) -> None:
+        self.follow()
+        self._passes.begin()
 
     def _end(self, root: nn.Module, args, output) -> None:
         self._live = False
+        self._mask = None
         self._mean_squares.clear()
+
+    def _find_mask(self, args: tuple, kwargs: dict) -> Tensor | None:
+        """Which tokens count, bool [B, T]; None: all."""
+        mask = self._mask_of(args, kwargs)
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            self.odd_mask = True
+            return None
+        mask = mask != 0
+        if not torch.compiler.is_compiling():
+            self._passes.now.mask = mask
+        return mask
 
     def _before(self, module: nn.Module, action: Callable) -> None:
         def hook(module, args, kwargs):
-            if self._live:
+            if self._wants():
                 self._timed(action, _given(args, kwargs))
 
         self._handles.append(module.register_forward_pre_hook(Hook(hook), with_kwargs=True))
 
     def _after(self, module: nn.Module, action: Callable) -> None:
         def hook(module, args, kwargs, output):
-            if self._live:
+            if self._wants():
                 self._timed(action, _given(args, kwargs), output)
 
         self._handles.append(module.register_forward_hook(Hook(hook), with_kwargs=True))
+
+    def _wants(self) -> bool:
+        """Whether to look here and now: in a training forward, or where it is recomputed with the graph that the
+        first time lacked (reentrant activation checkpointing)."""
+        if self._live or torch.compiler.is_compiling():
+            return self._live
+        self._recomputing = self._owing and torch.is_grad_enabled() and in_backward()
+        return self._recomputing
 
     def _timed(self, action: Callable, *values) -> None:
         if torch.compiler.is_compiling():
             action(*values)
             return
         started = time.perf_counter()
-        action(*values)
+        # What an action does not know by itself could be anything.
+        self._eagerly(lambda: action(*values), *_ACTIVATIONS)
         self.seconds += time.perf_counter() - started
+        self._recomputing = False
+
+    def _eagerly(self, action: Callable, *metrics: str) -> None:
+        """Do something outside compiled code; if it fails, those metrics are lost and nothing else."""
+        try:
+            action()
+        except Exception as error:
+            self._faults.caught(error, *metrics)
 
     def _tap(self, x: Tensor, place: str, row: int) -> None:
         if not isinstance(x, Tensor):  # the recorder says which rows were never seen
             return
-        forward, backward = self._forward[place], self._backward[place]
-        add_moments(x.detach(), forward.squares, forward.count, row)
-        if not x.requires_grad:
-            return
         if torch.compiler.is_compiling():
-            _tap_gradient_in_graph(x, backward.squares, backward.count, row)
-        else:
-            x.register_hook(
-                lambda gradient: self._timed(
-                    add_moments, gradient.detach(), backward.squares, backward.count, row
-                )
+            self._tap_values(x, place, row, fitting(self._mask, x))
+            self._tap_gradient(x, place, row, fitting(self._mask, x))
+            return
+        name = _METRIC_OF[place]
+        mask = fitting(self._passes.now.mask, x)
+        if not self._recomputing:
+            self._passes.now.calls[place, row] += 1
+            self._eagerly(lambda: self._tap_values(x, place, row, mask), f"{name}_rms")
+        self._eagerly(lambda: self._tap_gradient(x, place, row, mask), f"{name}_grad_rms")
+
+    def _tap_values(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
+        forward = self._forward[place]
+        add_moments(x.detach(), forward.squares, forward.count, row, mask)
+        if place == "state" and self._matrices:
+            add_nonfinite(x.detach(), self._nonfinite, row, mask)
+
+    def _tap_gradient(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
+        backward = self._backward[place]
+        if torch.compiler.is_compiling():
+            if x.requires_grad:
+                _tap_gradient_in_graph(x, backward.squares, backward.count, row, mask)
+            return
+        if not x.requires_grad:
+            if not torch.is_grad_enabled():
+                self._owing = True
+                self._owed.add((place, row))
+            return
+        if self._recomputing and (place, row) not in self._owed:
+            return
+        this = self._passes.now
+        this.watched = True
+
+        def tap(gradient: Tensor) -> None:
+            started = time.perf_counter()
+            # A recomputation that follows is this pass's.
+            self._passes.now, this.reached = this, True
+            self._eagerly(
+                lambda: add_moments(gradient.detach(), backward.squares, backward.count, row, mask),
+                f"{_METRIC_OF[place]}_grad_rms",
             )
+            self.seconds += time.perf_counter() - started
+
+        x.register_hook(tap)
+
+    def _tap_embedding(self, x: Tensor) -> None:
+        # Where a stack is run through several times, only the first time starts at the embedding.
+        if not self._embedded and not self._recomputing:
+            self._embedded = True
+            self._tap(x, "output", 0)
+        elif self._recomputing and ("output", 0) in self._owed:
+            self._tap(x, "output", 0)
 
     def _output(self, given, x: Tensor, row: int) -> None:
         # An output with an axis more than the input is not what is added to the stream, but a stack that holds
@@ -204,8 +345,16 @@ class Taps:
         self._tap(x, "output", row)
 
     def _read(self, row: int, sources: list[Tensor], weight: Tensor) -> None:
-        if self._matrices:
-            self._depth.add(row, weight, [self._mean_square(source) for source in sources])
+        if not self._matrices or self._recomputing:
+            return
+        mask = fitting(self._mask, weight.movedim(0, -1))
+        if torch.compiler.is_compiling():
+            self._depth.add(row, weight, [self._mean_square(source) for source in sources], mask)
+        else:
+            self._eagerly(
+                lambda: self._depth.add(row, weight, [self._mean_square(s) for s in sources], mask),
+                *DEPTH_METRICS,
+            )
 
     def _mean_square(self, source: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler removes the repeated computation by itself
