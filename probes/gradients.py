@@ -15,7 +15,7 @@ class GradientNorms:
     """`measure` at the end of a backward pass, `take` when an optimizer takes the gradients; then `finish`."""
 
     def __init__(self, sites: Sites):
-        self._reads = sites.reads
+        self._root, self._reads = sites.root, sites.reads
         layers = sites.layer_parameters()
         inside = {p for group in layers for p in group}
         others = [p for p in sites.root.parameters() if p not in inside]
@@ -30,6 +30,10 @@ class GradientNorms:
         needed."""
         trained = ([p for p in group if p.requires_grad] for group in self._groups)
         return [group[0] for group in trained if group]
+
+    def replaced(self) -> bool:
+        """Whether the model's parameters are others by now."""
+        return any(p not in self._place for p in self._root.parameters())
 
     def reset(self) -> None:
         self.squares: Tensor | None = None  # of each parameter's gradient, as autograd left it

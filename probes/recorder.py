@@ -121,10 +121,9 @@ class Recorder:
         self._put_at = self._stepped_at = time.perf_counter()
         self._model_name = type(sites.root).__name__
         self._taps = Taps(sites, mask, faults)
-        self._gradients = GradientNorms(sites)
         self._skipped: torch.Tensor | None = None  # attempts at this step that the scaler skipped
-        looking = lambda: self._taps.mode != OFF  # noqa: E731
-        self._backwards = Backwards(self._gradients.watched(), looking, self._restart, self._backward_ended)
+        self._sites = sites
+        self._watch_parameters()
         self._taps.mode = self._mode(0)
         self._hooks = [
             hook
@@ -177,6 +176,9 @@ class Recorder:
             self._taps.follow()
             self._gradients.reset()
             self._backwards.reset()
+            if self._gradients.replaced():
+                self._backwards.detach()
+                self._watch_parameters()
             self._scale.reset()
             self._faults.reset()
             self._skipped = None
@@ -233,6 +235,12 @@ class Recorder:
     def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
         if self._clock.stepped(optimizer):
             self.step()
+
+    def _watch_parameters(self) -> None:
+        self._gradients = GradientNorms(self._sites)
+        self._backwards = Backwards(
+            self._gradients.watched(), lambda: self._taps.mode != OFF, self._restart, self._backward_ended
+        )
 
     def _backward_ended(self, counts: bool) -> None:
         with self._faults.guard(*GRADIENTS):
@@ -304,7 +312,9 @@ class Recorder:
         now, mode, metrics, counts = self._clock.now, self._taps.mode, metrics or {}, counts or {}
         vain = self._clock.vain()
         pending, self._scalars = self._scalars, []
-        logged = {("logged", i): v for i, (_, _, v) in enumerate(pending) if isinstance(v, torch.Tensor)}
+        logged = {
+            (name, "logged", i): v for i, (name, _, v) in enumerate(pending) if isinstance(v, torch.Tensor)
+        }
         moments = {now, *(moment for _, moment, _ in pending)}
         skips = {("skips", m.attempt): m.skips for m in moments if m.skips is not None}
         skips |= {} if vain is None else {("vain",): vain}
@@ -322,7 +332,7 @@ class Recorder:
 
             self._clock.learn(now.attempt - step_of(now) + lost)
             for i, (name, moment, value) in enumerate(pending):
-                yield name, step_of(moment), values.get(("logged", i), value)
+                yield name, step_of(moment), values.get((name, "logged", i), value)
             if lost and metrics:
                 # The gradients were not finite. What can be seen again will be, as soon as this is known.
                 self._retry = mode

@@ -122,6 +122,7 @@ class Taps:
 
     def follow(self) -> None:
         """Go where the model went, with empty sums."""
+        self._parameter = next(self._sites.root.parameters())  # moving may have replaced it
         if self._parameter.device != self._device:
             self._make_tables()
 
