@@ -302,7 +302,7 @@ class Recorder:
             metrics |= {
                 name: v / self._scale.value for name, v in metrics.items() if name.endswith("_grad_rms")
             }
-        if self._scale.given:
+        if self._scale.given or self._clock.vain() is not None:
             metrics["skipped"] = torch.zeros(()) if self._skipped is None else self._skipped
         left_out = self._logged | self._faults.now | (set() if known else set(GRADIENTS))
         return {name: value for name, value in metrics.items() if name not in left_out}

@@ -73,6 +73,7 @@ class Taps:
         self.half = False  # a training forward ran under float16 autocast
         self.odd_mask = False  # a mask was there, but not one of [B, T]
         self._live = False  # inside a training forward that is looked at
+        self._compiled = False  # the latest forward was
         self._embedded = False  # this forward's embedding has been seen
         self._sites = sites
         self._faults = faults or Faults(strict=True)
@@ -154,7 +155,7 @@ class Taps:
         for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
             done = {place: moments.finish() for place, moments in table.items()}
             metrics[f"hidden_{suffix}"] = done["state"]
-            metrics[f"output_{suffix}"] = done["output"]
+            metrics[f"output_{suffix}"] = self._once(done["output"], torch.nan)
             if self._block_rows is None:
                 metrics[f"block_{suffix}"] = done["block"]
             else:
@@ -172,7 +173,7 @@ class Taps:
         counts = {}
         for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
             counts[f"hidden_{suffix}"] = table["state"].count
-            counts[f"output_{suffix}"] = table["output"].count
+            counts[f"output_{suffix}"] = self._once(table["output"].count, 0)
             place, rows = self._block_rows or ("block", slice(None))
             counts[f"block_{suffix}"] = table[place].count[rows]
         if self.mode == MATRICES:
@@ -180,6 +181,14 @@ class Taps:
             if self._counted.depth is not None:
                 counts |= dict.fromkeys(DEPTH_METRICS, self._counted.depth.tokens)
         return counts
+
+    def _once(self, outputs: Tensor, blank: float) -> Tensor:
+        """Output rows, the embedding's blank where compiled layers ran several times and mixed it with others."""
+        if not self._compiled:
+            return outputs
+        forward = self._counted.forward
+        mixed = forward["output"].count[:1] > forward["state"].count[-1:]
+        return torch.cat([torch.where(mixed, blank, outputs[:1]), outputs[1:]])
 
     def _attach(self) -> None:
         sites = self._sites
@@ -211,8 +220,10 @@ class Taps:
             self.seen = True
             self.half = self._autocasts and half_precision(self._device.type)
         self._live = training and self._looking
+        self._compiled = compiling
         self._mean_squares.clear()  # a forward that raised left its own behind
-        self._embedded = False
+        if not compiling:
+            self._embedded = False
         if not self._live:
             return
         if not compiling:
@@ -332,7 +343,10 @@ class Taps:
 
     def _tap_embedding(self, x: Tensor) -> None:
         # Where a stack is run through several times, only the first time starts at the embedding.
-        if not self._embedded and not self._recomputing:
+        if torch.compiler.is_compiling():
+            # Nothing may be noted down inside a compiled checkpoint: `_once` sees to it later.
+            self._tap(x, "output", 0)
+        elif not self._embedded and not self._recomputing:
             self._embedded = True
             self._tap(x, "output", 0)
         elif self._recomputing and ("output", 0) in self._owed:

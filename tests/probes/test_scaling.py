@@ -188,7 +188,7 @@ def test_no_number_is_read(fused, tmp_path):
                 update = optimizer.step
                 with pytest.MonkeyPatch.context() as patch:
 
-                    def quiet(*args, **kwargs):
+                    def quiet(*args, update=update, **kwargs):
                         with NoHostRead():
                             return update(*args, **kwargs)
 
