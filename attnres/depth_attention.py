@@ -68,10 +68,9 @@ class DepthAttention(nn.Module):
 
 def softmax_mix(sources: Sequence[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
     """The mix of S sources [B, T, D], in the dtype of the first, and the weights [S, B, T] (Eq. 3-4)."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (logits, *sources)):
-        return _SoftmaxMix.apply(logits, *sources)
-    # Without the function, since torch 2.13 compiles one of several arguments wrongly where nothing has a gradient.
-    return _mixed(logits, sources)
+    # The compiler fuses the plain sum and its gradients by itself, and torch 2.13 fails on the function's form where
+    # nothing needs a gradient.
+    return _mixed(logits, sources) if torch.compiler.is_compiling() else _SoftmaxMix.apply(logits, *sources)
 
 
 def _mixed(logits: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -86,7 +85,7 @@ def _mixed(logits: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 class _SoftmaxMix(torch.autograd.Function):
     """An unstacked weighted sum: a stack would copy every source again at every read.
 
-    By hand, since autograd would write out each weight times its source before it adds it up.
+    Its gradients by hand, since autograd would write out more of D channels than it has to.
     """
 
     @staticmethod
