@@ -53,7 +53,8 @@ def find_sites(
             f"{type(root).__name__} has {len(found.layers)} layers and {len(reads)} depth reads: expected one read "
             "per layer and the final read."
         )
-    return Sites(root, list(found.layers), found.final, reads, found.change)
+    norm = _final_norm(root, found.path) if found.path else None
+    return Sites(root, list(found.layers), found.final, reads, found.change, norm and norm.module)
 
 
 def _only_stack(root: nn.Module) -> Stack:
