@@ -132,7 +132,9 @@ class Taps:
         self._autocasts = torch.amp.is_autocast_available(self._device.type)
         live, self._counted = (Tables(*self._shape, self._device) for _ in range(2))
         self._tables = live
-        self._calls = torch.zeros(2, dtype=torch.int64, device=self._device)  # of embedding and final norm, compiled
+        self._calls = torch.zeros(
+            2, dtype=torch.int64, device=self._device
+        )  # of embedding and final norm, compiled
         self._sample = Sample([site.given for site in self._sites.layers], self._device)
         self._forward, self._backward = live.forward, live.backward
         self._nonfinite, self._depth = live.nonfinite, live.depth
