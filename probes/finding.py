@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from probes.dataflow import Untraceable
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.names import matching
 from probes.sites import LayerSite, Place, Sites, unwrap
 from probes.stacks import Stack, find_stacks, is_norm, is_read, kind_by_name, stack_at
+from probes.symbols import Untraceable
 
 _BY_HAND = "name the modules yourself: layers=[patterns of sublayers], norms=[patterns of each layer's norm and the final norm]"
 
