@@ -6,6 +6,7 @@ import click
 
 from app.bench import bench
 from app.demo import demo
+from app.describe import describe
 from app.server import free, serve
 
 
@@ -48,6 +49,7 @@ def dash(folders: tuple[Path, ...], port: int, no_browser: bool) -> None:
 
 main.add_command(demo)
 main.add_command(bench)
+main.add_command(describe)
 
 
 if __name__ == "__main__":

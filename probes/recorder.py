@@ -20,11 +20,13 @@ import torch
 from torch import nn
 
 from probes.ending import Ending, describe
+from probes.finding import find_sites
 from probes.flush import start_copy
 from probes.gradients import GradientNorms
+from probes.identity import first_broken
 from probes.manifest import Manifest, RunError
 from probes.schedule import Schedule, Steps, schedule
-from probes.sites import Sites, find_sites
+from probes.sites import Sites
 from probes.taps import MATRICES, OFF, VECTORS, Taps
 from probes.version import version
 from probes.vocabulary import metric
@@ -49,6 +51,9 @@ def record(
     matrices_every: Steps = 100,
     config: dict | None = None,
     tags: Sequence[str] = (),
+    stack: str | Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
+    norms: str | Sequence[str] | None = None,
 ) -> "Recorder":
     """Attach probes to `model` and record its training at `path`, a new folder.
 
@@ -59,12 +64,16 @@ def record(
     `optimizer` call `recorder.step()` after each update. `config` (JSON values) is stored beside the model's
     own configuration.
 
+    The layers are found by themselves (`probes.describe` shows how). Where a model has several stacks of transformer
+    blocks, `stack` names the one to record; where none is found, `layers` and `norms` are patterns over
+    `named_modules()` for the sublayers, and for the modules that receive each layer's state and the final one.
+
     Gradients are recorded as autograd gives them: a loss scaled by a GradScaler gives scaled ones.
 
     Raises RunError: a run or other files at `path`, a model without recognisable layers, a bad interval.
     """
     vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
-    sites = find_sites(model)
+    sites = find_sites(model, stack, layers, norms)
     created = time.time()
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise RunError(
@@ -96,7 +105,8 @@ class Recorder:
         self._step = 0
         self._asked = False
         self._closed = False
-        self._checked = False
+        self._checked = self._identity_checked = False
+        self._sites = sites
         self._owed = False  # the writer waits to hear that the recorded step is complete
         self._process = os.getpid()
         self._scalars: list[tuple[str, int, object]] = []
@@ -233,6 +243,7 @@ class Recorder:
             seen = {name: values["count", name] for name in counts}
             yield from known
             yield from ((name, s, values[name, s, i]) for name, s, i in logged)
+            self._check_identity(values.get("identity_error"))
             for name in metrics:
                 # A metric nobody observed is absent, not a row of blanks.
                 if name not in seen or seen[name].any():
@@ -259,6 +270,22 @@ class Recorder:
         if any(blank.values()):
             rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
             log.warning("depthscope saw nothing of %s. These rows stay blank. %s", rows, _BEFORE)
+
+    def _check_identity(self, errors: np.ndarray | None) -> None:
+        """Say once where the stream of a plain residual does not add up; runs in the writer's thread."""
+        if self._identity_checked or errors is None or not self._sites.is_plain:
+            return
+        self._identity_checked = True
+        row = first_broken(errors, next(self._sites.root.parameters()).dtype)
+        if row is not None:
+            log.warning(
+                "depthscope: the %s of %s is not the embedding plus the outputs before it (it differs by %.1e): the "
+                "model mixes its layers otherwise. Outputs are recorded as the modules return them; "
+                "`probes.describe(model)` shows which.",
+                self._manifest.layout.states[row].replace("into", "state into"),
+                self._model_name,
+                errors[row],
+            )
 
     def _say_unseen(self) -> None:
         if not self._checked:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from probes.sites import Sites
+from probes.identity import Sample, keep_sample
+from probes.sites import Place, Sites
 from probes.statistics import DEPTH_METRICS, DepthSums, Moments, add_moments, token_mean_square
 
 OFF, VECTORS, MATRICES = 0, 1, 2
@@ -66,7 +67,12 @@ class Taps:
         self._forward = {place: Moments(rows, device) for place, rows in sizes.items()}
         self._backward = {place: Moments(rows, device) for place, rows in sizes.items()}
         self._depth = DepthSums([read.depth_sources for read in sites.reads], device) if sites.reads else None
+        self._sample = Sample([site.given for site in sites.layers], device)
         self._mean_squares: dict[int, tuple[Tensor, Tensor]] = {}
+        self._summed_rows, self._kept_rows = _rows_by_arithmetic(sites)
+        self._states: dict[
+            int, Tensor
+        ] = {}  # by row, where an output is a difference of states or a state a sum
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             self._attach()
@@ -83,6 +89,15 @@ class Taps:
         self._mode = mode
         self._looking = mode != OFF
         self._matrices = mode == MATRICES
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held on the device, in bytes."""
+        parts = [*self._forward.values(), *self._backward.values(), self._sample, self._depth]
+        tensors = [
+            t for part in parts if part is not None for t in vars(part).values() if isinstance(t, Tensor)
+        ]
+        return sum(t.nbytes for t in tensors)
 
     def detach(self) -> None:
         """Take every hook off the model."""
@@ -108,8 +123,10 @@ class Taps:
             else:
                 place, rows = self._block_rows
                 metrics[f"block_{suffix}"] = done[place][rows]
-        if self.mode == MATRICES and self._depth is not None:
-            metrics |= self._depth.finish()
+        if self.mode == MATRICES:
+            metrics["identity_error"] = self._sample.finish()
+            if self._depth is not None:
+                metrics |= self._depth.finish()
         return metrics
 
     def counts(self) -> dict[str, Tensor]:
@@ -128,22 +145,21 @@ class Taps:
         sites = self._sites
         self._handles.append(sites.root.register_forward_pre_hook(Hook(self._begin)))
         if sites.reads:
-            self._before(sites.reads[0], lambda given: self._tap(given[0], "output", 0))
-        else:
-            # What the first layer receives is the embedding: with its position and dropout, where a model has
-            # them.
-            self._before(sites.layers[0].norm, lambda given: self._tap(given, "output", 0))
+            self._before(sites.reads[0], lambda args, kwargs: self._tap(args[0][0], "output", 0))
         for row, site in enumerate(sites.layers):
-            self._before(site.norm, lambda given, row=row: self._tap(given, "state", row))
-            self._after(site.sublayer, lambda given, out, row=row: self._output(given, _first(out), row + 1))
-        final = len(sites.layers)
-        self._before(sites.final_norm, lambda given: self._tap(given, "state", final))
+            if site.state is not None:
+                self._at(site.state, lambda x, row=row: self._state(x, row))
+            if site.output is not None:
+                self._at(site.output, lambda x, row=row: self._output(x, row))
+            elif site.after is not None:
+                self._at(site.after, lambda x, row=row: self._difference(x, row))
+        self._at(sites.final, lambda x: self._state(x, len(sites.layers)))
         for row, read in enumerate(sites.reads):
-            self._after(read, lambda given, out, row=row: self._read(row, given, out[1]))
+            self._after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], output[1]))
         if "block" in self._forward:
             for block, read in enumerate(_reads_after_blocks(sites)):
                 # The newest source of the read after a transformer block is the partial sum the block left.
-                self._before(read, lambda given, block=block: self._tap(given[-1], "block", block))
+                self._before(read, lambda args, kwargs, block=block: self._tap(args[0][-1], "block", block))
         self._handles.append(sites.root.register_forward_hook(Hook(self._end)))
 
     def _begin(self, root: nn.Module, args) -> None:
@@ -152,23 +168,33 @@ class Taps:
         if training:
             self.seen = True
         self._live = training and self._looking
-        self._mean_squares.clear()  # a forward that raised left its own behind
+        self._forget()  # a forward that raised left its own behind
 
     def _end(self, root: nn.Module, args, output) -> None:
         self._live = False
+        self._forget()
+
+    def _forget(self) -> None:
         self._mean_squares.clear()
+        self._states.clear()
+
+    def _at(self, place: Place, action: Callable[[Tensor], None]) -> None:
+        if place.is_input:
+            self._before(place.module, lambda args, kwargs: action(place.given(args, kwargs)))
+        else:
+            self._after(place.module, lambda args, kwargs, output: action(place.made(output)))
 
     def _before(self, module: nn.Module, action: Callable) -> None:
         def hook(module, args, kwargs):
             if self._live:
-                self._timed(action, _given(args, kwargs))
+                self._timed(action, args, kwargs)
 
         self._handles.append(module.register_forward_pre_hook(Hook(hook), with_kwargs=True))
 
     def _after(self, module: nn.Module, action: Callable) -> None:
         def hook(module, args, kwargs, output):
             if self._live:
-                self._timed(action, _given(args, kwargs), output)
+                self._timed(action, args, kwargs, output)
 
         self._handles.append(module.register_forward_hook(Hook(hook), with_kwargs=True))
 
@@ -180,28 +206,59 @@ class Taps:
         action(*values)
         self.seconds += time.perf_counter() - started
 
-    def _tap(self, x: Tensor, place: str, row: int) -> None:
-        if not isinstance(x, Tensor):  # the recorder says which rows were never seen
+    def _state(self, x: Tensor, row: int) -> None:
+        """What layer row+1 receives, or the final state; the first one is the embedding too."""
+        self._tap(x, "state", row)
+        if row == 0 and not self._sites.reads:
+            # With its position and dropout, where a model has them.
+            self._tap(x, "output", 0)
+        if row in self._kept_rows and isinstance(x, Tensor):
+            self._states[row] = x.detach()
+
+    def _output(self, x: Tensor, row: int) -> None:
+        """What layer row+1 adds to the stream."""
+        if not isinstance(x, Tensor) or (self._sites.reads and x.ndim > 3):
+            # A stack that holds what is added to the stream among other things: better blank than wrong.
             return
-        forward, backward = self._forward[place], self._backward[place]
-        add_moments(x.detach(), forward.squares, forward.count, row)
+        self._tap(x, "output", row + 1)
+        if row + 1 in self._summed_rows and row in self._states:
+            # No module receives the next state, so it is summed here. It is the output's only way on, so that the two
+            # have one gradient.
+            state = self._states[row] + x.detach()
+            self._tap_values(state, "state", row + 1)
+            self._tap_gradient(x, "state", row + 1)
+            if row + 1 in self._kept_rows:
+                self._states[row + 1] = state
+
+    def _difference(self, after: Tensor, row: int) -> None:
+        """What layer row+1 has added, where the stream is seen before and after it. It has the stream's gradient."""
+        if row in self._states and isinstance(after, Tensor):
+            self._tap_values(after.detach() - self._states[row].view_as(after), "output", row + 1)
+            self._tap_gradient(after, "output", row + 1)
+
+    def _tap(self, x: Tensor, place: str, row: int) -> None:
+        if isinstance(x, Tensor):  # the recorder says which rows were never seen
+            self._tap_values(x.detach(), place, row)
+            self._tap_gradient(x, place, row)
+
+    def _tap_values(self, x: Tensor, place: str, row: int) -> None:
+        moments = self._forward[place]
+        add_moments(x, moments.squares, moments.count, row)
+        if self._matrices and place != "block":
+            keep_sample(x, self._sample.of(place), row)
+
+    def _tap_gradient(self, x: Tensor, place: str, row: int) -> None:
         if not x.requires_grad:
             return
+        moments = self._backward[place]
         if torch.compiler.is_compiling():
-            _tap_gradient_in_graph(x, backward.squares, backward.count, row)
+            _tap_gradient_in_graph(x, moments.squares, moments.count, row)
         else:
             x.register_hook(
                 lambda gradient: self._timed(
-                    add_moments, gradient.detach(), backward.squares, backward.count, row
+                    add_moments, gradient.detach(), moments.squares, moments.count, row
                 )
             )
-
-    def _output(self, given, x: Tensor, row: int) -> None:
-        # An output with an axis more than the input is not what is added to the stream, but a stack that holds
-        # it: better blank than wrong.
-        if isinstance(x, Tensor) and isinstance(given, Tensor) and x.ndim > given.ndim:
-            return
-        self._tap(x, "output", row)
 
     def _read(self, row: int, sources: list[Tensor], weight: Tensor) -> None:
         if self._matrices:
@@ -215,16 +272,6 @@ class Taps:
         if id(source) not in self._mean_squares:
             self._mean_squares[id(source)] = source, token_mean_square(source)
         return self._mean_squares[id(source)][1]
-
-
-def _given(args: tuple, kwargs: dict):
-    """The first argument a module was called with, by position or by name; None without any."""
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
-def _first(output) -> Tensor:
-    """The tensor a sublayer adds to the stream: its output, or the first of several."""
-    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _last_layers(sites: Sites) -> list[int]:
@@ -245,3 +292,12 @@ def _block_rows(sites: Sites) -> tuple[str, list[int]] | None:
     if sites.reads[-1].depth_sources == len(sites.layers) + 1:
         return "output", last
     return None
+
+
+def _rows_by_arithmetic(sites: Sites) -> tuple[set[int], set[int]]:
+    """Rows of states that are summed from the state and the output before, and of those kept for a sum or difference."""
+    summed = {row for row, site in enumerate(sites.layers) if site.state is None}
+    differences = {
+        row for row, site in enumerate(sites.layers) if site.output is None and site.after is not None
+    }
+    return summed, {row - 1 for row in summed} | differences

@@ -143,6 +143,14 @@ _ROWS = [
         "L2",
         "L2 norm of the effective depth query, gain times query. Zero gives an even average.",
     ),
+    Metric(
+        "identity_error",
+        STATE,
+        "Residual identity error",
+        "relative",
+        "How far each state is from the embedding plus the outputs before it, on a few tokens: zero but for rounding "
+        "in a plain residual, of the order of one where the stream is mixed otherwise.",
+    ),
     Metric("loss", SCALAR, "Training loss", "nats per token", "The training loss as logged."),
     Metric("val_loss", SCALAR, "Validation loss", "nats per token", "The validation loss as logged."),
     Metric("lr", SCALAR, "Learning rate", "", "Learning rate of the optimizer's first parameter group."),

@@ -14,6 +14,7 @@ from tests.attnres.models import defined_pass
 from tests.probes.models import KINDS, batches, decoder, loss_of, sgd, train
 
 DEPTH = {"depth_weight", "depth_weight_std", "contribution_rms", "depth_entropy", "depth_entropy_of_mean"}
+SPARSE = DEPTH | {"identity_error"}
 HOST = {"wall_time", "step_time", "probe_time"}  # clocks have no twin
 MATRICES_EVERY = 2
 
@@ -64,9 +65,17 @@ def activations(twin, passes) -> dict[str, np.ndarray]:
         "block_rms": rows(passes, blocks),
         "hidden_grad_rms": rows(passes, lambda p: p.state_gradients),
         "output_grad_rms": rows(passes, lambda p: p.output_gradients),
+        "identity_error": identity_error(passes[-1]),
         # What the MLP adds reaches the loss only through what leaves its block.
         "block_grad_rms": rows(passes, lambda p: [p.output_gradients[layer] for layer in last]),
     }
+
+
+def identity_error(last) -> np.ndarray:
+    """Of the first eight tokens of the last micro-batch."""
+    sums = itertools.accumulate(last.outputs)
+    few = [[x.detach().flatten(0, 1)[:8] for x in pair] for pair in zip(last.states, sums, strict=True)]
+    return np.array([(state - sum_).norm() / state.norm() for state, sum_ in few])
 
 
 def rows(passes, tensors_of) -> np.ndarray:
@@ -157,10 +166,11 @@ def test_every_metric_has_its_twin(kind, tmp_path):
     unknown = set(METRICS) - set(run.metrics) - {"val_loss", "tokens"}
     assert unknown <= (DEPTH | {"query_norm"} if kind == "prenorm" else set())
     for name in expected[0]:
-        steps = range(0, 4, MATRICES_EVERY if name in DEPTH else 1)
+        steps = range(0, 4, MATRICES_EVERY if name in SPARSE else 1)
         assert run.steps(name).tolist() == list(steps)
         for found, step in zip(run[name], steps, strict=True):
-            np.testing.assert_allclose(found, expected[step][name], rtol=1e-5, atol=1e-7, err_msg=name)
+            rounding = 1e-6 if name == "identity_error" else 1e-7
+            np.testing.assert_allclose(found, expected[step][name], rtol=1e-5, atol=rounding, err_msg=name)
     np.testing.assert_array_equal(run["loss"], np.float32(logged))
     np.testing.assert_allclose(run["lr"], 0.01)
     squares = run["other_grad_norm"] ** 2 + (run["param_grad_norm"] ** 2).sum(1)
