@@ -155,7 +155,10 @@ def machine(device: torch.device) -> str:
     """The device a step runs on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} with {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    if device.type != "cpu":
+        return device.type
+    threads = torch.get_num_threads()
+    return f"cpu with {threads} thread{'s' * (threads > 1)}"
 
 
 def probe_bytes(recorder: Recorder, model: nn.Module) -> int:

@@ -59,8 +59,8 @@ class Taps:
         self.seconds = 0.0  # host time inside eager taps
         self._live = False  # inside a training forward that is looked at
         self._sites = sites
-        self._block_rows = _block_rows(sites)
         device = next(sites.root.parameters()).device
+        self._block_rows = _block_rows(sites, device)
         sizes = {"state": len(sites.layers) + 1, "output": len(sites.layers) + 1}
         if self._block_rows is None:
             sizes["block"] = len(_last_layers(sites))
@@ -283,10 +283,11 @@ def _reads_after_blocks(sites: Sites) -> list[nn.Module]:
     return [sites.reads[layer] for layer in _last_layers(sites)]
 
 
-def _block_rows(sites: Sites) -> tuple[str, list[int]] | None:
+def _block_rows(sites: Sites, device: torch.device) -> tuple[str, Tensor] | None:
     """Where block_rms is found among the other rows: a plain residual's is the next state, Full AttnRes' the
     output of the last layer. None for Block AttnRes, whose partial sums need taps of their own."""
-    last = _last_layers(sites)
+    # On the device, for indexing with a list copies the list there and waits for it.
+    last = torch.tensor(_last_layers(sites), device=device)
     if not sites.reads:
         return "state", last
     if sites.reads[-1].depth_sources == len(sites.layers) + 1:
