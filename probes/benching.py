@@ -112,7 +112,7 @@ def _measured(model: nn.Module, step: _Step, path: Path, pairs: int) -> tuple:
         times = timed([step] * len(kinds), _device(model))
         hooks = {key: hook for key, hook in _hooks(model).items() if key not in others}
         per_call = _seconds_per_hook(hooks, recorder)
-        held = probe_bytes(recorder, model)
+        held = recorder._taps.nbytes
     seconds = {
         kind: [
             t for t, each in zip(times[len(_WARM_UP) :], kinds[len(_WARM_UP) :], strict=True) if each == kind
@@ -159,32 +159,6 @@ def machine(device: torch.device) -> str:
         return device.type
     threads = torch.get_num_threads()
     return f"cpu with {threads} thread{'s' * (threads > 1)}"
-
-
-def probe_bytes(recorder: Recorder, model: nn.Module) -> int:
-    """Bytes of all tensors that the recorder holds and the model does not."""
-    theirs = {id(t) for t in (*model.parameters(), *model.buffers())}
-    tensors: dict[int, Tensor] = {}
-    seen: set[int] = set()
-
-    def visit(thing: object) -> None:
-        if id(thing) in seen or isinstance(thing, nn.Module):
-            return
-        seen.add(id(thing))
-        if isinstance(thing, Tensor):
-            if id(thing) not in theirs:
-                tensors[id(thing)] = thing
-        elif isinstance(thing, dict):
-            for each in thing.values():
-                visit(each)
-        elif isinstance(thing, list | tuple | set):
-            for each in thing:
-                visit(each)
-        elif type(thing).__module__.partition(".")[0] == __package__:
-            visit(getattr(thing, "__dict__", {}))
-
-    visit(recorder)
-    return sum(t.nbytes for t in tensors.values())
 
 
 def _rounds(pairs: int) -> list[str]:
