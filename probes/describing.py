@@ -11,7 +11,7 @@ from probes import trial
 from probes.finding import find_sites
 from probes.identity import first_broken
 from probes.manifest import RunError
-from probes.sites import Sites
+from probes.sites import LayerSite, Sites
 from probes.taps import MATRICES, Taps
 from probes.target import arguments, said
 from probes.unchanged import unchanged
@@ -51,7 +51,7 @@ class Description:
                 site.layer.kind,
                 str(site.layer.block),
                 site.layer.name,
-                str(site.state or "state + output before"),
+                _state_route(sites, site),
                 site.route,
                 f"{count} sources" if count else "",
             )
@@ -72,7 +72,7 @@ class Description:
             reads = "none: no module says that it attends over depth"
         share = self.probe_bytes / self.model_bytes
         return [
-            f"final state  {sites.final}",
+            f"final state  {sites.final or 'marked by the model'}",
             f"reads        {reads}",
             f"sources      {len(sites.layers) + 1}: the embedding and the output of each layer",
             f"identity     {self._identity()}",
@@ -104,7 +104,7 @@ def describe(
     batch: object = None,
     *,
     stack: str | Sequence[str] | None = None,
-    layers: str | Sequence[str] | None = None,
+    layers: int | str | Sequence[str] | None = None,
     norms: str | Sequence[str] | None = None,
 ) -> Description:
     """The layers of `model`, where their states and outputs would be seen, and whether the stream adds up.
@@ -137,6 +137,12 @@ def describe(
         invented=batch is None,
         reason=reason and f"give a batch, as in describe(model, batch) ({reason})",
     )
+
+
+def _state_route(sites: Sites, site: LayerSite) -> str:
+    if site.state is not None:
+        return str(site.state)
+    return "state + output before" if sites.final is not None else "marked by the model"
 
 
 def _tried(root: nn.Module, taps: Taps, given: list[tuple[tuple, Mapping]]) -> str:

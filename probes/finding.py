@@ -17,22 +17,25 @@ _BY_HAND = "name the modules yourself: layers=[patterns of sublayers], norms=[pa
 def find_sites(
     model: nn.Module,
     stack: str | Sequence[str] | None = None,
-    layers: str | Sequence[str] | None = None,
+    layers: int | str | Sequence[str] | None = None,
     norms: str | Sequence[str] | None = None,
 ) -> Sites:
     """The sites of `model`. Raises RunError, naming what was looked for, when none are recognised.
 
     `stack` chooses among several lists of transformer blocks. `layers` and `norms` are patterns over
-    `named_modules()` that say what the sublayers are, and which modules receive each layer's state and the final one.
+    `named_modules()` that say what the sublayers are, and which modules receive each layer's state and the final one;
+    a number of `layers` is for a model that marks them itself (marks.py).
     """
     if not isinstance(model, nn.Module):
         raise RunError(f"A {type(model).__name__} is not a torch.nn.Module: pass the model that is trained.")
     root = unwrap(model)
-    if (layers is None) != (norms is None):
+    if isinstance(layers, int):
+        found = _marked(layers)
+    elif (layers is None) != (norms is None):
         raise RunError(
             "Give layers= and norms= together: the one says what is added, the other what it is added to."
         )
-    if layers is not None:
+    elif layers is not None:
         found = _declared(root, layers, norms)
     elif stack is not None:
         found = _joined(root, [_stack(root, *each) for each in matching(root, stack, "stack").items()])
@@ -138,6 +141,15 @@ def _declared(root: nn.Module, layers: str | Sequence[str], norms: str | Sequenc
         for index, ((name, module), state) in enumerate(zip(sublayers.items(), states, strict=False), 1)
     ]
     return Stack("", len(groups), tuple(sites), states[-1])
+
+
+def _marked(count: int) -> Stack:
+    """Layers that nothing but the author's marks shows."""
+    if count < 1:
+        raise RunError(f"layers={count}: give the number of layers that the model marks, 1 or more.")
+    layers = (Layer(index, "layer", index, f"marked {index}") for index in range(1, count + 1))
+    sites = tuple(LayerSite(layer, None, None, None, layer.index, ()) for layer in layers)
+    return Stack("", count, sites, None)
 
 
 def _group(name: str) -> str:

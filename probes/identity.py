@@ -33,7 +33,7 @@ class Sample:
         error = (state - sums).norm(dim=1) / state.norm(dim=1)
         # A source that was not seen leaves the states that sum it without an answer.
         unseen = self.output[:, 0].isnan().cumsum(0)[self._given - 1] > 0
-        return error.masked_fill(unseen, torch.nan)
+        return error.masked_fill(unseen | self.state[:, 0].isnan(), torch.nan)
 
 
 def keep_sample(x: Tensor, rows: Tensor, row: int) -> None:

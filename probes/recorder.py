@@ -52,7 +52,7 @@ def record(
     config: dict | None = None,
     tags: Sequence[str] = (),
     stack: str | Sequence[str] | None = None,
-    layers: str | Sequence[str] | None = None,
+    layers: int | str | Sequence[str] | None = None,
     norms: str | Sequence[str] | None = None,
 ) -> "Recorder":
     """Attach probes to `model` and record its training at `path`, a new folder.
@@ -66,7 +66,8 @@ def record(
 
     The layers are found by themselves (`probes.describe` shows how). Where a model has several stacks of transformer
     blocks, `stack` names the one to record; where none is found, `layers` and `norms` are patterns over
-    `named_modules()` for the sublayers, and for the modules that receive each layer's state and the final one.
+    `named_modules()` for the sublayers, and for the modules that receive each layer's state and the final one. A number of `layers` is for a
+    model that names its tensors itself with `probes.mark`.
 
     Gradients are recorded as autograd gives them: a loss scaled by a GradScaler gives scaled ones.
 

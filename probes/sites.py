@@ -64,12 +64,13 @@ class LayerSite:
 
 @dataclass(frozen=True)
 class Sites:
-    """Every place of one model that is tapped. `final` is where the final state is seen. `reads` is empty for a model
+    """Every place of one model that is tapped. `final` is where the final state is seen, None where it is only marked
+    (marks.py). `reads` is empty for a model
     without depth reads, else L+1 modules. `change` says what else happens to the stream than layers adding to it."""
 
     root: nn.Module
     layers: list[LayerSite]
-    final: Place
+    final: Place | None
     reads: list[nn.Module]
     change: str = ""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from probes import marks
 from probes.identity import Sample, keep_sample
 from probes.sites import Place, Sites
 from probes.statistics import DEPTH_METRICS, DepthSums, Moments, add_moments, token_mean_square
@@ -70,6 +71,7 @@ class Taps:
         self._sample = Sample([site.given for site in sites.layers], device)
         self._mean_squares: dict[int, tuple[Tensor, Tensor]] = {}
         self._summed_rows, self._kept_rows = _rows_by_arithmetic(sites)
+        self._unhooked = _unhooked_rows(sites)
         self._states: dict[
             int, Tensor
         ] = {}  # by row, where an output is a difference of states or a state a sum
@@ -101,6 +103,7 @@ class Taps:
 
     def detach(self) -> None:
         """Take every hook off the model."""
+        marks.forget(self)
         while self._handles:
             self._handles.pop().remove()
 
@@ -141,8 +144,14 @@ class Taps:
             counts |= dict.fromkeys(DEPTH_METRICS, self._depth.tokens)
         return counts
 
+    def marked(self, x: Tensor, place: str, row: int) -> None:
+        """A tensor that the author has named; only for rows that no hook sees."""
+        if self._live and row in self._unhooked[place]:
+            self._timed(self._tap, x, place, row)
+
     def _attach(self) -> None:
         sites = self._sites
+        marks.listen(self)
         self._handles.append(sites.root.register_forward_pre_hook(Hook(self._begin)))
         if sites.reads:
             self._before(sites.reads[0], lambda args, kwargs: self._tap(args[0][0], "output", 0))
@@ -153,7 +162,8 @@ class Taps:
                 self._at(site.output, lambda x, row=row: self._output(x, row))
             elif site.after is not None:
                 self._at(site.after, lambda x, row=row: self._difference(x, row))
-        self._at(sites.final, lambda x: self._state(x, len(sites.layers)))
+        if sites.final is not None:
+            self._at(sites.final, lambda x: self._state(x, len(sites.layers)))
         for row, read in enumerate(sites.reads):
             self._after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], output[1]))
         if "block" in self._forward:
@@ -297,8 +307,25 @@ def _block_rows(sites: Sites, device: torch.device) -> tuple[str, Tensor] | None
 
 def _rows_by_arithmetic(sites: Sites) -> tuple[set[int], set[int]]:
     """Rows of states that are summed from the state and the output before, and of those kept for a sum or difference."""
-    summed = {row for row, site in enumerate(sites.layers) if site.state is None}
+    before = [None, *sites.layers]
+    summed = {
+        row
+        for row, site in enumerate(sites.layers)
+        if site.state is None and before[row] is not None and before[row].output is not None
+    }
     differences = {
         row for row, site in enumerate(sites.layers) if site.output is None and site.after is not None
     }
     return summed, {row - 1 for row in summed} | differences
+
+
+def _unhooked_rows(sites: Sites) -> dict[str, set[int]]:
+    """Rows that no hook sees, by place: those that marks may fill."""
+    summed, _ = _rows_by_arithmetic(sites)
+    states = {row for row, site in enumerate(sites.layers) if site.state is None and row not in summed}
+    outputs = {row for row, site in enumerate(sites.layers, 1) if site.output is None and site.after is None}
+    if sites.final is None:
+        states.add(len(sites.layers))
+    if 0 in states and not sites.reads:
+        outputs.add(0)
+    return {"state": states, "output": outputs}
