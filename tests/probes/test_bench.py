@@ -239,3 +239,9 @@ def test_compiled_and_forgotten_afterwards(tmp_path):
     with probes.record(model, tmp_path / "run", optimizer=optimizer, every=1):
         train(torch.compile(model, backend="aot_eager"), optimizer, 1)
     assert np.isfinite(probes.open_run(tmp_path / "run")["hidden_rms"]).all()
+
+
+def test_the_layers_may_be_chosen_as_for_a_recording():
+    with pytest.raises(probes.RunError, match="nowhere"):
+        probes.bench(decoder(blocks=1), TOKENS, pairs=1, stack="nowhere")
+    assert probes.bench(decoder(blocks=1), TOKENS, pairs=1, stack="blocks").pairs == 1
