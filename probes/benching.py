@@ -48,10 +48,10 @@ def bench(
     `loss` makes a scalar of the model's output; without one, the output's own `loss` is used where it has one, and
     else the mean square of the (first) output, which costs nearly the same. Without an `optimizer` AdamW with
     learning rate 0 is used. `every`, `matrices_every`, `stack`, `layers` and `norms` are what `probes.record` would be
-    given. With `compile`
-    the model is run through torch.compile, and all that the compiler remembers is forgotten afterwards.
+    given. With `compile` the model is run through torch.compile, and all that the compiler remembers is forgotten
+    afterwards.
 
-    The model and the optimizer are left as they were (`probes.unchanged`).
+    The model and the optimizer are left as they were (probes/unchanged.py).
 
     Raises RunError: a model that cannot be recorded, a step that fails, a bad schedule or number of pairs.
     """
