@@ -22,6 +22,9 @@ class Sample:
         self.output = torch.full_like(self.state, torch.nan)
         self._given = torch.tensor([*given, rows], device=device)
 
+    def tensors(self) -> list[Tensor]:
+        return [self.state, self.output, self._given]
+
     def of(self, place: str) -> Tensor:
         """Where the sample of a "state" or an "output" goes."""
         return self.state if place == "state" else self.output

@@ -122,9 +122,9 @@ def write_json(path: Path, data: dict) -> None:
     os.replace(temporary, path)
 
 
-def beat(folder: Path, step: int, **counts: int) -> None:
+def beat(folder: Path, step: int, **trouble) -> None:
     """Say that the run lives: time, process and the last step written."""
-    write_json(folder / HEARTBEAT, {"time": time.time(), "pid": os.getpid(), "step": step, **counts})
+    write_json(folder / HEARTBEAT, {"time": time.time(), "pid": os.getpid(), "step": step, **trouble})
 
 
 def read_json(path: Path) -> dict | None:

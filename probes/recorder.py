@@ -5,12 +5,10 @@
 The recorder owns the taps, knows the step, and hands each recorded step to the writer.
 """
 
-import dataclasses
 import json
 import logging
 import math
 import os
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,17 +17,23 @@ import numpy as np
 import torch
 from torch import nn
 
+from probes.backwards import Backwards
+from probes.clock import Clock, Moment
+from probes.compiled import BEFORE, check_not_compiled
 from probes.ending import Ending, describe
+from probes.faults import Faults
 from probes.finding import find_sites
 from probes.flush import start_copy
 from probes.gradients import GradientNorms
 from probes.identity import first_broken
 from probes.manifest import Manifest, RunError
+from probes.masks import MaskOf, mask_finder
+from probes.provenance import model_config, versions
+from probes.scaling import LossScale
 from probes.schedule import Schedule, Steps, schedule
 from probes.sites import Sites
 from probes.taps import MATRICES, OFF, VECTORS, Taps
-from probes.version import version
-from probes.vocabulary import metric
+from probes.vocabulary import GRADIENTS, metric
 from probes.writer import RunWriter
 
 log = logging.getLogger("depthscope")
@@ -38,15 +42,16 @@ log = logging.getLogger("depthscope")
 _PENDING_SCALARS = 64
 _PENDING_SECONDS = 1.0
 
-
-_BEFORE = "Call probes.record before a compiled model first runs, and train the very module that was passed."
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 def record(
     model: nn.Module,
     path: str | os.PathLike,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    mask: str | MaskOf | None = None,
     every: Steps = 10,
     matrices_every: Steps = 100,
     config: dict | None = None,
@@ -54,6 +59,7 @@ def record(
     stack: str | Sequence[str] | None = None,
     layers: int | str | Sequence[str] | None = None,
     norms: str | Sequence[str] | None = None,
+    strict: bool = False,
 ) -> "Recorder":
     """Attach probes to `model` and record its training at `path`, a new folder.
 
@@ -61,35 +67,39 @@ def record(
     steps completed; vectors are recorded every `every` steps, matrices (and vectors with them) every
     `matrices_every`. Either may also be a range of steps, `probes.log_spaced()`, or a list of such parts, as
     `[range(100), 10]` for each of the first 100 steps and then every 10; step 0 is always recorded. Without an
-    `optimizer` call `recorder.step()` after each update. `config` (JSON values) is stored beside the model's
-    own configuration.
+    `optimizer` call `recorder.step()` after each update; of several, a step is complete when each has
+    stepped. A step is all forwards whose gradients the optimizer takes, at the parameters the step began with.
 
     The layers are found by themselves (`probes.describe` shows how). Where a model has several stacks of transformer
     blocks, `stack` names the one to record; where none is found, `layers` and `norms` are patterns over
-    `named_modules()` for the sublayers, and for the modules that receive each layer's state and the final one. A number of `layers` is for a
-    model that names its tensors itself with `probes.mark`.
+    `named_modules()` for the sublayers, and for the modules that receive each layer's state and the final one. A
+    number of `layers` is for a model that names its tensors itself with `probes.mark`.
 
-    Gradients are recorded as autograd gives them: a loss scaled by a GradScaler gives scaled ones.
+    `scaler`: the GradScaler of mixed-precision training; gradients are recorded unscaled.
+    `mask`: which tokens count. The name of an argument of the model's forward, or a function of its
+    (args, kwargs), that gives [B, T], zero where a token does not count; by default `attention_mask`.
+    `config` (JSON values) is stored beside the model's own configuration.
+    `strict`: a failure inside the probe raises. Otherwise it is said once, and what it touched is missing.
 
-    Raises RunError: a run or other files at `path`, a model without recognisable layers, a bad interval.
+    Raises RunError: a run or other files at `path`, a model without recognisable layers or one that has already
+    run compiled, a bad interval.
     """
     vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
     sites = find_sites(model, stack, layers, norms)
     created = time.time()
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise RunError(
-            f"A {type(optimizer).__name__} is not a torch.optim.Optimizer: leave `optimizer` out and call "
-            "recorder.step() after each update."
-        )
+    optimizers = _optimizers(optimizer)
+    scale = LossScale(scaler)
+    mask = mask_finder(mask, sites.root)
+    check_not_compiled(sites.root)
     try:
-        described = _model_config(sites.root) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
+        described = model_config(sites.root) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise RunError(
             f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
         ) from error
     tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
-    manifest = Manifest(sites.layout, created, vectors, matrices, described, tags, _versions(sites))
-    return Recorder(sites, RunWriter(Path(path), manifest), manifest, optimizer)
+    manifest = Manifest(sites.layout, created, vectors, matrices, described, tags, versions(sites.root))
+    return Recorder(sites, RunWriter(Path(path), manifest), manifest, optimizers, scale, mask, Faults(strict))
 
 
 class Recorder:
@@ -100,26 +110,41 @@ class Recorder:
         sites: Sites,
         writer: RunWriter,
         manifest: Manifest,
-        optimizer: torch.optim.Optimizer | None,
+        optimizers: list[torch.optim.Optimizer],
+        scale: LossScale,
+        mask: MaskOf,
+        faults: Faults,
     ):
-        self._writer, self._manifest, self._optimizer = writer, manifest, optimizer
-        self._step = 0
+        self._writer, self._manifest, self._optimizers = writer, manifest, optimizers
+        self._scale, self._faults = scale, faults
+        self._clock = Clock(optimizers)
+        faults.step = lambda: self._step
+        writer.missing = faults.missing
         self._asked = False
+        self._retry = OFF  # a look was in vain, for the update was skipped on the device
         self._closed = False
         self._checked = self._identity_checked = False
         self._sites = sites
+        self._said: set[str] = set()
         self._owed = False  # the writer waits to hear that the recorded step is complete
         self._process = os.getpid()
-        self._scalars: list[tuple[str, int, object]] = []
+        self._scalars: list[tuple[str, Moment, object]] = []
         self._logged: set[str] = set()  # names the script has logged itself
         self._put_at = self._stepped_at = time.perf_counter()
         self._model_name = type(sites.root).__name__
-        self._taps = Taps(sites)
-        self._gradients = GradientNorms(sites, lambda: self._taps.mode != OFF)
+        self._taps = Taps(sites, mask, faults)
+        self._skipped: torch.Tensor | None = None  # attempts at this step that the scaler skipped
+        self._sites = sites
+        self._watch_parameters()
         self._taps.mode = self._mode(0)
-        self._hooks = (
-            [optimizer.register_step_post_hook(lambda *_: self.step())] if optimizer is not None else []
-        )
+        self._hooks = [
+            hook
+            for optimizer in optimizers
+            for hook in (
+                optimizer.register_step_pre_hook(lambda it, *_: self._before_update(it)),
+                optimizer.register_step_post_hook(lambda it, *_: self._after_update(it)),
+            )
+        ]
         self._ending = Ending(self.close)
 
     # What a training script calls
@@ -147,35 +172,46 @@ class Recorder:
         if self._closed:
             return
         now = time.perf_counter()
-        if self._taps.mode != OFF and self._taps.seen:
-            self._keep_own(now)
-            self._put(self._measured(), self._taps.counts())
-            self._owed = True
-        elif self._owed or self._due(now):
-            self._put()
-            self._owed = False
+        with self._faults.guard(*GRADIENTS):
+            if self._taps.mode != OFF and self._taps.seen:
+                self._keep_own(now)
+                self._put(self._measured(), self._taps.counts())
+                self._owed = True
+            elif self._owed or self._due(now):
+                self._put()
+                self._owed = False
         if self._taps.mode != OFF:
             if not self._taps.seen:
                 self._say_unseen()
+            self._say_odd()
             self._taps.reset()
+            self._taps.follow()
             self._gradients.reset()
-        self._step += 1
+            self._backwards.reset()
+            if self._gradients.replaced():
+                self._backwards.detach()
+                self._watch_parameters()
+            self._scale.reset()
+            self._faults.reset()
+            self._skipped = None
+        self._clock.advance()
         self._stepped_at = now
         self._taps.seen = False
-        self._taps.mode = self._mode(self._step)
+        retry, self._retry = self._retry, OFF
+        self._taps.mode = max(self._mode(self._step), retry)
 
     def close(self, status: str = "finished", reason: str = "") -> None:
         """Take all hooks off, seal what is left and mark the end. Closing twice does nothing."""
         if self._closed or os.getpid() != self._process:
             return
         self._closed = True
-        if self._optimizer is None and self._step == 0 and self._taps.seen:
+        if not self._optimizers and self._step == 0 and self._taps.seen:
             log.warning(
                 "depthscope saw no optimizer step, so nothing but logged scalars was recorded: "
                 "pass optimizer= to probes.record, or call recorder.step() after each update."
             )
         self._taps.detach()
-        self._gradients.detach()
+        self._backwards.detach()
         for hook in self._hooks:
             hook.remove()
         self._ending.release()
@@ -193,6 +229,47 @@ class Recorder:
 
     # One step
 
+    @property
+    def _step(self) -> int:
+        return self._clock.step
+
+    def _before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._clock.again(optimizer):
+            self.step()  # the other optimizers stay out of that one
+        if self._taps.mode == OFF or not self._taps.seen:
+            return
+        with self._faults.guard("clip_factor"):
+            now = self._scale.at_step(optimizer)
+            if self._backwards.counts:
+                self._gradients.take(optimizer, self._scale.value, now)
+        self._backwards.close()
+
+    def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._clock.stepped(optimizer):
+            self.step()
+
+    def _watch_parameters(self) -> None:
+        self._gradients = GradientNorms(self._sites)
+        self._backwards = Backwards(
+            self._gradients.watched(), lambda: self._taps.mode != OFF, self._restart, self._backward_ended
+        )
+
+    def _backward_ended(self, counts: bool) -> None:
+        with self._faults.guard(*GRADIENTS):
+            if not counts:
+                self._taps.drop()
+                return
+            self._taps.commit()
+            self._gradients.measure()
+            self._scale.at_backward(self._gradients.squares)
+
+    def _restart(self) -> None:
+        with self._faults.guard(*GRADIENTS):
+            self._taps.restart()
+            if self._scale.given:
+                lost = (~self._gradients.finite()).float()
+                self._skipped = lost if self._skipped is None else self._skipped + lost
+
     def _mode(self, step: int) -> int:
         asked, self._asked = self._asked, False
         if asked or self._manifest.matrices(step):
@@ -205,7 +282,7 @@ class Recorder:
 
     def _keep(self, scalars: dict) -> None:
         """Hold scalars until the next hand-over; they belong to the latest training forward."""
-        step = self._step if self._taps.seen else max(self._step - 1, 0)
+        moment = self._clock.now if self._taps.seen else self._clock.before
         for name, value in scalars.items():
             if isinstance(value, torch.Tensor):
                 if value.numel() != 1 or value.is_complex():
@@ -216,43 +293,72 @@ class Recorder:
                 value = value.detach().reshape(()).clone()
             else:
                 value = _number(name, value)
-            self._scalars.append((name, step, value))
+            self._scalars.append((name, moment, value))
 
     def _keep_own(self, now: float) -> None:
         """Host-side scalars of a recorded step, but for those that the script logs itself."""
         scalars = {"step_time": now - self._stepped_at, "wall_time": time.time() - self._manifest.created}
         # Taps inside a compiled graph are not timed.
         scalars["probe_time"] = self._taps.seconds or math.nan
-        if self._optimizer is not None:
-            scalars["lr"] = self._optimizer.param_groups[0]["lr"]
+        if self._optimizers:
+            scalars["lr"] = self._optimizers[0].param_groups[0]["lr"]
         self._keep({name: value for name, value in scalars.items() if name not in self._logged})
 
     def _measured(self) -> dict[str, torch.Tensor]:
-        metrics = self._taps.finish() | self._gradients.finish()
-        return {name: value for name, value in metrics.items() if name not in self._logged}
+        """The metrics of this step, gradients unscaled; without those that failed or cannot be known."""
+        if not self._optimizers:
+            self._scale.unknown = self._taps.half and not self._scale.given
+        known = self._scale.known()
+        metrics = self._taps.finish() | self._gradients.finish(self._scale.value)
+        if self._scale.value is not None:
+            metrics |= {
+                name: v / self._scale.value for name, v in metrics.items() if name.endswith("_grad_rms")
+            }
+        if self._scale.given or self._clock.vain() is not None:
+            metrics["skipped"] = torch.zeros(()) if self._skipped is None else self._skipped
+        left_out = self._logged | self._faults.now | (set() if known else set(GRADIENTS))
+        return {name: value for name, value in metrics.items() if name not in left_out}
 
     def _put(self, metrics: dict | None = None, counts: dict | None = None) -> None:
         """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed."""
-        step, metrics, counts = self._step, metrics or {}, counts or {}
+        now, mode, metrics, counts = self._clock.now, self._taps.mode, metrics or {}, counts or {}
+        vain = self._clock.vain()
         pending, self._scalars = self._scalars, []
-        known = [(name, step, np.float32(v)) for name, step, v in pending if not isinstance(v, torch.Tensor)]
-        logged = {(name, s, i): v for i, (name, s, v) in enumerate(pending) if isinstance(v, torch.Tensor)}
-        fetch = start_copy(logged | metrics | {("count", name): count for name, count in counts.items()})
+        logged = {
+            (name, "logged", i): v for i, (name, _, v) in enumerate(pending) if isinstance(v, torch.Tensor)
+        }
+        moments = {now, *(moment for _, moment, _ in pending)}
+        skips = {("skips", m.attempt): m.skips for m in moments if m.skips is not None}
+        skips |= {} if vain is None else {("vain",): vain}
+        fetch = start_copy(
+            logged | metrics | skips | {("count", name): count for name, count in counts.items()}
+        )
 
         def rows():
             values = fetch()
             seen = {name: values["count", name] for name in counts}
-            yield from known
-            yield from ((name, s, values[name, s, i]) for name, s, i in logged)
+            lost = int(values.get(("vain",), 0))
+
+            def step_of(moment: Moment) -> int:
+                return moment.attempt - int(values.get(("skips", moment.attempt), 0))
+
+            self._clock.learn(now.attempt - step_of(now) + lost)
+            for i, (name, moment, value) in enumerate(pending):
+                yield name, step_of(moment), values.get((name, "logged", i), value)
+            if lost and metrics:
+                # The gradients were not finite. What can be seen again will be, as soon as this is known.
+                self._retry = mode
+                yield "skipped", step_of(now), np.float32(1)
+                return
             self._check_identity(values.get("identity_error"))
             for name in metrics:
                 # A metric nobody observed is absent, not a row of blanks.
                 if name not in seen or seen[name].any():
-                    yield name, step, values[name]
+                    yield name, step_of(now), values[name]
             self._check(seen)
 
         # Rows of this very step may still be logged until the next forward.
-        self._writer.put(rows, complete=self._step - 1)
+        self._writer.put(rows, complete=now.attempt - 1)
         self._put_at = time.perf_counter()
 
     # The first recorded step is checked: a tap that never fires would leave a blank nobody notices.
@@ -270,7 +376,7 @@ class Recorder:
         }
         if any(blank.values()):
             rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
-            log.warning("depthscope saw nothing of %s. These rows stay blank. %s", rows, _BEFORE)
+            log.warning("depthscope saw nothing of %s. These rows stay blank. %s", rows, BEFORE)
 
     def _check_identity(self, errors: np.ndarray | None) -> None:
         """Say once where the stream of a plain residual does not add up; runs in the writer's thread."""
@@ -294,8 +400,34 @@ class Recorder:
             log.warning(
                 "depthscope saw no forward of %s in training mode before the first optimizer step. %s",
                 self._model_name,
-                _BEFORE,
+                BEFORE,
             )
+
+    def _say_odd(self) -> None:
+        """What was noticed in the forwards of this step, each once."""
+        if self._taps.odd_mask:
+            self._say("depthscope takes masks of [B, T] only; here every token counts: pass mask=.")
+        if self._taps.repeated:
+            names = ", ".join(self._taps.repeated)
+            self._say(
+                f"depthscope saw layers run several times in one forward; their rows cover all runs: {names}."
+            )
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning("%s", text)
+
+
+def _optimizers(given: Optimizers | None) -> list[torch.optim.Optimizer]:
+    optimizers = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise RunError(
+                f"A {type(optimizer).__name__} is not a torch.optim.Optimizer: leave `optimizer` out and call "
+                "recorder.step() after each update."
+            )
+    return optimizers
 
 
 def schedule_of(name: str, given: Steps) -> Schedule:
@@ -316,31 +448,3 @@ def _number(name: str, value: object) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"log({name}=…) takes a number, not {value!r}.") from None
-
-
-def _model_config(root: nn.Module) -> dict:
-    """The model's own configuration, where it carries one; what JSON has no value for is written as text."""
-    config = getattr(root, "config", None)
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        config = dataclasses.asdict(config)
-    elif hasattr(config, "to_dict"):
-        config = config.to_dict()
-    if not isinstance(config, dict):
-        return {}
-    return json.loads(json.dumps(config, default=str, skipkeys=True), parse_constant=str)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _versions(sites: Sites) -> dict:
-    parameter = next(sites.root.parameters())
-    return {
-        "depthscope": version(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": _device_name(parameter.device),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in sites.root.parameters()),
-    }

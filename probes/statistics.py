@@ -15,20 +15,45 @@ class Moments:
         self.squares = torch.zeros(rows, device=device)
         self.count = torch.zeros(rows, dtype=torch.int64, device=device)
 
+    def tensors(self) -> list[Tensor]:
+        return [self.squares, self.count]
+
     def reset(self) -> None:
-        self.squares.zero_()
-        self.count.zero_()
+        for sums in self.tensors():
+            sums.zero_()
 
     def finish(self) -> Tensor:
         """RMS of each row, float32 [rows]; NaN for a row that saw nothing."""
         return (self.squares / self.count).sqrt()
 
 
-def add_moments(x: Tensor, squares: Tensor, count: Tensor, row: int) -> None:
-    """Add `x` to row `row`: one pass over it, accumulated in float32 whatever its type."""
-    norm = torch.linalg.vector_norm(x, dtype=torch.float32)
-    squares[row].addcmul_(norm, norm)
-    count[row].add_(x.numel())
+def add_moments(x: Tensor, squares: Tensor, count: Tensor, row: int, mask: Tensor | None = None) -> None:
+    """Add `x` to row `row`: one pass over it, accumulated in float32 whatever its type.
+
+    Of a `mask` (bool, the leading axes of `x`) only the true tokens count, whatever the others hold.
+    """
+    if mask is None:
+        norm = norm_of(x)
+        squares[row].addcmul_(norm, norm)
+        count[row].add_(x.numel())
+    else:
+        norm = norm_of(x.flatten(mask.ndim), dim=-1)
+        squares[row].add_((norm * norm).where(mask, 0).sum())
+        count[row].add_(mask.sum() * (x.numel() // max(mask.numel(), 1)))
+
+
+def add_nonfinite(x: Tensor, count: Tensor, row: int, mask: Tensor | None = None) -> None:
+    """Add the number of infinite and not-a-number elements of `x` to row `row`."""
+    wrong = ~torch.isfinite(x)
+    if mask is not None:
+        wrong = wrong.flatten(mask.ndim) & mask.unsqueeze(-1)
+    count[row].add_(wrong.sum())
+
+
+def norm_of(x: Tensor, dim: int | None = None) -> Tensor:
+    """L2 norm, float32, accumulated in float32 or, of a float64 tensor, in float64."""
+    wide = x.dtype == torch.float64
+    return torch.linalg.vector_norm(x, dim=dim, dtype=None if wide else torch.float32).float()
 
 
 DEPTH_METRICS = (
@@ -60,16 +85,26 @@ class DepthSums:
         # count.
         self._cells = exists.flatten().nonzero().flatten().to(device)
 
+    def tensors(self) -> list[Tensor]:
+        return [self.centred, self.squared, self.contribution, self.entropy, self.tokens]
+
     def reset(self) -> None:
-        for sums in (self.centred, self.squared, self.contribution, self.entropy, self.tokens):
+        for sums in self.tensors():
             sums.zero_()
 
-    def add(self, row: int, weight: Tensor, mean_squares: list[Tensor]) -> None:
-        """Add one read: weight [S, B, T] and the mean square over channels of each source, S times [B, T]."""
+    def add(self, row: int, weight: Tensor, mean_squares: list[Tensor], mask: Tensor | None = None) -> None:
+        """Add one read: weight [S, B, T] and the mean square over channels of each source, S times [B, T].
+
+        Of a `mask` (bool [B, T]) only the true tokens count.
+        """
         weight = weight.detach().float().flatten(1)
+        size = torch.stack(mean_squares).flatten(1)
         sources, tokens = weight.shape
         centred = weight - 1 / sources
-        size = torch.stack(mean_squares).flatten(1)
+        if mask is not None:
+            # A padded token may hold anything, not-a-number too; zeros add nothing to any of the sums.
+            mask, tokens = mask.flatten(), mask.sum()
+            weight, size, centred = weight.where(mask, 0), size.where(mask, 0), centred.where(mask, 0)
         self.centred[row, :sources].add_(centred.sum(1))
         self.squared[row, :sources].add_((centred * centred).sum(1))
         self.contribution[row, :sources].add_((weight * weight * size).sum(1))
@@ -101,5 +136,45 @@ class DepthSums:
 
 def token_mean_square(x: Tensor) -> Tensor:
     """Mean square over channels, [..., D] -> float32 [...]."""
-    norm = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32)
+    norm = norm_of(x.detach(), dim=-1)
     return norm * norm / x.shape[-1]
+
+
+class Tables:
+    """All sums of one model, empty: moments by place, forward and backward, non-finite counts, depth sums."""
+
+    def __init__(self, sizes: dict[str, int], sources: list[int], device: torch.device):
+        self.forward = {place: Moments(rows, device) for place, rows in sizes.items()}
+        self.backward = {place: Moments(rows, device) for place, rows in sizes.items()}
+        self.nonfinite = torch.zeros(sizes["state"], dtype=torch.int64, device=device)
+        self.depth = DepthSums(sources, device) if sources else None
+
+    def forward_tensors(self) -> list[Tensor]:
+        depth = self.depth.tensors() if self.depth is not None else []
+        return [self.nonfinite, *depth, *(t for moments in self.forward.values() for t in moments.tensors())]
+
+    def backward_tensors(self) -> list[Tensor]:
+        return [t for moments in self.backward.values() for t in moments.tensors()]
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.forward_tensors(), *self.backward_tensors()]
+
+    def reset(self) -> None:
+        clear(self.tensors())
+
+
+def merge(into: list[Tensor], part: list[Tensor]) -> None:
+    """Add the sums of a part to those of the whole."""
+    for mine, other in zip(_by_type(into), _by_type(part), strict=True):
+        torch._foreach_add_(mine, other)
+
+
+def clear(sums: list[Tensor]) -> None:
+    for group in _by_type(sums):
+        torch._foreach_zero_(group)
+
+
+def _by_type(tensors: list[Tensor]) -> list[list[Tensor]]:
+    # One kernel for many small tensors needs them of one type.
+    whole = [t for t in tensors if not t.is_floating_point()]
+    return [whole, [t for t in tensors if t.is_floating_point()]]

@@ -12,19 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from probes import marks
+from probes.backwards import in_backward
+from probes.faults import Faults
 from probes.identity import Sample, keep_sample
+from probes.masks import MaskOf, fitting, mask_finder
+from probes.passes import Passes
+from probes.scaling import half_precision
 from probes.sites import Place, Sites
-from probes.statistics import DEPTH_METRICS, DepthSums, Moments, add_moments, token_mean_square
+from probes.statistics import DEPTH_METRICS, Tables, add_moments, add_nonfinite, token_mean_square
 
 OFF, VECTORS, MATRICES = 0, 1, 2
 
+_METRIC_OF = {"state": "hidden", "output": "output", "block": "block"}
+_ACTIVATIONS = tuple(f"{name}_{suffix}" for name in _METRIC_OF.values() for suffix in ("rms", "grad_rms"))
+
 
 @torch._dynamo.allow_in_graph
-def _tap_gradient_in_graph(x: Tensor, squares: Tensor, count: Tensor, row: int) -> None:
+def _tap_gradient_in_graph(
+    x: Tensor, squares: Tensor, count: Tensor, row: int, mask: Tensor | None = None
+) -> None:
     # Opaque to dynamo on purpose: where it traces `register_hook` itself, torch 2.13 forgets what the model
     # assigned to attributes of Python objects, and the compiled model computes something else.
     def tap(gradient: Tensor) -> None:
-        add_moments(gradient, squares, count, row)
+        add_moments(gradient, squares, count, row, mask)
 
     x.register_hook(tap)
 
@@ -50,31 +60,42 @@ class Hook:
 
 
 class Taps:
-    """All taps of one model. Set `mode` between steps; `finish` gives a step's metrics, `reset` clears."""
+    """All taps of one model. Set `mode` between steps; `finish` gives a step's metrics, `reset` clears.
 
-    def __init__(self, sites: Sites):
+    At the end of each backward pass `commit` counts what it belongs to, or `drop` forgets it; `restart` forgets
+    what was counted in this step.
+    """
+
+    def __init__(self, sites: Sites, mask: str | MaskOf | None = None, faults: Faults | None = None):
         self._mode = OFF
         # Booleans, for the compiler would make a number that changes a symbol, and compile graphs for it.
         self._looking = self._matrices = False
         self.seen = False  # a training forward has begun since the last optimizer step
         self.seconds = 0.0  # host time inside eager taps
+        self.half = False  # a training forward ran under float16 autocast
+        self.odd_mask = False  # a mask was there, but not one of [B, T]
         self._live = False  # inside a training forward that is looked at
+        self._compiled = False  # the latest forward was
+        self._embedded = False  # this forward's embedding has been seen
         self._sites = sites
-        device = next(sites.root.parameters()).device
-        self._block_rows = _block_rows(sites, device)
+        self._faults = faults or Faults(strict=True)
+        self._mask_of = mask_finder(mask, sites.root)
+        self._mask: Tensor | None = None
+        self._parameter = next(sites.root.parameters())
+        self._block_rows = _block_rows(sites, self._parameter.device)
         sizes = {"state": len(sites.layers) + 1, "output": len(sites.layers) + 1}
         if self._block_rows is None:
             sizes["block"] = len(_last_layers(sites))
-        self._forward = {place: Moments(rows, device) for place, rows in sizes.items()}
-        self._backward = {place: Moments(rows, device) for place, rows in sizes.items()}
-        self._depth = DepthSums([read.depth_sources for read in sites.reads], device) if sites.reads else None
-        self._sample = Sample([site.given for site in sites.layers], device)
+        self._shape = sizes, [read.depth_sources for read in sites.reads]
+        self._owing = False  # a row's gradient is to be tapped in a recomputation
+        self._owed: set[tuple[str, int]] = set()
+        self._recomputing = False
+        self._make_tables()
         self._mean_squares: dict[int, tuple[Tensor, Tensor]] = {}
         self._summed_rows, self._kept_rows = _rows_by_arithmetic(sites)
         self._unhooked = _unhooked_rows(sites)
-        self._states: dict[
-            int, Tensor
-        ] = {}  # by row, where an output is a difference of states or a state a sum
+        # By row, where an output is a difference of states or a state a sum.
+        self._states: dict[int, Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             self._attach()
@@ -95,11 +116,9 @@ class Taps:
     @property
     def nbytes(self) -> int:
         """Memory held on the device, in bytes."""
-        parts = [*self._forward.values(), *self._backward.values(), self._sample, self._depth]
-        tensors = [
-            t for part in parts if part is not None for t in vars(part).values() if isinstance(t, Tensor)
-        ]
-        return sum(t.nbytes for t in tensors)
+        return sum(
+            t.nbytes for t in (*self._tables.tensors(), *self._counted.tensors(), *self._sample.tensors())
+        )
 
     def detach(self) -> None:
         """Take every hook off the model."""
@@ -107,20 +126,53 @@ class Taps:
         while self._handles:
             self._handles.pop().remove()
 
+    def _make_tables(self) -> None:
+        """Empty sums where the model is: taps write to the live ones, `commit` adds them to those that count."""
+        self._device = self._parameter.device
+        self._autocasts = torch.amp.is_autocast_available(self._device.type)
+        live, self._counted = (Tables(*self._shape, self._device) for _ in range(2))
+        self._tables = live
+        self._sample = Sample([site.given for site in self._sites.layers], self._device)
+        self._block_rows = _block_rows(self._sites, self._device)
+        self._forward, self._backward = live.forward, live.backward
+        self._nonfinite, self._depth = live.nonfinite, live.depth
+        self._passes = Passes(live, self._counted)
+
+    def follow(self) -> None:
+        """Go where the model went, with empty sums."""
+        self._parameter = next(self._sites.root.parameters())  # moving may have replaced it
+        if self._parameter.device != self._device:
+            self._make_tables()
+
+    def commit(self) -> None:
+        self._passes.commit()
+
+    def drop(self) -> None:
+        self._passes.drop()
+
+    def restart(self) -> None:
+        self._passes.restart()
+
+    @property
+    def repeated(self) -> list[str]:
+        """Names of layers that ran more than once in one forward."""
+        rows = {row for place, row in self._passes.repeated if place == "output"}
+        return [site.layer.name for row, site in enumerate(self._sites.layers, 1) if row in rows]
+
     def reset(self) -> None:
         self.seconds = 0.0
-        for moments in (*self._forward.values(), *self._backward.values()):
-            moments.reset()
-        if self._depth is not None:
-            self._depth.reset()
+        self._owing = False
+        self._owed.clear()
+        self._passes.reset()
 
     def finish(self) -> dict[str, Tensor]:
         """Metrics of the step just taken, float32 on the device, by name of the vocabulary."""
+        self._passes.settle()
         metrics = {}
-        for suffix, table in (("rms", self._forward), ("grad_rms", self._backward)):
+        for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
             done = {place: moments.finish() for place, moments in table.items()}
             metrics[f"hidden_{suffix}"] = done["state"]
-            metrics[f"output_{suffix}"] = done["output"]
+            metrics[f"output_{suffix}"] = self._once(done["output"], torch.nan)
             if self._block_rows is None:
                 metrics[f"block_{suffix}"] = done["block"]
             else:
@@ -128,33 +180,45 @@ class Taps:
                 metrics[f"block_{suffix}"] = done[place][rows]
         if self.mode == MATRICES:
             metrics["identity_error"] = self._sample.finish()
-            if self._depth is not None:
-                metrics |= self._depth.finish()
+            count = self._counted.forward["state"].count
+            metrics["nonfinite"] = self._counted.nonfinite.float().where(count > 0, torch.nan)
+            if self._counted.depth is not None:
+                metrics |= self._counted.depth.finish()
         return metrics
 
     def counts(self) -> dict[str, Tensor]:
         """How much each row of the metrics of `finish` has seen, by name; zero for a row that saw nothing."""
         counts = {}
-        for suffix, table in (("rms", self._forward), ("grad_rms", self._backward)):
+        for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
             counts[f"hidden_{suffix}"] = table["state"].count
-            counts[f"output_{suffix}"] = table["output"].count
+            counts[f"output_{suffix}"] = self._once(table["output"].count, 0)
             place, rows = self._block_rows or ("block", slice(None))
             counts[f"block_{suffix}"] = table[place].count[rows]
-        if self.mode == MATRICES and self._depth is not None:
-            counts |= dict.fromkeys(DEPTH_METRICS, self._depth.tokens)
+        if self.mode == MATRICES:
+            counts["nonfinite"] = counts["hidden_rms"]
+            if self._counted.depth is not None:
+                counts |= dict.fromkeys(DEPTH_METRICS, self._counted.depth.tokens)
         return counts
+
+    def _once(self, outputs: Tensor, blank: float) -> Tensor:
+        """Output rows, the embedding's blank where compiled layers ran several times and mixed it with others."""
+        if not self._compiled:
+            return outputs
+        forward = self._counted.forward
+        mixed = forward["output"].count[:1] > forward["state"].count[-1:]
+        return torch.cat([torch.where(mixed, blank, outputs[:1]), outputs[1:]])
 
     def marked(self, x: Tensor, place: str, row: int) -> None:
         """A tensor that the author has named; only for rows that no hook sees."""
-        if self._live and row in self._unhooked[place]:
+        if row in self._unhooked[place] and self._wants():
             self._timed(self._tap, x, place, row)
 
     def _attach(self) -> None:
         sites = self._sites
         marks.listen(self)
-        self._handles.append(sites.root.register_forward_pre_hook(Hook(self._begin)))
+        self._handles.append(sites.root.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
         if sites.reads:
-            self._before(sites.reads[0], lambda args, kwargs: self._tap(args[0][0], "output", 0))
+            self._before(sites.reads[0], lambda args, kwargs: self._tap_embedding(args[0][0]))
         for row, site in enumerate(sites.layers):
             if site.state is not None:
                 self._at(site.state, lambda x, row=row: self._state(x, row))
@@ -172,21 +236,51 @@ class Taps:
                 self._before(read, lambda args, kwargs, block=block: self._tap(args[0][-1], "block", block))
         self._handles.append(sites.root.register_forward_hook(Hook(self._end)))
 
-    def _begin(self, root: nn.Module, args) -> None:
-        # Validation and generation forwards are not recorded; recomputation in backward finds `_live` off.
-        training = root.training and torch.is_grad_enabled()
+    def _begin(self, root: nn.Module, args, kwargs) -> None:
+        # Validation and generation forwards are not recorded, nor is a recomputation in backward.
+        compiling = torch.compiler.is_compiling()
+        training = root.training and torch.is_grad_enabled() and (compiling or not in_backward())
         if training:
             self.seen = True
+            self.half = self._autocasts and half_precision(self._device.type)
         self._live = training and self._looking
+        self._compiled = compiling
         self._forget()  # a forward that raised left its own behind
+        if not compiling:
+            self._embedded = False
+        if not self._live:
+            return
+        if not compiling:
+            self._eagerly(self._begin_eagerly, "hidden_rms", "output_rms", "block_rms")
+        elif self._parameter.device != self._device:
+            self._live = False  # until `follow`
+        self._mask = self._find_mask(args, kwargs)
+
+    def _begin_eagerly(self) -> None:
+        self.follow()
+        self._passes.begin()
 
     def _end(self, root: nn.Module, args, output) -> None:
         self._live = False
+        self._mask = None
         self._forget()
 
     def _forget(self) -> None:
         self._mean_squares.clear()
         self._states.clear()
+
+    def _find_mask(self, args: tuple, kwargs: dict) -> Tensor | None:
+        """Which tokens count, bool [B, T]; None: all."""
+        mask = self._mask_of(args, kwargs)
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            self.odd_mask = True
+            return None
+        mask = mask != 0
+        if not torch.compiler.is_compiling():
+            self._passes.now.mask = mask
+        return mask
 
     def _at(self, place: Place, action: Callable[[Tensor], None]) -> None:
         if place.is_input:
@@ -196,33 +290,50 @@ class Taps:
 
     def _before(self, module: nn.Module, action: Callable) -> None:
         def hook(module, args, kwargs):
-            if self._live:
+            if self._wants():
                 self._timed(action, args, kwargs)
 
         self._handles.append(module.register_forward_pre_hook(Hook(hook), with_kwargs=True))
 
     def _after(self, module: nn.Module, action: Callable) -> None:
         def hook(module, args, kwargs, output):
-            if self._live:
+            if self._wants():
                 self._timed(action, args, kwargs, output)
 
         self._handles.append(module.register_forward_hook(Hook(hook), with_kwargs=True))
+
+    def _wants(self) -> bool:
+        """Whether to look here and now: in a training forward, or where it is recomputed with the graph that the
+        first time lacked (reentrant activation checkpointing)."""
+        if self._live or torch.compiler.is_compiling():
+            return self._live
+        self._recomputing = self._owing and torch.is_grad_enabled() and in_backward()
+        return self._recomputing
 
     def _timed(self, action: Callable, *values) -> None:
         if torch.compiler.is_compiling():
             action(*values)
             return
         started = time.perf_counter()
-        action(*values)
+        # What an action does not know by itself could be anything.
+        self._eagerly(lambda: action(*values), *_ACTIVATIONS)
         self.seconds += time.perf_counter() - started
+        self._recomputing = False
+
+    def _eagerly(self, action: Callable, *metrics: str) -> None:
+        """Do something outside compiled code; if it fails, those metrics are lost and nothing else."""
+        try:
+            action()
+        except Exception as error:
+            self._faults.caught(error, *metrics)
 
     def _state(self, x: Tensor, row: int) -> None:
         """What layer row+1 receives, or the final state; the first one is the embedding too."""
         self._tap(x, "state", row)
         if row == 0 and not self._sites.reads:
             # With its position and dropout, where a model has them.
-            self._tap(x, "output", 0)
-        if row in self._kept_rows and isinstance(x, Tensor):
+            self._tap_embedding(x)
+        if row in self._kept_rows and isinstance(x, Tensor) and not self._recomputing:
             self._states[row] = x.detach()
 
     def _output(self, x: Tensor, row: int) -> None:
@@ -231,48 +342,101 @@ class Taps:
             # A stack that holds what is added to the stream among other things: better blank than wrong.
             return
         self._tap(x, "output", row + 1)
-        if row + 1 in self._summed_rows and row in self._states:
+        if row + 1 in self._summed_rows:
             # No module receives the next state, so it is summed here. It is the output's only way on, so that the two
             # have one gradient.
-            state = self._states[row] + x.detach()
-            self._tap_values(state, "state", row + 1)
-            self._tap_gradient(x, "state", row + 1)
-            if row + 1 in self._kept_rows:
-                self._states[row + 1] = state
+            self._gradient(x, "state", row + 1)
+            if row in self._states:
+                state = self._states.pop(row) + x.detach()
+                self._values(state, "state", row + 1)
+                if row + 1 in self._kept_rows:
+                    self._states[row + 1] = state
 
     def _difference(self, after: Tensor, row: int) -> None:
         """What layer row+1 has added, where the stream is seen before and after it. It has the stream's gradient."""
-        if row in self._states and isinstance(after, Tensor):
-            self._tap_values(after.detach() - self._states[row].view_as(after), "output", row + 1)
-            self._tap_gradient(after, "output", row + 1)
+        if isinstance(after, Tensor):
+            self._gradient(after, "output", row + 1)
+            if row in self._states:
+                self._values(after.detach() - self._states.pop(row).view_as(after), "output", row + 1)
 
     def _tap(self, x: Tensor, place: str, row: int) -> None:
         if isinstance(x, Tensor):  # the recorder says which rows were never seen
-            self._tap_values(x.detach(), place, row)
-            self._tap_gradient(x, place, row)
+            self._values(x.detach(), place, row)
+            self._gradient(x, place, row)
 
-    def _tap_values(self, x: Tensor, place: str, row: int) -> None:
-        moments = self._forward[place]
-        add_moments(x, moments.squares, moments.count, row)
+    def _values(self, x: Tensor, place: str, row: int) -> None:
+        if torch.compiler.is_compiling():
+            self._add_values(x, place, row, fitting(self._mask, x))
+        elif not self._recomputing:
+            self._passes.now.calls[place, row] += 1
+            mask = fitting(self._passes.now.mask, x)
+            self._eagerly(lambda: self._add_values(x, place, row, mask), f"{_METRIC_OF[place]}_rms")
+
+    def _add_values(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
+        forward = self._forward[place]
+        add_moments(x, forward.squares, forward.count, row, mask)
         if self._matrices and place != "block":
             keep_sample(x, self._sample.of(place), row)
+        if self._matrices and place == "state":
+            add_nonfinite(x, self._nonfinite, row, mask)
 
-    def _tap_gradient(self, x: Tensor, place: str, row: int) -> None:
-        if not x.requires_grad:
-            return
-        moments = self._backward[place]
+    def _gradient(self, x: Tensor, place: str, row: int) -> None:
         if torch.compiler.is_compiling():
-            _tap_gradient_in_graph(x, moments.squares, moments.count, row)
+            self._tap_gradient(x, place, row, fitting(self._mask, x))
         else:
-            x.register_hook(
-                lambda gradient: self._timed(
-                    add_moments, gradient.detach(), moments.squares, moments.count, row
-                )
+            mask = fitting(self._passes.now.mask, x)
+            self._eagerly(lambda: self._tap_gradient(x, place, row, mask), f"{_METRIC_OF[place]}_grad_rms")
+
+    def _tap_gradient(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
+        backward = self._backward[place]
+        if torch.compiler.is_compiling():
+            if x.requires_grad:
+                _tap_gradient_in_graph(x, backward.squares, backward.count, row, mask)
+            return
+        if not x.requires_grad:
+            if not torch.is_grad_enabled():
+                self._owing = True
+                self._owed.add((place, row))
+            return
+        if self._recomputing and (place, row) not in self._owed:
+            return
+        this = self._passes.now
+        this.watched = True
+
+        def tap(gradient: Tensor) -> None:
+            started = time.perf_counter()
+            # A recomputation that follows is this pass's.
+            self._passes.now, this.reached = this, True
+            self._eagerly(
+                lambda: add_moments(gradient.detach(), backward.squares, backward.count, row, mask),
+                f"{_METRIC_OF[place]}_grad_rms",
             )
+            self.seconds += time.perf_counter() - started
+
+        x.register_hook(tap)
+
+    def _tap_embedding(self, x: Tensor) -> None:
+        # Where a stack is run through several times, only the first time starts at the embedding.
+        if torch.compiler.is_compiling():
+            # Nothing may be noted down inside a compiled checkpoint: `_once` sees to it later.
+            self._tap(x, "output", 0)
+        elif not self._embedded and not self._recomputing:
+            self._embedded = True
+            self._tap(x, "output", 0)
+        elif self._recomputing and ("output", 0) in self._owed:
+            self._tap(x, "output", 0)
 
     def _read(self, row: int, sources: list[Tensor], weight: Tensor) -> None:
-        if self._matrices:
-            self._depth.add(row, weight, [self._mean_square(source) for source in sources])
+        if not self._matrices or self._recomputing:
+            return
+        mask = fitting(self._mask, weight.movedim(0, -1))
+        if torch.compiler.is_compiling():
+            self._depth.add(row, weight, [self._mean_square(source) for source in sources], mask)
+        else:
+            self._eagerly(
+                lambda: self._depth.add(row, weight, [self._mean_square(s) for s in sources], mask),
+                *DEPTH_METRICS,
+            )
 
     def _mean_square(self, source: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler removes the repeated computation by itself

@@ -151,6 +151,13 @@ _ROWS = [
         "How far each state is from the embedding plus the outputs before it, on a few tokens: zero but for rounding "
         "in a plain residual, of the order of one where the stream is mixed otherwise.",
     ),
+    Metric(
+        "nonfinite",
+        STATE,
+        "Non-finite values",
+        "values",
+        "Number of infinite and not-a-number values in each state. Counted with the matrices.",
+    ),
     Metric("loss", SCALAR, "Training loss", "nats per token", "The training loss as logged."),
     Metric("val_loss", SCALAR, "Validation loss", "nats per token", "The validation loss as logged."),
     Metric("lr", SCALAR, "Learning rate", "", "Learning rate of the optimizer's first parameter group."),
@@ -160,6 +167,21 @@ _ROWS = [
         "Gradient norm",
         "L2",
         "L2 norm of the gradient over all parameters, accumulated over micro-batches and before clipping.",
+    ),
+    Metric(
+        "clip_factor",
+        SCALAR,
+        "Clip factor",
+        "",
+        "What the script multiplied the gradient norm by between backward and the optimizer, as clipping does: 1 "
+        "when it left it alone. Absent where backward runs inside the optimizer's step, or nobody shows it.",
+    ),
+    Metric(
+        "skipped",
+        SCALAR,
+        "Skipped attempts",
+        "attempts",
+        "Attempts at this step that the loss scaler skipped because gradients were not finite.",
     ),
     Metric(
         "wall_time",
@@ -180,6 +202,17 @@ _ROWS = [
 ]
 
 METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}
+
+# All that is known of gradients, in the loss's own scale.
+GRADIENTS = (
+    "output_grad_rms",
+    "hidden_grad_rms",
+    "block_grad_rms",
+    "param_grad_norm",
+    "other_grad_norm",
+    "grad_norm",
+    "clip_factor",
+)
 
 
 def metric(name: str) -> Metric:

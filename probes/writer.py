@@ -42,6 +42,7 @@ class RunWriter:
         """Create the folder and write run.json. Raises RunError when a run is there or the disk refuses."""
         self.path = path
         self.dropped = 0
+        self.missing: dict[str, dict] = {}  # metrics that could not be measured: from which step, and why
         self._manifest = manifest
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._open: dict[str, tuple[list[int], list[np.ndarray]]] = {}
@@ -74,7 +75,10 @@ class RunWriter:
             self._thread.join(_PATIENCE)
         end = {"time": time.time(), "status": status, "reason": reason, "step": self._last_step}
         with self._failing("mark the end of the run"):
-            files.write_json(self.path / files.END, {**end, "dropped": self.dropped})
+            files.write_json(self.path / files.END, {**end, **self._trouble()})
+
+    def _trouble(self) -> dict:
+        return {"dropped": self.dropped} | ({"missing": dict(self.missing)} if self.missing else {})
 
     # The thread
 
@@ -93,7 +97,7 @@ class RunWriter:
                 self._sealed = now
             if now - self._beaten >= files.HEARTBEAT_SECONDS:
                 with self._failing("write its heartbeat"):
-                    files.beat(self.path, self._last_step, dropped=self.dropped)
+                    files.beat(self.path, self._last_step, **self._trouble())
                 self._beaten = now
         self._seal(None)
 

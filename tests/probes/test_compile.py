@@ -173,19 +173,6 @@ def test_the_compiled_loss_is_right_at_step_zero(tmp_path):
             assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_model_that_was_compiled_and_run_before_is_noticed(tmp_path, caplog):
-    """The compiler does not look at hooks that come later; the recorder must say that it is blind."""
-    model = decoder("prenorm", **TINY)
-    model.compile(backend="aot_eager")
-    optimizer = sgd(model)
-    train(model, optimizer, 1)
-    with probes.record(model, tmp_path / "run", optimizer=optimizer, every=1):
-        train(model, optimizer, 2, start=1)
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "depthscope"]
-    assert message.startswith("depthscope saw no")
-    assert "before a compiled model first runs" in message
-
-
 INDUCTOR = [pytest.param(kind, marks=[] if kind == "prenorm" else [pytest.mark.long]) for kind in THREE]
 
 

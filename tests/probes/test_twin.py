@@ -13,8 +13,9 @@ from probes.vocabulary import METRICS
 from tests.attnres.models import defined_pass
 from tests.probes.models import KINDS, batches, decoder, loss_of, sgd, train
 
+CLIP = 0.05
 DEPTH = {"depth_weight", "depth_weight_std", "contribution_rms", "depth_entropy", "depth_entropy_of_mean"}
-SPARSE = DEPTH | {"identity_error"}
+MATRICES = DEPTH | {"nonfinite"}
 HOST = {"wall_time", "step_time", "probe_time"}  # clocks have no twin
 MATRICES_EVERY = 2
 
@@ -61,21 +62,14 @@ def activations(twin, passes) -> dict[str, np.ndarray]:
     }[twin.config.residual]
     return {
         "hidden_rms": rows(passes, lambda p: p.states),
+        "nonfinite": np.zeros(twin.config.layers + 1),
         "output_rms": rows(passes, lambda p: p.outputs),
         "block_rms": rows(passes, blocks),
         "hidden_grad_rms": rows(passes, lambda p: p.state_gradients),
         "output_grad_rms": rows(passes, lambda p: p.output_gradients),
-        "identity_error": identity_error(passes[-1]),
         # What the MLP adds reaches the loss only through what leaves its block.
         "block_grad_rms": rows(passes, lambda p: [p.output_gradients[layer] for layer in last]),
     }
-
-
-def identity_error(last) -> np.ndarray:
-    """Of the first eight tokens of the last micro-batch."""
-    sums = itertools.accumulate(last.outputs)
-    few = [[x.detach().flatten(0, 1)[:8] for x in pair] for pair in zip(last.states, sums, strict=True)]
-    return np.array([(state - sum_).norm() / state.norm() for state, sum_ in few])
 
 
 def rows(passes, tensors_of) -> np.ndarray:
@@ -121,11 +115,13 @@ def gradient_norms(twin) -> dict[str, np.ndarray]:
     for name, parameter in twin.named_parameters():
         layer = layer_of(name)
         (others if layer is None or layer >= len(groups) else groups[layer]).append(parameter)
+    total = norm(p.grad for p in twin.parameters())
     return {
+        "clip_factor": min(1, CLIP / (total + 1e-6)),
         "param_grad_norm": np.array([norm(p.grad for p in group) for group in groups]),
         "param_norm": np.array([norm(group) for group in groups]),
         "other_grad_norm": norm(p.grad for p in others),
-        "grad_norm": norm(p.grad for p in twin.parameters()),
+        "grad_norm": total,
     }
 
 
@@ -155,22 +151,21 @@ def test_every_metric_has_its_twin(kind, tmp_path):
             for tokens in batches(step):
                 look_away(model)
                 (loss_of(model(tokens), tokens) / 3).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             logged.append(0.5 * step)
             recorder.log(loss=logged[-1])
             look_away(model)
     run = probes.open_run(tmp_path / "run")
     assert not run.problems
-    assert set(run.metrics) == {*expected[0], "lr", "loss", *HOST}
-    unknown = set(METRICS) - set(run.metrics) - {"val_loss", "tokens"}
+    assert set(run.metrics) == {*expected[0], "lr", "loss", "identity_error", *HOST}
+    unknown = set(METRICS) - set(run.metrics) - {"val_loss", "tokens", "skipped"}
     assert unknown <= (DEPTH | {"query_norm"} if kind == "prenorm" else set())
     for name in expected[0]:
-        steps = range(0, 4, MATRICES_EVERY if name in SPARSE else 1)
+        steps = range(0, 4, MATRICES_EVERY if name in MATRICES else 1)
         assert run.steps(name).tolist() == list(steps)
         for found, step in zip(run[name], steps, strict=True):
-            rounding = 1e-6 if name == "identity_error" else 1e-7
-            np.testing.assert_allclose(found, expected[step][name], rtol=1e-5, atol=rounding, err_msg=name)
+            np.testing.assert_allclose(found, expected[step][name], rtol=1e-5, atol=1e-7, err_msg=name)
     np.testing.assert_array_equal(run["loss"], np.float32(logged))
     np.testing.assert_allclose(run["lr"], 0.01)
     squares = run["other_grad_norm"] ** 2 + (run["param_grad_norm"] ** 2).sum(1)
@@ -187,6 +182,23 @@ def look_away(model):
     model.eval()
     loss_of(model(tokens), tokens)
     model.train()
+    loss_of(model(tokens), tokens)  # its backward never runs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_identity_error_is_of_the_first_tokens_of_the_last_micro_batch(kind, tmp_path):
+    model = decoder(kind)
+    last = Pass(copy.deepcopy(model).double(), batches(0)[-1])
+    sums = itertools.accumulate(last.outputs)
+    few = [[x.detach().flatten(0, 1)[:8] for x in pair] for pair in zip(last.states, sums, strict=True)]
+    expected = [((state - sum_).norm() / state.norm()).item() for state, sum_ in few]
+    optimizer = sgd(model)
+    with probes.record(model, tmp_path / "run", optimizer=optimizer):
+        for tokens in batches(0):
+            loss_of(model(tokens), tokens).backward()
+        optimizer.step()
+    found = probes.open_run(tmp_path / "run")["identity_error"]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["full", "block of 4, ragged"])

@@ -1,0 +1,102 @@
+"""Backward passes of a model, and which of them count for a step.
+
+A step's numbers are those of the passes whose gradients its optimizer takes, at the parameters the step began
+with. So micro-batches add up; what came before gradients were thrown away (a step that a loss scaler skipped, a
+batch the script gave up) does not count; nor does a later evaluation of a closure at other parameters.
+"""
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass, as a recomputation for activation checkpointing is."""
+    return backward_id() != -1
+
+
+def backward_id() -> int:
+    """A number for the backward pass that runs in this thread, -1 outside. Not to be traced by a compiler."""
+    return torch._C._current_graph_task_id()
+
+
+class Backwards:
+    """Watches the passes while `wanted()`.
+
+    `restart()` is called when all that counted before counts no more, `ended(counts)` at the end of each pass.
+    """
+
+    def __init__(
+        self,
+        watched: list[nn.Parameter],
+        wanted: Callable[[], bool],
+        restart: Callable[[], None],
+        ended: Callable[[bool], None],
+    ):
+        self._watched = watched
+        self._wanted, self._restart, self._ended = wanted, restart, ended
+        self._pass = -1  # the backward pass at whose end `_end` is due
+        self._handles = [p.register_post_accumulate_grad_hook(self._notice) for p in watched]
+        self.reset()
+
+    def reset(self) -> None:
+        """A new step begins."""
+        self._began_with: list[int] | None = None  # versions of the parameters
+        self._left: list[GradientMark | None] = []  # gradients as the last pass left them
+        self.counts = True  # whether the last pass did
+        self._closed = False
+
+    def close(self) -> None:
+        """An optimizer takes the gradients that are there: later passes of this step do not count."""
+        self._closed = self._began_with is not None
+
+    def detach(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _notice(self, parameter: nn.Parameter) -> None:
+        # By its number, not by a flag: a backward pass that raises never calls back.
+        if not self._wanted() or backward_id() == self._pass:
+            return
+        self._pass = backward_id()
+        self.counts = not self._closed and self._began_with in (None, self._versions())
+        if self.counts and self._thrown_away(parameter):
+            self._restart()
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        if self.counts:
+            self._began_with = self._versions()
+            self._left = [GradientMark.of(p.grad) for p in self._watched]
+        self._ended(self.counts)
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in self._watched]
+
+    def _thrown_away(self, accumulated: nn.Parameter) -> bool:
+        """Whether all gradients of the last pass were replaced or changed before this one added to them."""
+        marks = [
+            # The gradient that just arrived was added in place, which is one change.
+            mark.changed(p.grad, 1 if p is accumulated else 0)
+            for p, mark in zip(self._watched, self._left, strict=False)
+            if mark is not None
+        ]
+        return bool(marks) and all(marks)
+
+
+class GradientMark:
+    """A gradient as it was at one moment, without keeping it alive."""
+
+    def __init__(self, gradient: Tensor):
+        self._gradient, self._version = weakref.ref(gradient), gradient._version
+
+    @classmethod
+    def of(cls, gradient: Tensor | None) -> "GradientMark | None":
+        return None if gradient is None else cls(gradient)
+
+    def changed(self, gradient: Tensor | None, expected: int = 0) -> bool:
+        """Whether `gradient` is another tensor, or has been written to other than `expected` times."""
+        same = gradient is not None and self._gradient() is gradient
+        return not same or gradient._version != self._version + expected

@@ -1,0 +1,54 @@
+"""Models that torch.compile has already run: it does not look at hooks that come later."""
+
+import logging
+
+import torch
+from torch import nn
+
+from probes.manifest import RunError
+
+log = logging.getLogger("depthscope")
+
+BEFORE = "Call probes.record before a compiled model first runs, and train the very module that was passed."
+
+
+def check_not_compiled(root: nn.Module) -> None:
+    """Raise RunError when `root` or a part of it has run compiled; see to it that it will be compiled anew.
+
+    Compiled code of another model of the same class is cleared, for torch.compile would use it again without
+    looking for hooks; torch.compile compiles that one again when it is next called.
+    """
+    codes = _compiled_codes()
+    if not codes:
+        return
+    for name, module in root.named_modules():
+        if any(_was_traced(p) for p in module.parameters(recurse=False)):
+            raise RunError(
+                f"{type(root).__name__} has already run compiled (seen at {name or 'its own parameters'!r}), and "
+                "compiled code ignores hooks that come later: call probes.record before the first compiled call, "
+                "or torch.compiler.reset() just before probes.record."
+            )
+    own = {
+        type(module).forward.__code__
+        for module in root.modules()
+        if hasattr(type(module).forward, "__code__")
+    }
+    if codes & (own | _DOORS):
+        log.info("depthscope clears torch.compile's caches, so that this model is compiled with its probes.")
+        torch.compiler.reset()
+
+
+# Where torch.compile enters a module.
+_DOORS = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
+
+
+def _compiled_codes() -> set:
+    """Code that dynamo has compiled since its last reset."""
+    seen = getattr(getattr(torch._dynamo.convert_frame, "input_codes", None), "seen", [])
+    return {code for code in (reference() for reference in seen) if code is not None}
+
+
+def _was_traced(parameter: nn.Parameter) -> bool:
+    # Dynamo marks what it takes for a module's parameter. A vector alone is not enough: small compiled functions
+    # inside eager models are given gains.
+    return parameter.ndim > 1 and getattr(parameter, "_dynamo_static_input_type", None) == "unguarded"
