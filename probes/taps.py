@@ -81,12 +81,12 @@ class Taps:
         self._faults = faults or Faults(strict=True)
         self._mask_of = mask_finder(mask, sites.root)
         self._mask: Tensor | None = None
-        self._block_rows = _block_rows(sites)
+        self._parameter = next(sites.root.parameters())
+        self._block_rows = _block_rows(sites, self._parameter.device)
         sizes = {"state": len(sites.layers) + 1, "output": len(sites.layers) + 1}
         if self._block_rows is None:
             sizes["block"] = len(_last_layers(sites))
         self._shape = sizes, [read.depth_sources for read in sites.reads]
-        self._parameter = next(sites.root.parameters())
         self._owing = False  # a row's gradient is to be tapped in a recomputation
         self._owed: set[tuple[str, int]] = set()
         self._recomputing = False
@@ -136,6 +136,7 @@ class Taps:
             2, dtype=torch.int64, device=self._device
         )  # of embedding and final norm, compiled
         self._sample = Sample([site.given for site in self._sites.layers], self._device)
+        self._block_rows = _block_rows(self._sites, self._device)
         self._forward, self._backward = live.forward, live.backward
         self._nonfinite, self._depth = live.nonfinite, live.depth
         self._passes = Passes(live, self._counted)
@@ -468,10 +469,11 @@ def _reads_after_blocks(sites: Sites) -> list[nn.Module]:
     return [sites.reads[layer] for layer in _last_layers(sites)]
 
 
-def _block_rows(sites: Sites) -> tuple[str, list[int]] | None:
+def _block_rows(sites: Sites, device: torch.device) -> tuple[str, Tensor] | None:
     """Where block_rms is found among the other rows: a plain residual's is the next state, Full AttnRes' the
     output of the last layer. None for Block AttnRes, whose partial sums need taps of their own."""
-    last = _last_layers(sites)
+    # On the device, for indexing with a list copies the list there and waits for it.
+    last = torch.tensor(_last_layers(sites), device=device)
     if not sites.reads:
         return "state", last
     if sites.reads[-1].depth_sources == len(sites.layers) + 1:
