@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from probes.backwards import GradientMark
 from probes.sites import Sites
 
+NORMS = ("param_grad_norm", "other_grad_norm", "grad_norm", "clip_factor", "param_norm", "query_norm")
+
 
 class GradientNorms:
     """`measure` at the end of a backward pass, `take` when an optimizer takes the gradients; then `finish`."""

@@ -23,14 +23,15 @@ from probes.compiled import BEFORE, check_not_compiled
 from probes.ending import Ending, describe
 from probes.faults import Faults
 from probes.flush import start_copy
-from probes.gradients import GradientNorms
+from probes.gradients import NORMS, GradientNorms
 from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, mask_finder
 from probes.provenance import model_config, versions
 from probes.scaling import LossScale
 from probes.sites import Sites, find_sites
-from probes.taps import MATRICES, OFF, VECTORS, Taps
-from probes.vocabulary import GRADIENTS, metric
+from probes.statistics import DEPTH_METRICS
+from probes.taps import ACTIVATIONS, MATRICES, OFF, VECTORS, Taps
+from probes.vocabulary import GRADIENTS, METRICS, metric
 from probes.writer import RunWriter
 
 log = logging.getLogger("depthscope")
@@ -160,7 +161,7 @@ class Recorder:
         if self._closed:
             return
         now = time.perf_counter()
-        with self._faults.guard(*GRADIENTS):
+        with self._faults.guard(*METRICS):
             if self._taps.mode != OFF and self._taps.seen:
                 self._keep_own(now)
                 self._put(self._measured(), self._taps.counts())
@@ -203,8 +204,10 @@ class Recorder:
         for hook in self._hooks:
             hook.remove()
         self._ending.release()
-        self._put()
-        self._writer.close(status, reason)
+        try:
+            self._put()
+        finally:
+            self._writer.close(status, reason)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -243,16 +246,18 @@ class Recorder:
         )
 
     def _backward_ended(self, counts: bool) -> None:
-        with self._faults.guard(*GRADIENTS):
+        with self._faults.guard(*ACTIVATIONS, *DEPTH_METRICS):
             if not counts:
                 self._taps.drop()
                 return
             self._taps.commit()
+        with self._faults.guard(*NORMS):
             self._gradients.measure()
+        with self._faults.guard(*GRADIENTS):
             self._scale.at_backward(self._gradients.squares)
 
     def _restart(self) -> None:
-        with self._faults.guard(*GRADIENTS):
+        with self._faults.guard(*METRICS):
             self._taps.restart()
             if self._scale.given:
                 lost = (~self._gradients.finite()).float()
@@ -318,9 +323,12 @@ class Recorder:
         moments = {now, *(moment for _, moment, _ in pending)}
         skips = {("skips", m.attempt): m.skips for m in moments if m.skips is not None}
         skips |= {} if vain is None else {("vain",): vain}
-        fetch = start_copy(
-            logged | metrics | skips | {("count", name): count for name, count in counts.items()}
-        )
+        seen = {("count", name): count for name, count in counts.items()}
+        try:
+            fetch = start_copy(logged | metrics | skips | seen)
+        except Exception as error:
+            self._faults.caught(error, *metrics, *(name for name, _, _ in pending))
+            return
 
         def rows():
             values = fetch()

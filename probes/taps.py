@@ -22,7 +22,7 @@ from probes.statistics import DEPTH_METRICS, Tables, add_moments, add_nonfinite,
 OFF, VECTORS, MATRICES = 0, 1, 2
 
 _METRIC_OF = {"state": "hidden", "output": "output", "block": "block"}
-_ACTIVATIONS = tuple(f"{name}_{suffix}" for name in _METRIC_OF.values() for suffix in ("rms", "grad_rms"))
+ACTIVATIONS = tuple(f"{name}_{suffix}" for name in _METRIC_OF.values() for suffix in ("rms", "grad_rms"))
 
 
 @torch._dynamo.allow_in_graph
@@ -230,7 +230,14 @@ class Taps:
             self._eagerly(self._begin_eagerly, "hidden_rms", "output_rms", "block_rms")
         elif self._parameter.device != self._device:
             self._live = False  # until `follow`
-        self._mask = self._find_mask(args, kwargs)
+        if compiling:
+            self._mask = self._find_mask(args, kwargs)
+            return
+        try:
+            self._mask = self._find_mask(args, kwargs)
+        except Exception as error:
+            self._live = False  # rather nothing than padding
+            self._faults.caught(error, *ACTIVATIONS, *DEPTH_METRICS, "nonfinite")
 
     def _begin_eagerly(self) -> None:
         self.follow()
@@ -242,17 +249,19 @@ class Taps:
         self._mean_squares.clear()
 
     def _find_mask(self, args: tuple, kwargs: dict) -> Tensor | None:
-        """Which tokens count, bool [B, T]; None: all."""
+        """Which tokens count, [B, T], not zero; None: all."""
         mask = self._mask_of(args, kwargs)
         if mask is None:
             return None
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             self.odd_mask = True
             return None
-        mask = mask != 0
-        if not torch.compiler.is_compiling():
-            self._passes.now.mask = mask
-        return mask
+        if torch.compiler.is_compiling():
+            # The compiler may take this hook for a function of its own: no operation here, or it is one more
+            # graph.
+            return mask
+        self._passes.now.mask = mask != 0
+        return self._passes.now.mask
 
     def _before(self, module: nn.Module, action: Callable) -> None:
         def hook(module, args, kwargs):
@@ -282,7 +291,7 @@ class Taps:
             return
         started = time.perf_counter()
         # What an action does not know by itself could be anything.
-        self._eagerly(lambda: action(*values), *_ACTIVATIONS)
+        self._eagerly(lambda: action(*values), *ACTIVATIONS)
         self.seconds += time.perf_counter() - started
         self._recomputing = False
 
@@ -297,15 +306,20 @@ class Taps:
         if not isinstance(x, Tensor):  # the recorder says which rows were never seen
             return
         if torch.compiler.is_compiling():
-            self._tap_values(x, place, row, fitting(self._mask, x))
-            self._tap_gradient(x, place, row, fitting(self._mask, x))
+            mask = fitting(self._mask, x)
+            self._tap_values(x, place, row, mask)
+            self._tap_gradient(x, place, row, mask)
             return
-        name = _METRIC_OF[place]
         mask = fitting(self._passes.now.mask, x)
         if not self._recomputing:
             self._passes.now.calls[place, row] += 1
-            self._eagerly(lambda: self._tap_values(x, place, row, mask), f"{name}_rms")
-        self._eagerly(lambda: self._tap_gradient(x, place, row, mask), f"{name}_grad_rms")
+            self._eagerly(lambda: self._tap_values(x, place, row, mask), *self._metrics(place, "rms"))
+        self._eagerly(lambda: self._tap_gradient(x, place, row, mask), *self._metrics(place, "grad_rms"))
+
+    def _metrics(self, place: str, suffix: str) -> list[str]:
+        """Names of the metrics that are made from the rows of a place."""
+        places = [place, "block"] if self._block_rows and self._block_rows[0] == place else [place]
+        return [f"{_METRIC_OF[p]}_{suffix}" for p in places]
 
     def _tap_values(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
         forward = self._forward[place]
@@ -335,7 +349,7 @@ class Taps:
             self._passes.now, this.reached = this, True
             self._eagerly(
                 lambda: add_moments(gradient.detach(), backward.squares, backward.count, row, mask),
-                f"{_METRIC_OF[place]}_grad_rms",
+                *self._metrics(place, "grad_rms"),
             )
             self.seconds += time.perf_counter() - started
 
