@@ -19,7 +19,7 @@ from torch import nn
 
 from probes.backwards import Backwards
 from probes.clock import Clock, Moment
-from probes.compiled import BEFORE, check_not_compiled
+from probes.compiled import BEFORE, prepare_compiler
 from probes.ending import Ending, describe
 from probes.faults import Faults
 from probes.flush import start_copy
@@ -80,7 +80,7 @@ def record(
     optimizers = _optimizers(optimizer)
     scale = LossScale(scaler)
     mask = mask_finder(mask, sites.root)
-    check_not_compiled(sites.root)
+    prepare_compiler(sites.root)
     try:
         described = model_config(sites.root) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -374,13 +374,7 @@ class Recorder:
             log.warning("depthscope saw nothing of %s. These rows stay blank. %s", rows, BEFORE)
 
     def _say_unseen(self) -> None:
-        if not self._checked:
-            self._checked = True
-            log.warning(
-                "depthscope saw no forward of %s in training mode before the first optimizer step. %s",
-                self._model_name,
-                BEFORE,
-            )
+        self._say(f"depthscope saw no forward of {self._model_name} in training mode before a step. {BEFORE}")
 
     def _say_odd(self) -> None:
         """What was noticed in the forwards of this step, each once."""

@@ -33,11 +33,11 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """A pre-norm stack whose blocks are recomputed in segments of `segment` blocks, in `rounds` rounds."""
 
-    def __init__(self, way=None, segment=1, rounds=1, width=8):
+    def __init__(self, way=None, segment=1, rounds=1, blocks=4, width=8):
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(17, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(4))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
         self.final_norm = nn.LayerNorm(width)
         self.way, self.segment, self.rounds = way, segment, rounds
 
@@ -110,8 +110,8 @@ def test_the_plain_rows_are_autograds(tmp_path):
 
 def test_compiled_checkpointing(tmp_path):
     torch._dynamo.reset()
-    found = recorded(tmp_path / "compiled", Stack(WAYS["non-reentrant"]), compiled=True, steps=1)
-    assert_same(found, recorded(tmp_path / "plain", Stack(), steps=1), 1e-5)
+    found = recorded(tmp_path / "compiled", Stack(WAYS["non-reentrant"], blocks=2), compiled=True, steps=1)
+    assert_same(found, recorded(tmp_path / "plain", Stack(blocks=2), steps=1), 1e-5)
 
 
 @pytest.mark.parametrize("way", [None, "reentrant", "non-reentrant"])
@@ -143,10 +143,10 @@ def test_compiled_layers_run_several_times(tmp_path, caplog):
     """The embedding's row would hold what later runs received as well: it is blank, and that is said."""
     torch._dynamo.reset()
     one = lambda s: batches(s, [(2, 8)])  # noqa: E731
-    found = recorded(tmp_path / "compiled", Stack(rounds=2), compiled=True, steps=1, tokens_of=one)
+    found = recorded(tmp_path / "compiled", Stack(rounds=2, blocks=1), compiled=True, steps=1, tokens_of=one)
     (message,) = [r.getMessage() for r in caplog.records if r.name == "depthscope"]
     assert "saw nothing of output_rms: embedding" in message
-    expected = recorded(tmp_path / "plain", Stack(rounds=2), steps=1, tokens_of=one)
+    expected = recorded(tmp_path / "plain", Stack(rounds=2, blocks=1), steps=1, tokens_of=one)
     assert np.isnan(found["output_rms"][0, 0]) and np.isnan(found["output_grad_rms"][0, 0])
     np.testing.assert_allclose(found["output_rms"][0, 1:], expected["output_rms"][0, 1:], rtol=1e-5)
     np.testing.assert_allclose(found["hidden_grad_rms"], expected["hidden_grad_rms"], rtol=1e-5)

@@ -45,7 +45,7 @@ def train(model, optimizer):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_model_that_has_run_compiled_is_refused(way, tmp_path):
-    model = Stack()
+    model = Stack(blocks=2)
     compiled = WAYS[way](model)
     train(compiled, sgd(model))
     with pytest.raises(
@@ -58,7 +58,7 @@ def test_a_model_that_has_run_compiled_is_refused(way, tmp_path):
 
 
 def test_after_a_reset_it_is_recorded(tmp_path):
-    model = whole(Stack())
+    model = whole(Stack(blocks=2))
     optimizer = sgd(model)
     train(model, optimizer)
     torch.compiler.reset()
@@ -70,19 +70,20 @@ def test_after_a_reset_it_is_recorded(tmp_path):
 @pytest.mark.parametrize("way", ["module.compile", "torch.compile"])
 def test_a_fresh_model_of_the_same_class_is_seen(way, tmp_path, caplog):
     """torch.compile would use the code of the first one again, which has no probes."""
-    first = Stack()
+    first = Stack(blocks=2)
     compiled = WAYS[way](first)
     optimizer = sgd(first)
     train(compiled, optimizer)
-    model = Stack()
+    model = Stack(blocks=2)
     recorded, steps = WAYS[way](model), sgd(model)
     with probes.record(model, tmp_path / "run", optimizer=steps, every=1):
-        train(recorded, steps)
         train(compiled, optimizer)  # nor is the first one taken for this one
+        train(recorded, steps)
+        train(compiled, optimizer)
         train(recorded, steps)
     run = probes.open_run(tmp_path / "run")
     assert run.steps("hidden_grad_rms").tolist() == run.steps("hidden_rms").tolist() == [0, 1]
-    plain = Stack()
+    plain = Stack(blocks=2)
     with probes.record(plain, tmp_path / "plain", optimizer=(eager := sgd(plain)), every=1):
         train(plain, eager)
     torch.testing.assert_close(
@@ -102,7 +103,7 @@ def test_an_eager_model_with_compiled_helpers_is_not_refused(tmp_path):
         def forward(self, x):
             return self.scale(x, self.weight)
 
-    model = Stack()
+    model = Stack(blocks=2)
     for block in model.blocks:
         block.attn_norm, block.mlp_norm = Gain(), Gain()
     optimizer = sgd(model)
