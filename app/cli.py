@@ -4,7 +4,9 @@ from pathlib import Path
 
 import click
 
+from app.bench import bench
 from app.demo import demo
+from app.describe import describe
 from app.server import free, serve
 
 
@@ -46,6 +48,8 @@ def dash(folders: tuple[Path, ...], port: int, no_browser: bool) -> None:
 
 
 main.add_command(demo)
+main.add_command(bench)
+main.add_command(describe)
 
 
 if __name__ == "__main__":

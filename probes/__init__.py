@@ -3,21 +3,32 @@
 `record` needs torch; `open_run` and `list_runs` do not, and importing this package does not import torch.
 """
 
+import importlib
+
 from probes.manifest import RunError
 from probes.run import Run, list_runs, open_run
+from probes.schedule import log_spaced
 
-__all__ = ["Run", "RunError", "list_runs", "open_run", "record"]
+__all__ = ["Run", "RunError", "bench", "describe", "list_runs", "log_spaced", "mark", "open_run", "record"]
+
+# Imported when first asked for, so that a viewer without torch can read runs.
+_LAZY = {
+    "record": "recorder",
+    "Recorder": "recorder",
+    "bench": "benching",
+    "describe": "describing",
+    "mark": "marks",
+}
 
 
 def __getattr__(name: str):
-    # Lazy, so that a viewer without torch can read runs.
-    if name in ("record", "Recorder"):
+    if name in _LAZY:
         try:
-            from probes import recorder
+            module = importlib.import_module(f"probes.{_LAZY[name]}")
         except ModuleNotFoundError as error:
             raise ImportError(
                 f"probes.{name} needs {error.name}, and only the viewer is installed: "
                 'pip install "depthscope[probes]"'
             ) from error
-        return getattr(recorder, name)
+        return getattr(module, name)
     raise AttributeError(f"module 'probes' has no attribute {name!r}")

@@ -89,10 +89,10 @@ class GradientNorms:
             return {}
         squares = self._by_group(self.squares)
         metrics = {
-            "param_grad_norm": _unscaled(squares[:-1].sqrt(), scale),
+            "param_grad_norm": self._blank(_unscaled(squares[:-1].sqrt(), scale)),
             "other_grad_norm": _unscaled(squares[-1].sqrt(), scale),
             "grad_norm": _unscaled(squares.sum().sqrt(), scale),
-            "param_norm": self._norm_squares[:-1].sqrt(),
+            "param_norm": self._blank(self._norm_squares[:-1].sqrt()),
         }
         if self._taken:
             before, now = (torch.stack(parts).sum() for parts in zip(*self._taken.values(), strict=True))
@@ -101,6 +101,13 @@ class GradientNorms:
         if self._query_norm is not None:
             metrics["query_norm"] = self._query_norm
         return metrics
+
+    def _blank(self, norms: Tensor) -> Tensor:
+        """Norms of the layers, NaN where it is not known which parameters are a layer's (marks.py)."""
+        for row, group in enumerate(self._groups[:-1]):
+            if not group:
+                norms[row] = torch.nan
+        return norms
 
     def _by_group(self, squares: Tensor) -> Tensor:
         """[parameters] -> [groups]."""

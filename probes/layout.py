@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Layer:
-    """Layer `index` (from 1): its kind ("attention", "mlp"), transformer block (from 1) and module name."""
+    """Layer `index` (from 1): its kind ("attention", "mlp"; "layer" where that is not known), transformer block (from 1) and module name."""
 
     index: int
     kind: str
@@ -22,7 +22,8 @@ class Layer:
 
     @property
     def label(self) -> str:
-        return f"layer {self.index} ({self.kind if self.kind != 'mlp' else 'MLP'})"
+        kind = {"mlp": " (MLP)", "layer": ""}.get(self.kind, f" ({self.kind})")
+        return f"layer {self.index}{kind}"
 
 
 @dataclass(frozen=True)

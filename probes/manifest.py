@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from probes.layout import Layout
+from probes.schedule import Schedule, schedule
 from probes.vocabulary import FORMAT_VERSION
 
 MANIFEST = "run.json"
@@ -26,16 +27,32 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What run.json says: layout of the model, configuration, cadence and versions."""
+    """What run.json says: layout of the model, configuration, schedules and versions.
+
+    `vectors` and `matrices` may be given as whatever `schedule` takes; an interval is the simplest.
+    """
 
     layout: Layout
     created: float
-    every: int
-    matrices_every: int
+    vectors: Schedule
+    matrices: Schedule
     config: dict = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     versions: dict = field(default_factory=dict)
     format: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vectors", schedule(self.vectors))
+        object.__setattr__(self, "matrices", schedule(self.matrices))
+
+    @property
+    def every(self) -> int:
+        """Steps between recorded vectors, beside those that ranges or log-spaced steps add."""
+        return self.vectors.interval or 1
+
+    @property
+    def matrices_every(self) -> int:
+        return self.matrices.interval or 1
 
     def to_json(self) -> dict:
         return {
@@ -43,6 +60,7 @@ class Manifest:
             "created": self.created,
             "every": self.every,
             "matrices_every": self.matrices_every,
+            "schedule": {"vectors": self.vectors.to_json(), "matrices": self.matrices.to_json()},
             "config": self.config,
             "tags": list(self.tags),
             "versions": self.versions,
@@ -74,8 +92,7 @@ class Manifest:
             return cls(
                 Layout.from_json(data["layout"]),
                 float(data["created"]),
-                int(data["every"]),
-                int(data["matrices_every"]),
+                *_schedules(data),
                 dict(data.get("config") or {}),
                 tuple(data.get("tags") or ()),
                 dict(data.get("versions") or {}),
@@ -86,6 +103,16 @@ class Manifest:
                 f"The run at {folder} cannot be opened: its {MANIFEST} is not a depthscope manifest "
                 f"({error!r})."
             ) from error
+
+
+def _schedules(data: dict) -> list[Schedule]:
+    """Those of vectors and of matrices; a run that says nothing but its intervals has no other part."""
+    intervals = {"vectors": int(data["every"]), "matrices": int(data["matrices_every"])}
+    told = dict(data.get("schedule") or {})
+    return [
+        Schedule.from_json(told[kind]) if kind in told else schedule(interval)
+        for kind, interval in intervals.items()
+    ]
 
 
 def write_json(path: Path, data: dict) -> None:

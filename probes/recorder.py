@@ -19,16 +19,19 @@ from torch import nn
 
 from probes.backwards import Backwards
 from probes.clock import Clock, Moment
-from probes.compiled import BEFORE, prepare_compiler
+from probes.compiled import prepare_compiler
 from probes.ending import Ending, describe
 from probes.faults import Faults
+from probes.finding import find_sites
 from probes.flush import start_copy
 from probes.gradients import NORMS, GradientNorms
 from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, mask_finder
 from probes.provenance import model_config, versions
 from probes.scaling import LossScale
-from probes.sites import Sites, find_sites
+from probes.schedule import Schedule, Steps, schedule
+from probes.selfcheck import SelfCheck
+from probes.sites import Sites
 from probes.statistics import DEPTH_METRICS
 from probes.taps import ACTIVATIONS, MATRICES, OFF, VECTORS, Taps
 from probes.vocabulary import GRADIENTS, METRICS, metric
@@ -50,18 +53,28 @@ def record(
     optimizer: Optimizers | None = None,
     scaler: torch.amp.GradScaler | None = None,
     mask: str | MaskOf | None = None,
-    every: int = 10,
-    matrices_every: int = 100,
+    every: Steps = 10,
+    matrices_every: Steps = 100,
     config: dict | None = None,
     tags: Sequence[str] = (),
+    stack: str | Sequence[str] | None = None,
+    layers: int | str | Sequence[str] | None = None,
+    norms: str | Sequence[str] | None = None,
     strict: bool = False,
 ) -> "Recorder":
     """Attach probes to `model` and record its training at `path`, a new folder.
 
     Call it before the first forward, also before torch.compile has run. Step s is the number of optimizer
-    steps completed; vectors are recorded when s % every == 0, matrices when s % matrices_every == 0. Without
-    an `optimizer` call `recorder.step()` after each update; of several, a step is complete when each has
+    steps completed; vectors are recorded every `every` steps, matrices (and vectors with them) every
+    `matrices_every`. Either may also be a range of steps, `probes.log_spaced()`, or a list of such parts, as
+    `[range(100), 10]` for each of the first 100 steps and then every 10; step 0 is always recorded. Without an
+    `optimizer` call `recorder.step()` after each update; of several, a step is complete when each has
     stepped. A step is all forwards whose gradients the optimizer takes, at the parameters the step began with.
+
+    The layers are found by themselves (`probes.describe` shows how). Where a model has several stacks of transformer
+    blocks, `stack` names the one to record; where none is found, `layers` and `norms` are patterns over
+    `named_modules()` for the sublayers, and for the modules that receive each layer's state and the final one. A
+    number of `layers` is for a model that names its tensors itself with `probes.mark`.
 
     `scaler`: the GradScaler of mixed-precision training; gradients are recorded unscaled.
     `mask`: which tokens count. The name of an argument of the model's forward, or a function of its
@@ -72,10 +85,8 @@ def record(
     Raises RunError: a run or other files at `path`, a model without recognisable layers or one that has already
     run compiled, a bad interval.
     """
-    for name, interval in (("every", every), ("matrices_every", matrices_every)):
-        if not isinstance(interval, int) or interval < 1:
-            raise RunError(f"{name} is {interval!r}: give a whole number of steps, 1 or more.")
-    sites = find_sites(model)
+    vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
+    sites = find_sites(model, stack, layers, norms)
     created = time.time()
     optimizers = _optimizers(optimizer)
     scale = LossScale(scaler)
@@ -88,7 +99,7 @@ def record(
             f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
         ) from error
     tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
-    manifest = Manifest(sites.layout, created, every, matrices_every, described, tags, versions(sites.root))
+    manifest = Manifest(sites.layout, created, vectors, matrices, described, tags, versions(sites.root))
     return Recorder(sites, RunWriter(Path(path), manifest), manifest, optimizers, scale, mask, Faults(strict))
 
 
@@ -113,14 +124,12 @@ class Recorder:
         self._asked = False
         self._retry = OFF  # a look was in vain, for the update was skipped on the device
         self._closed = False
-        self._checked = False
-        self._said: set[str] = set()
+        self._selfcheck = SelfCheck(sites)
         self._owed = False  # the writer waits to hear that the recorded step is complete
         self._process = os.getpid()
         self._scalars: list[tuple[str, Moment, object]] = []
         self._logged: set[str] = set()  # names the script has logged itself
         self._put_at = self._stepped_at = time.perf_counter()
-        self._model_name = type(sites.root).__name__
         self._taps = Taps(sites, mask, faults)
         self._skipped: torch.Tensor | None = None  # attempts at this step that the scaler skipped
         self._sites = sites
@@ -170,9 +179,7 @@ class Recorder:
                 self._put()
                 self._owed = False
         if self._taps.mode != OFF:
-            if not self._taps.seen:
-                self._say_unseen()
-            self._say_odd()
+            self._selfcheck.forwards(self._taps)
             self._taps.reset()
             self._taps.follow()
             self._gradients.reset()
@@ -265,9 +272,9 @@ class Recorder:
 
     def _mode(self, step: int) -> int:
         asked, self._asked = self._asked, False
-        if asked or step % self._manifest.matrices_every == 0:
+        if asked or self._manifest.matrices(step):
             return MATRICES
-        return VECTORS if step % self._manifest.every == 0 else OFF
+        return VECTORS if self._manifest.vectors(step) else OFF
 
     def _due(self, now: float) -> bool:
         many = len(self._scalars) >= _PENDING_SCALARS
@@ -346,50 +353,16 @@ class Recorder:
                 self._retry = mode
                 yield "skipped", step_of(now), np.float32(1)
                 return
+            self._selfcheck.identity(values.get("identity_error"))
             for name in metrics:
                 # A metric nobody observed is absent, not a row of blanks.
                 if name not in seen or seen[name].any():
                     yield name, step_of(now), values[name]
-            self._check(seen)
+            self._selfcheck.rows(seen)
 
         # Rows of this very step may still be logged until the next forward.
         self._writer.put(rows, complete=now.attempt - 1)
         self._put_at = time.perf_counter()
-
-    # The first recorded step is checked: a tap that never fires would leave a blank nobody notices.
-
-    def _check(self, seen: dict[str, np.ndarray]) -> None:
-        """Say once which rows were not observed; runs in the writer's thread."""
-        if self._checked or not seen:
-            return
-        self._checked = True
-        layout = self._manifest.layout
-        labels = {"hidden_rms": layout.states, "output_rms": layout.outputs}
-        blank = {
-            name: [label for label, n in zip(rows, seen[name], strict=True) if not n]
-            for name, rows in labels.items()
-        }
-        if any(blank.values()):
-            rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
-            log.warning("depthscope saw nothing of %s. These rows stay blank. %s", rows, BEFORE)
-
-    def _say_unseen(self) -> None:
-        self._say(f"depthscope saw no forward of {self._model_name} in training mode before a step. {BEFORE}")
-
-    def _say_odd(self) -> None:
-        """What was noticed in the forwards of this step, each once."""
-        if self._taps.odd_mask:
-            self._say("depthscope takes masks of [B, T] only; here every token counts: pass mask=.")
-        if self._taps.repeated:
-            names = ", ".join(self._taps.repeated)
-            self._say(
-                f"depthscope saw layers run several times in one forward; their rows cover all runs: {names}."
-            )
-
-    def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            log.warning("%s", text)
 
 
 def _optimizers(given: Optimizers | None) -> list[torch.optim.Optimizer]:
@@ -401,6 +374,14 @@ def _optimizers(given: Optimizers | None) -> list[torch.optim.Optimizer]:
                 "recorder.step() after each update."
             )
     return optimizers
+
+
+def schedule_of(name: str, given: Steps) -> Schedule:
+    """The schedule that `name=given` asks for. Raises RunError, in one sentence."""
+    try:
+        return schedule(given)
+    except ValueError as error:
+        raise RunError(f"{name} is {given!r}: {error}.") from None
 
 
 def _check_name(name: str) -> None:

@@ -156,8 +156,11 @@ class Tables:
     def backward_tensors(self) -> list[Tensor]:
         return [t for moments in self.backward.values() for t in moments.tensors()]
 
+    def tensors(self) -> list[Tensor]:
+        return [*self.forward_tensors(), *self.backward_tensors()]
+
     def reset(self) -> None:
-        clear([*self.forward_tensors(), *self.backward_tensors()])
+        clear(self.tensors())
 
 
 def merge(into: list[Tensor], part: list[Tensor]) -> None:

@@ -11,12 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from probes import marks
 from probes.backwards import in_backward
 from probes.faults import Faults
+from probes.identity import Sample, keep_sample
 from probes.masks import MaskOf, fitting, mask_finder
 from probes.passes import Passes
 from probes.scaling import half_precision
-from probes.sites import Sites
+from probes.sites import Place, Sites
 from probes.statistics import DEPTH_METRICS, Tables, add_moments, add_nonfinite, token_mean_square
 
 OFF, VECTORS, MATRICES = 0, 1, 2
@@ -90,6 +92,10 @@ class Taps:
         self._recomputing = False
         self._make_tables()
         self._mean_squares: dict[int, tuple[Tensor, Tensor]] = {}
+        self._summed_rows, self._kept_rows = _rows_by_arithmetic(sites)
+        self._unhooked = _unhooked_rows(sites)
+        # By row, where an output is a difference of states or a state a sum.
+        self._states: dict[int, Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             self._attach()
@@ -107,8 +113,16 @@ class Taps:
         self._looking = mode != OFF
         self._matrices = mode == MATRICES
 
+    @property
+    def nbytes(self) -> int:
+        """Memory held on the device, in bytes."""
+        return sum(
+            t.nbytes for t in (*self._tables.tensors(), *self._counted.tensors(), *self._sample.tensors())
+        )
+
     def detach(self) -> None:
         """Take every hook off the model."""
+        marks.forget(self)
         while self._handles:
             self._handles.pop().remove()
 
@@ -117,6 +131,8 @@ class Taps:
         self._device = self._parameter.device
         self._autocasts = torch.amp.is_autocast_available(self._device.type)
         live, self._counted = (Tables(*self._shape, self._device) for _ in range(2))
+        self._tables = live
+        self._sample = Sample([site.given for site in self._sites.layers], self._device)
         self._forward, self._backward = live.forward, live.backward
         self._nonfinite, self._depth = live.nonfinite, live.depth
         self._passes = Passes(live, self._counted)
@@ -162,6 +178,7 @@ class Taps:
                 place, rows = self._block_rows
                 metrics[f"block_{suffix}"] = done[place][rows]
         if self.mode == MATRICES:
+            metrics["identity_error"] = self._identity_error()
             count = self._counted.forward["state"].count
             metrics["nonfinite"] = self._counted.nonfinite.float().where(count > 0, torch.nan)
             if self._counted.depth is not None:
@@ -182,34 +199,50 @@ class Taps:
                 counts |= dict.fromkeys(DEPTH_METRICS, self._counted.depth.tokens)
         return counts
 
+    def _identity_error(self) -> Tensor:
+        """Blank where layers ran several times in one forward: the sample holds one of their runs only."""
+        error = self._sample.finish()
+        if self.repeated:
+            return torch.full_like(error, torch.nan)
+        return torch.where(self._mixed(), torch.nan, error) if self._compiled else error
+
     def _once(self, outputs: Tensor, blank: float) -> Tensor:
         """Output rows, the embedding's blank where compiled layers ran several times and mixed it with others."""
         if not self._compiled:
             return outputs
+        return torch.cat([torch.where(self._mixed(), blank, outputs[:1]), outputs[1:]])
+
+    def _mixed(self) -> Tensor:
+        """Whether the embedding's row has seen more than one embedding's worth, bool [1]."""
         forward = self._counted.forward
-        mixed = forward["output"].count[:1] > forward["state"].count[-1:]
-        return torch.cat([torch.where(mixed, blank, outputs[:1]), outputs[1:]])
+        return forward["output"].count[:1] > forward["state"].count[-1:]
+
+    def marked(self, x: Tensor, place: str, row: int) -> None:
+        """A tensor that the author has named; only for rows that no hook sees."""
+        if row in self._unhooked[place] and self._wants():
+            self._timed(self._tap, x, place, row)
 
     def _attach(self) -> None:
         sites = self._sites
+        marks.listen(self)
         self._handles.append(sites.root.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
         if sites.reads:
-            self._before(sites.reads[0], lambda given: self._tap_embedding(given[0]))
-        else:
-            # What the first layer receives is the embedding: with its position and dropout, where a model has
-            # them.
-            self._before(sites.layers[0].norm, self._tap_embedding)
+            self._before(sites.reads[0], lambda args, kwargs: self._tap_embedding(args[0][0]))
         for row, site in enumerate(sites.layers):
-            self._before(site.norm, lambda given, row=row: self._tap(given, "state", row))
-            self._after(site.sublayer, lambda given, out, row=row: self._output(given, _first(out), row + 1))
-        final = len(sites.layers)
-        self._before(sites.final_norm, lambda given: self._tap(given, "state", final))
+            if site.state is not None:
+                self._at(site.state, lambda x, row=row: self._state(x, row))
+            if site.output is not None:
+                self._at(site.output, lambda x, row=row: self._output(x, row))
+            elif site.after is not None:
+                self._at(site.after, lambda x, row=row: self._difference(x, row))
+        if sites.final is not None:
+            self._at(sites.final, lambda x: self._state(x, len(sites.layers)))
         for row, read in enumerate(sites.reads):
-            self._after(read, lambda given, out, row=row: self._read(row, given, out[1]))
+            self._after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], output[1]))
         if "block" in self._forward:
             for block, read in enumerate(_reads_after_blocks(sites)):
                 # The newest source of the read after a transformer block is the partial sum the block left.
-                self._before(read, lambda given, block=block: self._tap(given[-1], "block", block))
+                self._before(read, lambda args, kwargs, block=block: self._tap(args[0][-1], "block", block))
         self._handles.append(sites.root.register_forward_hook(Hook(self._end)))
 
     def _begin(self, root: nn.Module, args, kwargs) -> None:
@@ -221,7 +254,7 @@ class Taps:
             self.half = self._autocasts and half_precision(self._device.type)
         self._live = training and self._looking
         self._compiled = compiling
-        self._mean_squares.clear()  # a forward that raised left its own behind
+        self._forget()  # a forward that raised left its own behind
         if not compiling:
             self._embedded = False
         if not self._live:
@@ -246,7 +279,11 @@ class Taps:
     def _end(self, root: nn.Module, args, output) -> None:
         self._live = False
         self._mask = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._mean_squares.clear()
+        self._states.clear()
 
     def _find_mask(self, args: tuple, kwargs: dict) -> Tensor | None:
         """Which tokens count, [B, T], not zero; None: all."""
@@ -263,17 +300,23 @@ class Taps:
         self._passes.now.mask = mask != 0
         return self._passes.now.mask
 
+    def _at(self, place: Place, action: Callable[[Tensor], None]) -> None:
+        if place.is_input:
+            self._before(place.module, lambda args, kwargs: action(place.given(args, kwargs)))
+        else:
+            self._after(place.module, lambda args, kwargs, output: action(place.made(output)))
+
     def _before(self, module: nn.Module, action: Callable) -> None:
         def hook(module, args, kwargs):
             if self._wants():
-                self._timed(action, _given(args, kwargs))
+                self._timed(action, args, kwargs)
 
         self._handles.append(module.register_forward_pre_hook(Hook(hook), with_kwargs=True))
 
     def _after(self, module: nn.Module, action: Callable) -> None:
         def hook(module, args, kwargs, output):
             if self._wants():
-                self._timed(action, _given(args, kwargs), output)
+                self._timed(action, args, kwargs, output)
 
         self._handles.append(module.register_forward_hook(Hook(hook), with_kwargs=True))
 
@@ -302,30 +345,70 @@ class Taps:
         except Exception as error:
             self._faults.caught(error, *metrics)
 
+    def _state(self, x: Tensor, row: int) -> None:
+        """What layer row+1 receives, or the final state; the first one is the embedding too."""
+        self._tap(x, "state", row)
+        if row == 0 and not self._sites.reads:
+            # With its position and dropout, where a model has them.
+            self._tap_embedding(x)
+        if row in self._kept_rows and isinstance(x, Tensor) and not self._recomputing:
+            self._states[row] = x.detach()
+
+    def _output(self, x: Tensor, row: int) -> None:
+        """What layer row+1 adds to the stream."""
+        if not isinstance(x, Tensor) or (self._sites.reads and x.ndim > 3):
+            # A stack that holds what is added to the stream among other things: better blank than wrong.
+            return
+        self._tap(x, "output", row + 1)
+        if row + 1 in self._summed_rows:
+            # No module receives the next state, so it is summed here. It is the output's only way on, so that the two
+            # have one gradient.
+            self._gradient(x, "state", row + 1)
+            if row in self._states:
+                state = self._states[row] + x.detach()
+                self._values(state, "state", row + 1)
+                if row + 1 in self._kept_rows:
+                    self._states[row + 1] = state
+
+    def _difference(self, after: Tensor, row: int) -> None:
+        """What layer row+1 has added, where the stream is seen before and after it. It has the stream's gradient."""
+        if isinstance(after, Tensor):
+            self._gradient(after, "output", row + 1)
+            if row in self._states:
+                self._values(after.detach() - self._states[row].view_as(after), "output", row + 1)
+
     def _tap(self, x: Tensor, place: str, row: int) -> None:
-        if not isinstance(x, Tensor):  # the recorder says which rows were never seen
-            return
-        if torch.compiler.is_compiling():
-            mask = fitting(self._mask, x)
-            self._tap_values(x, place, row, mask)
-            self._tap_gradient(x, place, row, mask)
-            return
-        mask = fitting(self._passes.now.mask, x)
-        if not self._recomputing:
-            self._passes.now.calls[place, row] += 1
-            self._eagerly(lambda: self._tap_values(x, place, row, mask), *self._metrics(place, "rms"))
-        self._eagerly(lambda: self._tap_gradient(x, place, row, mask), *self._metrics(place, "grad_rms"))
+        if isinstance(x, Tensor):  # the recorder says which rows were never seen
+            self._values(x.detach(), place, row)
+            self._gradient(x, place, row)
 
     def _metrics(self, place: str, suffix: str) -> list[str]:
         """Names of the metrics that are made from the rows of a place."""
         places = [place, "block"] if self._block_rows and self._block_rows[0] == place else [place]
         return [f"{_METRIC_OF[p]}_{suffix}" for p in places]
 
-    def _tap_values(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
+    def _values(self, x: Tensor, place: str, row: int) -> None:
+        if torch.compiler.is_compiling():
+            self._add_values(x, place, row, fitting(self._mask, x))
+        elif not self._recomputing:
+            self._passes.now.calls[place, row] += 1
+            mask = fitting(self._passes.now.mask, x)
+            self._eagerly(lambda: self._add_values(x, place, row, mask), *self._metrics(place, "rms"))
+
+    def _add_values(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
         forward = self._forward[place]
-        add_moments(x.detach(), forward.squares, forward.count, row, mask)
-        if place == "state" and self._matrices:
-            add_nonfinite(x.detach(), self._nonfinite, row, mask)
+        add_moments(x, forward.squares, forward.count, row, mask)
+        if self._matrices and place != "block":
+            keep_sample(x, self._sample.of(place), row)
+        if self._matrices and place == "state":
+            add_nonfinite(x, self._nonfinite, row, mask)
+
+    def _gradient(self, x: Tensor, place: str, row: int) -> None:
+        if torch.compiler.is_compiling():
+            self._tap_gradient(x, place, row, fitting(self._mask, x))
+        else:
+            mask = fitting(self._passes.now.mask, x)
+            self._eagerly(lambda: self._tap_gradient(x, place, row, mask), *self._metrics(place, "grad_rms"))
 
     def _tap_gradient(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
         backward = self._backward[place]
@@ -366,13 +449,6 @@ class Taps:
         elif self._recomputing and ("output", 0) in self._owed:
             self._tap(x, "output", 0)
 
-    def _output(self, given, x: Tensor, row: int) -> None:
-        # An output with an axis more than the input is not what is added to the stream, but a stack that holds
-        # it: better blank than wrong.
-        if isinstance(x, Tensor) and isinstance(given, Tensor) and x.ndim > given.ndim:
-            return
-        self._tap(x, "output", row)
-
     def _read(self, row: int, sources: list[Tensor], weight: Tensor) -> None:
         if not self._matrices or self._recomputing:
             return
@@ -395,16 +471,6 @@ class Taps:
         return self._mean_squares[id(source)][1]
 
 
-def _given(args: tuple, kwargs: dict):
-    """The first argument a module was called with, by position or by name; None without any."""
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
-def _first(output) -> Tensor:
-    """The tensor a sublayer adds to the stream: its output, or the first of several."""
-    return output[0] if isinstance(output, tuple | list) else output
-
-
 def _last_layers(sites: Sites) -> list[int]:
     """Index of the last layer of each transformer block."""
     return list({site.layer.block: site.layer.index for site in sites.layers}.values())
@@ -423,3 +489,29 @@ def _block_rows(sites: Sites) -> tuple[str, list[int]] | None:
     if sites.reads[-1].depth_sources == len(sites.layers) + 1:
         return "output", last
     return None
+
+
+def _rows_by_arithmetic(sites: Sites) -> tuple[set[int], set[int]]:
+    """Rows of states that are summed from the state and the output before, and of those kept for a sum or difference."""
+    before = [None, *sites.layers]
+    summed = {
+        row
+        for row, site in enumerate(sites.layers)
+        if site.state is None and before[row] is not None and before[row].output is not None
+    }
+    differences = {
+        row for row, site in enumerate(sites.layers) if site.output is None and site.after is not None
+    }
+    return summed, {row - 1 for row in summed} | differences
+
+
+def _unhooked_rows(sites: Sites) -> dict[str, set[int]]:
+    """Rows that no hook sees, by place: those that marks may fill."""
+    summed, _ = _rows_by_arithmetic(sites)
+    states = {row for row, site in enumerate(sites.layers) if site.state is None and row not in summed}
+    outputs = {row for row, site in enumerate(sites.layers, 1) if site.output is None and site.after is None}
+    if sites.final is None:
+        states.add(len(sites.layers))
+    if 0 in states and not sites.reads:
+        outputs.add(0)
+    return {"state": states, "output": outputs}

@@ -144,6 +144,14 @@ _ROWS = [
         "L2 norm of the effective depth query, gain times query. Zero gives an even average.",
     ),
     Metric(
+        "identity_error",
+        STATE,
+        "Residual identity error",
+        "relative",
+        "How far each state is from the embedding plus the outputs before it, on a few tokens: zero but for rounding "
+        "in a plain residual, of the order of one where the stream is mixed otherwise.",
+    ),
+    Metric(
         "nonfinite",
         STATE,
         "Non-finite values",

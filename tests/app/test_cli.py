@@ -1,6 +1,7 @@
 """The command line says in one sentence what is wrong, and never shows a traceback."""
 
 import socket
+import sys
 
 import click
 import pytest
@@ -48,6 +49,51 @@ def test_it_serves_this_machine_only(tmp_path, monkeypatch):
     assert settings["--browser.gatherUsageStats"] == "false"
     assert settings["--server.headless"] == "true"
     assert given[-2:] == ["--", str(tmp_path)]
+
+
+BUILD = """
+import torch
+from attnres import Decoder, DecoderConfig
+
+def build():
+    model = Decoder(DecoderConfig(width=16, blocks=1, heads=2, kv_heads=2, context=8, vocabulary=17))
+    return model, torch.zeros(1, 8, dtype=torch.long)
+
+def alone(): return build()[0]
+def elsewhere(): return build()[0], torch.zeros(1, 8)
+"""
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """The name of a module in the current directory, which is not on the path."""
+    name = f"script_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(BUILD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return name
+
+
+def test_bench_prints_its_table(script):
+    result = ran("bench", f"{script}:build", "--pairs", "2", "--every", "5")
+    assert result.exit_code == 0, result.output
+    rows = [line.split("  ")[0] for line in result.output.splitlines()[3:]]
+    assert rows == [
+        "a step with vectors", "a step with matrices", "an unrecorded step", "amortised", "memory held",
+    ]  # fmt: skip
+    assert result.output.startswith("Decoder, ") and "vectors every 5 steps" in result.output
+
+
+def test_what_bench_cannot_use(script):
+    for target, said in {
+        "nowhere:build": "There is no module 'nowhere' in this folder",
+        f"{script}:built": f"{script} has no function 'built': did you mean {script}:build?",
+        f"{script}:alone": f"{script}:alone gave a model without a batch: return (model, batch).",
+        f"{script}:elsewhere": "A training step of Decoder failed: ",
+    }.items():
+        result = ran("bench", target)
+        assert result.exit_code == 1
+        assert result.output.startswith(f"Error: {said}") and result.output.count("\n") == 1
 
 
 def test_other_commands_can_join():

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import probes
-from probes.sites import find_sites, unwrap
+from probes.finding import find_sites
+from probes.sites import unwrap
 from tests.probes.models import KINDS, batches, decoder, loss_of, sgd, train
 
 WIDTH = 8
@@ -145,13 +146,13 @@ def names(model) -> list[tuple[str, str, int]]:
 def test_our_decoders(kind):
     model = decoder(kind)
     sites = find_sites(model)
-    assert [site.norm for site in sites.layers[:2]] == [
+    assert [site.state.module for site in sites.layers[:2]] == [
         model.blocks[0].attention_norm,
         model.blocks[0].mlp_norm,
     ]
     assert [site.layer.kind for site in sites.layers] == ["attention", "mlp"] * 3
     assert [site.layer.block for site in sites.layers] == [1, 1, 2, 2, 3, 3]
-    assert sites.final_norm is model.final_norm
+    assert sites.final.module is model.final_norm
     assert len(sites.reads) == (0 if kind == "prenorm" else 7)
 
 
@@ -163,15 +164,15 @@ def test_gpt_names():
         ("transformer.h.1.attn", "attention", 2),
         ("transformer.h.1.mlp", "mlp", 2),
     ]
-    assert find_sites(model).final_norm is model.transformer["ln_f"]
+    assert find_sites(model).final.module is model.transformer["h"][-1]
 
 
 def test_llama_order_pairs_each_sublayer_with_its_norm():
     model = Llama(1)
     first, second = find_sites(model).layers
     block = model.layers[0]
-    assert (first.norm, first.sublayer) == (block.input_layernorm, block.self_attn)
-    assert (second.norm, second.sublayer) == (block.post_attention_layernorm, block.mlp)
+    assert (first.state.module, first.output.module) == (block.input_layernorm, block.self_attn)
+    assert (second.state.module, second.output.module) == (block.post_attention_layernorm, block.mlp)
 
 
 def test_a_model_inside_a_training_wrapper():
@@ -212,10 +213,9 @@ def test_depth_reads_are_not_taken_for_norms():
     [
         (
             nn.Linear(2, 2),
-            "No transformer layers were found in Linear: .* Pass the module that holds the stack",
+            "No transformer layers were found in Linear: .* Pass the module that holds the blocks",
         ),
         (nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "No transformer layers were found in Sequential"),
-        (nn.Sequential(GPTBlock(), GPTBlock()), "no norm after them, so the final state cannot be seen"),
         ({"not": "a model"}, "A dict is not a torch.nn.Module: pass the model that is trained"),
     ],
 )
@@ -312,16 +312,19 @@ def test_numbers_of_foreign_models_are_autograds(kind, wrap, tmp_path):
 
 def test_rows_that_are_never_seen_are_named_once(tmp_path, caplog):
     class Odd(GPTBlock):
-        """Calls its second norm and its MLP behind the modules' backs."""
+        """Goes another way when it is trained than when it is looked at."""
+
+        skips = False
 
         def forward(self, x):
             x = x + self.attn(self.ln_1(x))
-            return x + self.mlp.forward(F.layer_norm(x, (WIDTH,)))
+            return x if self.skips else x + self.mlp(self.ln_2(x))
 
     model = GPT(2)
     model.transformer["h"][1] = Odd()
     optimizer = sgd(model)
     with probes.record(model, tmp_path / "run", optimizer=optimizer, every=1):
+        model.transformer["h"][1].skips = True
         train(model, optimizer, 3)
     (message,) = [record.getMessage() for record in caplog.records]
     assert "hidden_rms: into layer 4 (MLP); output_rms: layer 4 (MLP)" in message

@@ -158,7 +158,7 @@ def test_every_metric_has_its_twin(kind, tmp_path):
             look_away(model)
     run = probes.open_run(tmp_path / "run")
     assert not run.problems
-    assert set(run.metrics) == {*expected[0], "lr", "loss", *HOST}
+    assert set(run.metrics) == {*expected[0], "lr", "loss", "identity_error", *HOST}
     unknown = set(METRICS) - set(run.metrics) - {"val_loss", "tokens", "skipped"}
     assert unknown <= (DEPTH | {"query_norm"} if kind == "prenorm" else set())
     for name in expected[0]:
@@ -183,6 +183,22 @@ def look_away(model):
     loss_of(model(tokens), tokens)
     model.train()
     loss_of(model(tokens), tokens)  # its backward never runs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_identity_error_is_of_the_first_tokens_of_the_last_micro_batch(kind, tmp_path):
+    model = decoder(kind)
+    last = Pass(copy.deepcopy(model).double(), batches(0)[-1])
+    sums = itertools.accumulate(last.outputs)
+    few = [[x.detach().flatten(0, 1)[:8] for x in pair] for pair in zip(last.states, sums, strict=True)]
+    expected = [((state - sum_).norm() / state.norm()).item() for state, sum_ in few]
+    optimizer = sgd(model)
+    with probes.record(model, tmp_path / "run", optimizer=optimizer):
+        for tokens in batches(0):
+            loss_of(model(tokens), tokens).backward()
+        optimizer.step()
+    found = probes.open_run(tmp_path / "run")["identity_error"]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["full", "block of 4, ragged"])

@@ -1,0 +1,52 @@
+"""`depthscope bench module:function`: what recording costs on one's own model and machine."""
+
+import click
+
+
+@click.command()
+@click.argument("target", metavar="MODULE:FUNCTION")
+@click.option(
+    "--every", default=10, show_default=True, type=click.IntRange(1), help="Steps between recorded vectors."
+)
+@click.option(
+    "--matrices-every", default=100, show_default=True, type=click.IntRange(1), help="And between matrices."
+)
+@click.option(
+    "--pairs",
+    default=25,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Recorded and unrecorded steps to compare.",
+)
+@click.option("--compile", "compiled", is_flag=True, help="Run the model through torch.compile.")
+def bench(target: str, every: int, matrices_every: int, pairs: int, compiled: bool) -> None:
+    """Measure what recording costs a model, beside the same steps unrecorded.
+
+    FUNCTION takes no arguments and returns (model, batch): the batch is a tensor, a tuple of positional or a dict of
+    keyword arguments, on the model's device. Or it returns a dict with model, batch and, as far as wanted, loss (a
+    function of the model's output) and optimizer. MODULE is looked for in the current directory first.
+    """
+    try:
+        from probes import RunError, benching
+        from probes import target as targets
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f'bench needs {error.name}, and only the viewer is installed: pip install "depthscope[probes]".'
+        ) from error
+    try:
+        found = targets.load(target)
+        if found.args is None:
+            raise RunError(f"{target} gave a model without a batch: return (model, batch).")
+        cost = benching.bench(
+            found.model,
+            found.kwargs or found.args,
+            optimizer=found.optimizer,
+            loss=found.loss,
+            every=every,
+            matrices_every=matrices_every,
+            compile=compiled,
+            pairs=pairs,
+        )
+    except RunError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(cost)

@@ -1,0 +1,180 @@
+"""What the probes would see in a model, as a table, before anything runs: `print(probes.describe(model))`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from probes import trial
+from probes.finding import find_sites
+from probes.identity import first_broken
+from probes.manifest import RunError
+from probes.sites import LayerSite, Sites
+from probes.taps import MATRICES, Taps
+from probes.target import arguments, said
+from probes.unchanged import unchanged
+
+_COLUMNS = ("layer", "kind", "transformer block", "module", "state seen at", "output seen at", "reads")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What was found in one model: `sites`; `errors`, the residual identity of each state (float32 [L+1], NaN where a
+    source was not seen; None where no forward could be tried, `reason` says why); names of rows no tap saw."""
+
+    model: str
+    parameters: int
+    sites: Sites
+    probe_bytes: int
+    model_bytes: int
+    errors: np.ndarray | None
+    first_broken: int | None
+    unseen: tuple[str, ...]
+    invented: bool
+    reason: str = ""
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether every state was the embedding plus the outputs before it; None where that was not checked."""
+        if self.errors is None or np.isnan(self.errors).all():
+            return None
+        return self.first_broken is None and not np.isnan(self.errors).any()
+
+    def __str__(self) -> str:
+        sites, layout = self.sites, self.sites.layout
+        counts = [read.depth_sources for read in sites.reads] or [""] * (len(sites.layers) + 1)
+        rows = [
+            (
+                str(site.layer.index),
+                site.layer.kind,
+                str(site.layer.block),
+                site.layer.name,
+                _state_route(sites, site),
+                site.route,
+                f"{count} sources" if count else "",
+            )
+            for site, count in zip(sites.layers, counts, strict=False)
+        ]
+        columns = _COLUMNS if sites.reads else _COLUMNS[:-1]
+        head = (
+            f"{self.model}: {self.parameters:,} parameters, {len(sites.layers)} layers in {layout.blocks} transformer "
+            f"blocks"
+        )
+        return "\n".join([head, "", *_table(columns, rows), "", *self._sentences()])
+
+    def _sentences(self) -> list[str]:
+        sites = self.sites
+        if sites.reads:
+            reads = f"{len(sites.reads)} depth reads, one for each layer and the final read ({sites.reads[-1].depth_sources} sources)"
+        else:
+            reads = "none: no module says that it attends over depth"
+        share = self.probe_bytes / self.model_bytes
+        return [
+            f"final state  {sites.final or 'marked by the model'}",
+            f"reads        {reads}",
+            f"sources      {len(sites.layers) + 1}: the embedding and the output of each layer",
+            f"identity     {self._identity()}",
+            *([f"not seen     {', '.join(self.unseen)}"] if self.unseen else []),
+            f"memory       {self.probe_bytes / 2**20:.2f} MiB on the model's device ({100 * share:.2g} % of its parameters)",
+        ]
+
+    def _identity(self) -> str:
+        where = "on invented inputs" if self.invented else "on the batch given"
+        if self.errors is None:
+            return f"not checked: {self.reason}"
+        if self.sites.reads:
+            return "not expected: each state is a depth read's mix"
+        if self.sites.change:
+            return f"not a plain residual: the stream is {self.sites.change}"
+        if self.first_broken is not None:
+            state = self.sites.layout.states[self.first_broken]
+            return (
+                f"MIXED OTHERWISE: the state {state} is not the embedding plus the outputs before it (it differs by "
+                f"{self.errors[self.first_broken]:.1e}, {where})"
+            )
+        if np.isnan(self.errors).any():
+            return f"holds as far as outputs were seen {where}"
+        return f"holds: every state is the embedding plus the outputs before it (to {np.max(self.errors):.0e}, {where})"
+
+
+def describe(
+    model: nn.Module,
+    batch: object = None,
+    *,
+    stack: str | Sequence[str] | None = None,
+    layers: int | str | Sequence[str] | None = None,
+    norms: str | Sequence[str] | None = None,
+) -> Description:
+    """The layers of `model`, where their states and outputs would be seen, and whether the stream adds up.
+
+    One forward is tried in training mode, on `batch` (a tensor, a tuple of positional or a mapping of keyword
+    arguments) or on invented inputs; the model is left as it was. `stack`, `layers` and `norms` are those of
+    `probes.record`. Raises RunError as `record` does for the model, and for a batch on which its forward fails.
+    """
+    sites = find_sites(model, stack, layers, norms)
+    given = [arguments(batch)] if batch is not None else []
+    taps = Taps(sites)
+    try:
+        with unchanged(sites.root, None):
+            reason = _tried(sites.root, taps, given)
+    finally:
+        taps.detach()
+    if reason and batch is not None:
+        raise RunError(f"The forward of {type(sites.root).__name__} fails on this batch: {reason}.")
+    errors = None if reason else taps.finish()["identity_error"].cpu().numpy()
+    dtype = next(sites.root.parameters()).dtype
+    return Description(
+        model=type(sites.root).__name__,
+        parameters=sum(p.numel() for p in sites.root.parameters()),
+        sites=sites,
+        probe_bytes=taps.nbytes,
+        model_bytes=sum(p.nbytes for p in sites.root.parameters()),
+        errors=errors,
+        first_broken=first_broken(errors, dtype) if errors is not None else None,
+        unseen=() if reason else tuple(_unseen(sites, taps)),
+        invented=batch is None,
+        reason=reason and f"give a batch, as in describe(model, batch) ({reason})",
+    )
+
+
+def _state_route(sites: Sites, site: LayerSite) -> str:
+    if site.state is not None:
+        return str(site.state)
+    return "state + output before" if sites.final is not None else "marked by the model"
+
+
+def _tried(root: nn.Module, taps: Taps, given: list[tuple[tuple, Mapping]]) -> str:
+    """One forward that the taps see; empty, or why none worked."""
+    reason = "it is not known what its forward takes"
+    root.train()
+    taps.mode = MATRICES
+    for args, kwargs in given or trial.inputs(root):
+        taps.reset()
+        try:
+            with torch.enable_grad():
+                root(*args, **kwargs)
+            return ""
+        except Exception as error:
+            reason = said(error)
+    return reason
+
+
+def _unseen(sites: Sites, taps: Taps) -> list[str]:
+    counts, layout = taps.counts(), sites.layout
+    labels = {"hidden_rms": layout.states, "output_rms": [f"output of {label}" for label in layout.outputs]}
+    return [
+        label
+        for name, rows in labels.items()
+        for label, count in zip(rows, counts[name].tolist(), strict=True)
+        if not count
+    ]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rows = [columns, *(row[: len(columns)] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

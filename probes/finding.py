@@ -1,0 +1,159 @@
+"""Find the sites of a model by itself, or where the user says they are."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from probes.dataflow import Untraceable
+from probes.layout import Layer
+from probes.manifest import RunError
+from probes.names import matching
+from probes.sites import LayerSite, Place, Sites, unwrap
+from probes.stacks import Stack, find_stacks, is_norm, is_read, kind_by_name, stack_at
+
+_BY_HAND = "name the modules yourself: layers=[patterns of sublayers], norms=[patterns of each layer's norm and the final norm]"
+
+
+def find_sites(
+    model: nn.Module,
+    stack: str | Sequence[str] | None = None,
+    layers: int | str | Sequence[str] | None = None,
+    norms: str | Sequence[str] | None = None,
+) -> Sites:
+    """The sites of `model`. Raises RunError, naming what was looked for, when none are recognised.
+
+    `stack` chooses among several lists of transformer blocks. `layers` and `norms` are patterns over
+    `named_modules()` that say what the sublayers are, and which modules receive each layer's state and the final one;
+    a number of `layers` is for a model that marks them itself (marks.py).
+    """
+    if not isinstance(model, nn.Module):
+        raise RunError(f"A {type(model).__name__} is not a torch.nn.Module: pass the model that is trained.")
+    root = unwrap(model)
+    if isinstance(layers, int):
+        found = _marked(layers)
+    elif (layers is None) != (norms is None):
+        raise RunError(
+            "Give layers= and norms= together: the one says what is added, the other what it is added to."
+        )
+    elif layers is not None:
+        found = _declared(root, layers, norms)
+    elif stack is not None:
+        found = _joined(root, [_stack(root, *each) for each in matching(root, stack, "stack").items()])
+    else:
+        found = _only_stack(root)
+    devices = {str(parameter.device) for parameter in root.parameters()}
+    if len(devices) > 1:
+        raise RunError(
+            f"{type(root).__name__} is spread over {', '.join(sorted(devices))}: depthscope records models "
+            "that are on one device."
+        )
+    reads = [module for module in root.modules() if is_read(module)]
+    if reads and len(reads) != len(found.layers) + 1:
+        raise RunError(
+            f"{type(root).__name__} has {len(found.layers)} layers and {len(reads)} depth reads: expected one read "
+            "per layer and the final read."
+        )
+    return Sites(root, list(found.layers), found.final, reads, found.change)
+
+
+def _only_stack(root: nn.Module) -> Stack:
+    stacks, reasons = find_stacks(root)
+    if not stacks:
+        seen = f" What was seen: {'; '.join(reasons[:3])}." if reasons else ""
+        raise RunError(
+            f"No transformer layers were found in {type(root).__name__}: depthscope looks for a list of blocks that "
+            f"each add to what they are given.{seen} Pass the module that holds the blocks, or {_BY_HAND}."
+        )
+    if len(stacks) > 1:
+        raise RunError(
+            f"{type(root).__name__} has {len(stacks)} stacks of transformer blocks: {', '.join(map(str, stacks))}. "
+            f"Choose one with stack={stacks[-1].path!r}."
+        )
+    return _joined(root, stacks)
+
+
+def _stack(root: nn.Module, path: str, container: nn.Module) -> Stack:
+    try:
+        found = stack_at(root, path, container)
+    except Untraceable as error:
+        raise RunError(f"stack={path!r} cannot be followed ({error}): {_BY_HAND}.") from error
+    if found is None:
+        raise RunError(
+            f"stack={path!r} is not a list of blocks that each add to what they are given: {_BY_HAND}."
+        )
+    return found
+
+
+def _joined(root: nn.Module, stacks: list[Stack]) -> Stack:
+    """Stacks one after the other as one."""
+    first, *rest = stacks
+    for stack in rest:
+        count, blocks = len(first.layers), first.blocks
+        moved = tuple(_moved(site, count, blocks) for site in stack.layers)
+        change = first.change or stack.change
+        first = Stack(first.path, blocks + stack.blocks, first.layers + moved, stack.final, change)
+    final = first.final or _final_norm(root, first.path)
+    if final is None:
+        raise RunError(
+            f"{type(root).__name__} has layers in {first.path!r} but no norm after them, so the final state cannot "
+            f"be seen: {_BY_HAND}."
+        )
+    return Stack(first.path, first.blocks, first.layers, final, first.change)
+
+
+def _moved(site: LayerSite, layers: int, blocks: int) -> LayerSite:
+    layer = Layer(site.layer.index + layers, site.layer.kind, site.layer.block + blocks, site.layer.name)
+    return LayerSite(
+        layer, site.state, site.output, site.after, site.given + layers, site.modules, site.parameters
+    )
+
+
+def _final_norm(root: nn.Module, path: str) -> Place | None:
+    """What the last norm beside the stack receives, in the module that holds it or in the root."""
+    above = path.rpartition(".")[0]
+    for name, module in ((above, root.get_submodule(above)), ("", root)):
+        beside = [(key, child) for key, child in module.named_children() if is_norm(child)]
+        if beside:
+            key, norm = beside[-1]
+            return Place(f"{name}.{key}" if name else key, norm, is_input=True)
+    return None
+
+
+def _declared(root: nn.Module, layers: str | Sequence[str], norms: str | Sequence[str]) -> Stack:
+    """The layers that the user names."""
+    sublayers, receivers = matching(root, layers, "layers"), matching(root, norms, "norms")
+    if len(receivers) != len(sublayers) + 1:
+        raise RunError(
+            f"layers= matches {len(sublayers)} modules and norms= {len(receivers)}: expected one norm for each layer "
+            "and the final norm, in order."
+        )
+    states = [Place(name, module, is_input=True) for name, module in receivers.items()]
+    groups = list(dict.fromkeys(_group(name) for name in sublayers))
+    sites = [
+        LayerSite(
+            Layer(index, kind_by_name(name) or "mlp", groups.index(_group(name)) + 1, name),
+            state,
+            Place(name, module, is_input=False),
+            None,
+            index,
+            (module, state.module),
+        )
+        for index, ((name, module), state) in enumerate(zip(sublayers.items(), states, strict=False), 1)
+    ]
+    return Stack("", len(groups), tuple(sites), states[-1])
+
+
+def _marked(count: int) -> Stack:
+    """Layers that nothing but the author's marks shows."""
+    if count < 1:
+        raise RunError(f"layers={count}: give the number of layers that the model marks, 1 or more.")
+    layers = (Layer(index, "layer", index, f"marked {index}") for index in range(1, count + 1))
+    sites = tuple(LayerSite(layer, None, None, None, layer.index, ()) for layer in layers)
+    return Stack("", count, sites, None)
+
+
+def _group(name: str) -> str:
+    """The part of a name that says which transformer block it is: up to its first number."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[: number + 1])

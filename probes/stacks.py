@@ -1,0 +1,262 @@
+"""Find the stacks of a model: lists of transformer blocks, and the layers of each, from the modules alone.
+
+A list is a stack when its members add to a stream: their forward is followed (dataflow.py), or, where that cannot be,
+each holds as many norms as sublayers and the k-th norm feeds the k-th sublayer. No class or package is known by name.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from probes.dataflow import Call, Flow, Term, Untraceable, follow
+from probes.layout import Layer
+from probes.sites import LayerSite, Place
+
+_ATTENTION = (
+    "attn",
+    "attention",
+    "mixer",
+    "mixing",
+    "ssm",
+    "mamba",
+    "retention",
+    "recurrent",
+    "conv",
+    "delta",
+)
+_MLP = (
+    "mlp",
+    "ffn",
+    "ff",
+    "feed_forward",
+    "feedforward",
+    "moe",
+    "expert",
+    "dense",
+    "fc",
+    "linear",
+    "intermediate",
+)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One list of transformer blocks: its layers in order, where the state after them is seen, and what else happens
+    to its stream than layers adding to it."""
+
+    path: str
+    blocks: int
+    layers: tuple[LayerSite, ...]
+    final: Place | None
+    change: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path!r} ({self.blocks} blocks)"
+
+
+def find_stacks(root: nn.Module) -> tuple[list[Stack], list[str]]:
+    """The outermost stacks of `root`, and for each list that is none why its first member could not be followed."""
+    stacks: list[Stack] = []
+    reasons: list[str] = []
+    for path, container in root.named_modules():
+        inside = any(path.startswith(f"{stack.path}.") for stack in stacks)
+        if isinstance(container, nn.ModuleList | nn.Sequential | nn.ModuleDict) and not inside:
+            try:
+                stack = stack_at(root, path, container)
+            except Untraceable as error:
+                reasons.append(f"{path}: {error}")
+            else:
+                stacks += [stack] if stack is not None else []
+    return stacks, reasons
+
+
+def stack_at(root: nn.Module, path: str, container: nn.Module) -> Stack | None:
+    """The stack that a list is; None where its members are no blocks. Untraceable where they might be."""
+    members = {f"{path}.{key}" if path else key: _bare(child) for key, child in container.named_children()}
+    if not members or not all(any(p.ndim > 1 for p in m.parameters()) for m in members.values()):
+        return None
+    if any(isinstance(member, nn.ModuleList | nn.ModuleDict) for member in members.values()):
+        return _followed_from_above(root, path, members)
+    try:
+        flows = {name: follow(member) for name, member in members.items()}
+    except Untraceable as error:
+        paired = _paired(path, members)
+        if paired is None and not _is_module_list_of_leaves(members):
+            raise Untraceable(str(error)) from error
+        return paired
+    layers: list[LayerSite] = []
+    for block, (name, member) in enumerate(members.items(), 1):
+        layers += _layers(name, member, flows[name], len(layers), lambda term, block=block: block)
+    change = next((flow.change for flow in flows.values() if flow.change), "")
+    change = change or next((_norm_words(flow.norm) for flow in flows.values() if flow.norm), "")
+    last = next(reversed(members))
+    return Stack(path, len(members), tuple(layers), Place(last, members[last], is_input=False), change)
+
+
+def _is_module_list_of_leaves(members: dict[str, nn.Module]) -> bool:
+    return all(next(member.children(), None) is None for member in members.values())
+
+
+def _norm_words(norm: Call) -> str:
+    return f"changed by {norm.name}"
+
+
+def _followed_from_above(root: nn.Module, path: str, members: dict[str, nn.Module]) -> Stack | None:
+    """A list of lists: nobody calls its members, so the forward of the module that holds it is followed."""
+    above = path.rpartition(".")[0]
+    holder = root.get_submodule(above)
+    try:
+        flow = follow(holder)
+    except Untraceable:
+        return None
+    prefix = f"{above}." if above else ""
+
+    def block_of(term: Term) -> int:
+        names = [f"{prefix}{call.name}." for call in term.calls]
+        return next((i for i, m in enumerate(members, 1) if any(n.startswith(f"{m}.") for n in names)), 0)
+
+    if not all(map(block_of, flow.terms)):
+        return None
+    final = Place(above, holder, is_input=False)
+    if flow.norm is not None:
+        final = _place(above, flow.norm, is_input=True)
+    layers = tuple(_layers(above, holder, replace(flow, norm=None), 0, block_of, final))
+    return Stack(path, len(members), layers, final, flow.change)
+
+
+def _bare(member: nn.Module) -> nn.Module:
+    """A member from under a wrapper that only hands its arguments on."""
+    while len(children := list(member.children())) == 1 and not list(member.parameters(recurse=False)):
+        arguments = inspect.signature(member.forward).parameters.values()
+        if not all(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in arguments):
+            break
+        member = children[0]
+    return member
+
+
+def _layers(
+    path: str, module: nn.Module, flow: Flow, before: int, block_of, final: Place | None = None
+) -> Iterator[LayerSite]:
+    """The layers of one flow, after `before` earlier ones."""
+    entry = Place(path, module, is_input=True, keyword=flow.argument)
+    states = [
+        _place(path, term.state, is_input=True) if term.state else (entry if term.given == 0 else None)
+        for term in flow.terms
+    ]
+    end = final or (Place(path, module, is_input=False) if flow.norm is None else None)
+    for index, (term, state) in enumerate(zip(flow.terms, states, strict=True)):
+        output = _place(path, term.tail, is_input=False) if term.tail is not None else None
+        after = None
+        if output is None and not flow.change and term.given == index:
+            later = [
+                s for t, s in zip(flow.terms, states, strict=True) if t.given == index + 1 and s is not None
+            ]
+            after = later[0] if later else end if index + 1 == len(flow.terms) else None
+        names = _sublayer(term)
+        layer = Layer(before + index + 1, _kind(names), block_of(term), _named(path, names))
+        modules = tuple(call.module for call in term.calls)
+        yield LayerSite(layer, state, output, after, before + term.given + 1, modules, term.parameters)
+
+
+def _place(path: str, call: Call, is_input: bool) -> Place:
+    name = f"{path}.{call.name}" if path else call.name
+    return Place(name, call.module, is_input, call.key, call.keyword)
+
+
+def _sublayer(term: Term) -> list[Call]:
+    """The calls that do a layer's work: those with matrices, downstream of where the state comes in."""
+    names = [call.name for call in term.calls]
+    start = names.index(term.state.name) if term.state is not None else 0
+    working = [call for call in term.calls[start:] if any(p.ndim > 1 for p in call.module.parameters())]
+    return working or list(term.calls)
+
+
+def _named(path: str, calls: Sequence[Call]) -> str:
+    names = [call.name for call in calls]
+    first = f"{path}.{names[0]}" if path else names[0]
+    return " + ".join([first, *(name.rpartition(".")[2] for name in names[1:])])
+
+
+def kind_by_name(name: str) -> str | None:
+    """ "attention" or "mlp", where a module's name says it."""
+    words = {"attention": _ATTENTION, "mlp": _MLP}
+    return next((kind for kind, parts in words.items() if any(part in name.lower() for part in parts)), None)
+
+
+def _kind(calls: Sequence[Call]) -> str:
+    """ "attention" for a layer that mixes tokens, else "mlp": by name where that says it, otherwise by trying."""
+    by_name = kind_by_name(" ".join(call.name for call in calls))
+    if by_name is None and len(calls) == 1 and _mixes_tokens(calls[0].module):
+        return "attention"
+    return by_name or "mlp"
+
+
+def _mixes_tokens(module: nn.Module) -> bool:
+    """Whether one token's output depends on another token. A module that needs more than a state is taken for one."""
+    matrix = next(parameter for parameter in module.parameters() if parameter.ndim > 1)
+    with torch.random.fork_rng(), torch.no_grad():
+        state = torch.randn(1, 4, matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        other = state.clone()
+        other[:, 0] += 1
+        try:
+            one, two = (module.forward(x) for x in (state, other))
+            one, two = (x[0] if isinstance(x, tuple | list) else x for x in (one, two))
+            return not torch.equal(one[:, 1:], two[:, 1:])
+        except Exception:
+            return True
+
+
+# Where a forward cannot be followed
+
+
+def _paired(path: str, members: dict[str, nn.Module]) -> Stack | None:
+    """Norms and sublayers of each block in the order in which they are children: the k-th norm feeds the k-th."""
+    layers: list[LayerSite] = []
+    for block, (name, member) in enumerate(members.items(), 1):
+        pairs = _pairs(member)
+        if not pairs:
+            return None
+        for norm_name, norm, child_name, child in pairs:
+            state = Place(f"{name}.{norm_name}", norm, is_input=True)
+            output = Place(f"{name}.{child_name}", child, is_input=False)
+            kind = kind_by_name(child_name) or "mlp"
+            index = len(layers) + 1
+            layer = Layer(index, kind, block, f"{name}.{child_name}")
+            layers.append(LayerSite(layer, state, output, None, index, (child, norm)))
+    return Stack(path, len(members), tuple(layers), None)
+
+
+def _pairs(block: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
+    """(name of norm, norm, name of sublayer, sublayer) of each layer in a block; empty when they do not pair up."""
+    children = [
+        (name, child)
+        for name, child in block.named_children()
+        if (_has_parameters(child) or is_norm(child)) and not is_read(child)
+    ]
+    norms = [(name, child) for name, child in children if is_norm(child)]
+    sublayers = [(name, child) for name, child in children if not is_norm(child)]
+    if not norms or len(norms) != len(sublayers):
+        return []
+    return [(*norm, *sublayer) for norm, sublayer in zip(norms, sublayers, strict=True)]
+
+
+def is_read(module: nn.Module) -> bool:
+    """Whether a module is a depth read (docs/architecture.md)."""
+    return isinstance(getattr(module, "depth_sources", None), int)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module looks like a norm: torch's, or a leaf whose only parameters are a gain and perhaps a bias."""
+    if is_read(module):
+        return False
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return True
+    parameters = list(module.parameters())
+    return not list(module.children()) and 1 <= len(parameters) <= 2 and all(p.ndim == 1 for p in parameters)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
