@@ -28,20 +28,17 @@ from probes.gradients import NORMS, GradientNorms
 from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, mask_finder
 from probes.provenance import model_config, versions
+from probes.scalars import Scalars
 from probes.scaling import LossScale
 from probes.schedule import Schedule, Steps, schedule
 from probes.selfcheck import SelfCheck
 from probes.sites import Sites
 from probes.statistics import DEPTH_METRICS
 from probes.taps import ACTIVATIONS, MATRICES, OFF, VECTORS, Taps
-from probes.vocabulary import GRADIENTS, METRICS, metric
+from probes.vocabulary import GRADIENTS, METRICS
 from probes.writer import RunWriter
 
 log = logging.getLogger("depthscope")
-
-# Logged scalars of unrecorded steps wait for company before they cross to the host.
-_PENDING_SCALARS = 64
-_PENDING_SECONDS = 1.0
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -127,9 +124,8 @@ class Recorder:
         self._selfcheck = SelfCheck(sites)
         self._owed = False  # the writer waits to hear that the recorded step is complete
         self._process = os.getpid()
-        self._scalars: list[tuple[str, Moment, object]] = []
-        self._logged: set[str] = set()  # names the script has logged itself
-        self._put_at = self._stepped_at = time.perf_counter()
+        self._scalars = Scalars()
+        self._stepped_at = time.perf_counter()
         self._taps = Taps(sites, mask, faults)
         self._skipped: torch.Tensor | None = None  # attempts at this step that the scaler skipped
         self._sites = sites
@@ -151,10 +147,7 @@ class Recorder:
         """Record scalars (numbers or one-element tensors) for the latest training forward. Never waits."""
         if self._closed:
             return
-        for name in scalars:
-            _check_name(name)
-        self._logged.update(scalars)
-        self._keep(scalars)
+        self._scalars.log(scalars, self._latest)
 
     def now(self) -> None:
         """Record the next training step with matrices, whatever the schedule says."""
@@ -175,7 +168,7 @@ class Recorder:
                 self._keep_own(now)
                 self._put(self._measured(), self._taps.counts())
                 self._owed = True
-            elif self._owed or self._due(now):
+            elif self._owed or self._scalars.due(now):
                 self._put()
                 self._owed = False
         if self._taps.mode != OFF:
@@ -276,33 +269,19 @@ class Recorder:
             return MATRICES
         return VECTORS if self._manifest.vectors(step) else OFF
 
-    def _due(self, now: float) -> bool:
-        many = len(self._scalars) >= _PENDING_SCALARS
-        return many or bool(self._scalars and now - self._put_at > _PENDING_SECONDS)
-
-    def _keep(self, scalars: dict) -> None:
-        """Hold scalars until the next hand-over; they belong to the latest training forward."""
-        moment = self._clock.now if self._taps.seen else self._clock.before
-        for name, value in scalars.items():
-            if isinstance(value, torch.Tensor):
-                if value.numel() != 1 or value.is_complex():
-                    raise ValueError(
-                        f"log({name}=…) takes a single real number, not a {value.dtype} tensor of {value.numel()}."
-                    )
-                # A copy: the tensor's memory may be reused before it is fetched.
-                value = value.detach().reshape(()).clone()
-            else:
-                value = _number(name, value)
-            self._scalars.append((name, moment, value))
+    @property
+    def _latest(self) -> Moment:
+        """The step of the latest training forward."""
+        return self._clock.now if self._taps.seen else self._clock.before
 
     def _keep_own(self, now: float) -> None:
-        """Host-side scalars of a recorded step, but for those that the script logs itself."""
+        """Host-side scalars of a recorded step."""
         scalars = {"step_time": now - self._stepped_at, "wall_time": time.time() - self._manifest.created}
         # Taps inside a compiled graph are not timed.
         scalars["probe_time"] = self._taps.seconds or math.nan
         if self._optimizers:
             scalars["lr"] = self._optimizers[0].param_groups[0]["lr"]
-        self._keep({name: value for name, value in scalars.items() if name not in self._logged})
+        self._scalars.add(scalars, self._latest)
 
     def _measured(self) -> dict[str, torch.Tensor]:
         """The metrics of this step, gradients unscaled; without those that failed or cannot be known."""
@@ -316,14 +295,14 @@ class Recorder:
             }
         if self._scale.given or self._clock.vain() is not None:
             metrics["skipped"] = torch.zeros(()) if self._skipped is None else self._skipped
-        left_out = self._logged | self._faults.now | (set() if known else set(GRADIENTS))
+        left_out = self._scalars.logged | self._faults.now | (set() if known else set(GRADIENTS))
         return {name: value for name, value in metrics.items() if name not in left_out}
 
     def _put(self, metrics: dict | None = None, counts: dict | None = None) -> None:
         """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed."""
         now, mode, metrics, counts = self._clock.now, self._taps.mode, metrics or {}, counts or {}
         vain = self._clock.vain()
-        pending, self._scalars = self._scalars, []
+        pending = self._scalars.take()
         logged = {
             (name, "logged", i): v for i, (name, _, v) in enumerate(pending) if isinstance(v, torch.Tensor)
         }
@@ -361,8 +340,7 @@ class Recorder:
             self._selfcheck.rows(seen)
 
         # Rows of this very step may still be logged until the next forward.
-        self._writer.put(rows, complete=now.attempt - 1)
-        self._put_at = time.perf_counter()
+        self._writer.put(rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
 
 
 def _optimizers(given: Optimizers | None) -> list[torch.optim.Optimizer]:
@@ -382,15 +360,3 @@ def schedule_of(name: str, given: Steps) -> Schedule:
         return schedule(given)
     except ValueError as error:
         raise RunError(f"{name} is {given!r}: {error}.") from None
-
-
-def _check_name(name: str) -> None:
-    if metric(name).axes or name.endswith(".step") or name.startswith("__"):
-        raise ValueError(f"log({name}=…): this name is kept for depthscope's own; choose another.")
-
-
-def _number(name: str, value: object) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"log({name}=…) takes a number, not {value!r}.") from None
