@@ -365,7 +365,7 @@ class Taps:
             # have one gradient.
             self._gradient(x, "state", row + 1)
             if row in self._states:
-                state = self._states[row] + x.detach()
+                state = self._states.pop(row) + x.detach()
                 self._values(state, "state", row + 1)
                 if row + 1 in self._kept_rows:
                     self._states[row + 1] = state
@@ -375,7 +375,7 @@ class Taps:
         if isinstance(after, Tensor):
             self._gradient(after, "output", row + 1)
             if row in self._states:
-                self._values(after.detach() - self._states[row].view_as(after), "output", row + 1)
+                self._values(after.detach() - self._states.pop(row).view_as(after), "output", row + 1)
 
     def _tap(self, x: Tensor, place: str, row: int) -> None:
         if isinstance(x, Tensor):  # the recorder says which rows were never seen
