@@ -75,7 +75,6 @@ class Taps:
         self.half = False  # a training forward ran under float16 autocast
         self.odd_mask = False  # a mask was there, but not one of [B, T]
         self._live = False  # inside a training forward that is looked at
-        self._compiled = False  # the latest forward was
         self._embedded = False  # this forward's embedding has been seen
         self._sites = sites
         self._faults = faults or Faults(strict=True)
@@ -171,7 +170,7 @@ class Taps:
         for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
             done = {place: moments.finish() for place, moments in table.items()}
             metrics[f"hidden_{suffix}"] = done["state"]
-            metrics[f"output_{suffix}"] = self._once(done["output"], torch.nan)
+            metrics[f"output_{suffix}"] = done["output"]
             if self._block_rows is None:
                 metrics[f"block_{suffix}"] = done["block"]
             else:
@@ -190,7 +189,7 @@ class Taps:
         counts = {}
         for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
             counts[f"hidden_{suffix}"] = table["state"].count
-            counts[f"output_{suffix}"] = self._once(table["output"].count, 0)
+            counts[f"output_{suffix}"] = table["output"].count
             place, rows = self._block_rows or ("block", slice(None))
             counts[f"block_{suffix}"] = table[place].count[rows]
         if self.mode == MATRICES:
@@ -202,20 +201,7 @@ class Taps:
     def _identity_error(self) -> Tensor:
         """Blank where layers ran several times in one forward: the sample holds one of their runs only."""
         error = self._sample.finish()
-        if self.repeated:
-            return torch.full_like(error, torch.nan)
-        return torch.where(self._mixed(), torch.nan, error) if self._compiled else error
-
-    def _once(self, outputs: Tensor, blank: float) -> Tensor:
-        """Output rows, the embedding's blank where compiled layers ran several times and mixed it with others."""
-        if not self._compiled:
-            return outputs
-        return torch.cat([torch.where(self._mixed(), blank, outputs[:1]), outputs[1:]])
-
-    def _mixed(self) -> Tensor:
-        """Whether the embedding's row has seen more than one embedding's worth, bool [1]."""
-        forward = self._counted.forward
-        return forward["output"].count[:1] > forward["state"].count[-1:]
+        return torch.full_like(error, torch.nan) if self.repeated else error
 
     def marked(self, x: Tensor, place: str, row: int) -> None:
         """A tensor that the author has named; only for rows that no hook sees."""
@@ -253,7 +239,6 @@ class Taps:
             self.seen = True
             self.half = self._autocasts and half_precision(self._device.type)
         self._live = training and self._looking
-        self._compiled = compiling
         self._forget()  # a forward that raised left its own behind
         if not compiling:
             self._embedded = False
@@ -441,7 +426,7 @@ class Taps:
     def _tap_embedding(self, x: Tensor) -> None:
         # Where a stack is run through several times, only the first time starts at the embedding.
         if torch.compiler.is_compiling():
-            # Nothing may be noted down inside a compiled checkpoint: `_once` sees to it later.
+            # Nothing may be noted down inside a compiled checkpoint, so that there every time counts.
             self._tap(x, "output", 0)
         elif not self._embedded and not self._recomputing:
             self._embedded = True

@@ -67,7 +67,7 @@ def test_after_a_reset_it_is_recorded(tmp_path):
     assert probes.open_run(tmp_path / "run").steps("hidden_grad_rms").tolist() == [0]
 
 
-@pytest.mark.parametrize("way", ["module.compile", "torch.compile"])
+@pytest.mark.parametrize("way", ["module.compile", pytest.param("torch.compile", marks=pytest.mark.long)])
 def test_a_fresh_model_of_the_same_class_is_seen(way, tmp_path, caplog):
     """torch.compile would use the code of the first one again, which has no probes."""
     first = Stack(blocks=2)
