@@ -2,9 +2,11 @@
 
 import click
 
+from app.choosing import about_a_model
+
 
 @click.command()
-@click.argument("target", metavar="MODULE:FUNCTION")
+@about_a_model
 @click.option(
     "--every", default=10, show_default=True, type=click.IntRange(1), help="Steps between recorded vectors."
 )
@@ -19,7 +21,7 @@ import click
     help="Recorded and unrecorded steps to compare.",
 )
 @click.option("--compile", "compiled", is_flag=True, help="Run the model through torch.compile.")
-def bench(target: str, every: int, matrices_every: int, pairs: int, compiled: bool) -> None:
+def bench(target: str, every: int, matrices_every: int, pairs: int, compiled: bool, **choice) -> None:
     """Measure what recording costs a model, beside the same steps unrecorded.
 
     FUNCTION takes no arguments and returns (model, batch): the batch is a tensor, a tuple of positional or a dict of
@@ -46,6 +48,7 @@ def bench(target: str, every: int, matrices_every: int, pairs: int, compiled: bo
             matrices_every=matrices_every,
             compile=compiled,
             pairs=pairs,
+            **choice,
         )
     except RunError as error:
         raise click.ClickException(str(error)) from error

@@ -7,7 +7,7 @@ that what else the machine does falls on all alike.
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -38,16 +38,20 @@ def bench(
     matrices_every: Steps = 100,
     compile: bool = False,
     pairs: int = 25,
+    stack: str | Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
+    norms: str | Sequence[str] | None = None,
 ) -> Cost:
     """Train `model` on `batch` for 3 × `pairs` steps and a few to warm up, and say what recording costs.
 
     `batch` is what one forward is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
     `loss` makes a scalar of the model's output; without one, the output's own `loss` is used where it has one, and
     else the mean square of the (first) output, which costs nearly the same. Without an `optimizer` AdamW with
-    learning rate 0 is used. `every` and `matrices_every` are what `probes.record` would be given. With `compile`
-    the model is run through torch.compile, and all that the compiler remembers is forgotten afterwards.
+    learning rate 0 is used. `every`, `matrices_every`, `stack`, `layers` and `norms` are what `probes.record` would be
+    given. With `compile` the model is run through torch.compile, and all that the compiler remembers is forgotten
+    afterwards.
 
-    The model and the optimizer are left as they were (`probes.unchanged`).
+    The model and the optimizer are left as they were (probes/unchanged.py).
 
     Raises RunError: a model that cannot be recorded, a step that fails, a bad schedule or number of pairs.
     """
@@ -63,7 +67,9 @@ def bench(
         try:
             run = torch.compile(model) if compile else model
             step = _Step(run.train(), batch, loss or loss_of, optimizer or _adamw(model))
-            seconds, hooks, per_call, held = _measured(model, step, Path(folder) / "run", pairs)
+            seconds, hooks, per_call, held = _measured(
+                model, step, pairs, path=Path(folder) / "run", stack=stack, layers=layers, norms=norms
+            )
         finally:
             if compiled:  # a graph would remember hooks that are gone
                 torch._dynamo.reset()
@@ -103,16 +109,16 @@ class _Step:
         self.optimizer.zero_grad()
 
 
-def _measured(model: nn.Module, step: _Step, path: Path, pairs: int) -> tuple:
+def _measured(model: nn.Module, step: _Step, pairs: int, **options) -> tuple:
     """Seconds of the steps by kind, the hooks, seconds of one of them, and the bytes that the probe holds."""
     kinds = [*_WARM_UP, *_rounds(pairs)]
     others = set(_hooks(model))
-    vectors, matrices = _steps("vectors", kinds), _steps("matrices", kinds)
-    with record(model, path, optimizer=step.optimizer, every=vectors, matrices_every=matrices) as recorder:
+    options |= {"every": _steps("vectors", kinds), "matrices_every": _steps("matrices", kinds)}
+    with record(model, optimizer=step.optimizer, **options) as recorder:
         times = timed([step] * len(kinds), _device(model))
         hooks = {key: hook for key, hook in _hooks(model).items() if key not in others}
         per_call = _seconds_per_hook(hooks, recorder)
-        held = probe_bytes(recorder, model)
+        held = recorder._taps.nbytes
     seconds = {
         kind: [
             t for t, each in zip(times[len(_WARM_UP) :], kinds[len(_WARM_UP) :], strict=True) if each == kind
@@ -155,33 +161,10 @@ def machine(device: torch.device) -> str:
     """The device a step runs on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} with {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-
-
-def probe_bytes(recorder: Recorder, model: nn.Module) -> int:
-    """Bytes of all tensors that the recorder holds and the model does not."""
-    theirs = {id(t) for t in (*model.parameters(), *model.buffers())}
-    tensors: dict[int, Tensor] = {}
-    seen: set[int] = set()
-
-    def visit(thing: object) -> None:
-        if id(thing) in seen or isinstance(thing, nn.Module):
-            return
-        seen.add(id(thing))
-        if isinstance(thing, Tensor):
-            if id(thing) not in theirs:
-                tensors[id(thing)] = thing
-        elif isinstance(thing, dict):
-            for each in thing.values():
-                visit(each)
-        elif isinstance(thing, list | tuple | set):
-            for each in thing:
-                visit(each)
-        elif type(thing).__module__.partition(".")[0] == __package__:
-            visit(getattr(thing, "__dict__", {}))
-
-    visit(recorder)
-    return sum(t.nbytes for t in tensors.values())
+    if device.type != "cpu":
+        return device.type
+    threads = torch.get_num_threads()
+    return f"cpu with {threads} thread{'s' * (threads > 1)}"
 
 
 def _rounds(pairs: int) -> list[str]:

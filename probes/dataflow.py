@@ -5,15 +5,15 @@ what each child receives, can be read off the record. Nothing is computed, nothi
 class or package matters.
 """
 
-import inspect
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+
+from probes.symbols import Recording, Untraceable, argument
 
 _ADDING = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _SCALING = {
@@ -37,15 +37,10 @@ _KEEPING = {
     "reshape",
     "reshape_as",
 } | _CASTING
-_SPLITTING = {torch.chunk, torch.tensor_split, "chunk", "tensor_split"}
 _DROPPING = {F.dropout, torch.dropout}
 _NORMALISING = {F.layer_norm, F.rms_norm, torch.layer_norm, torch.rms_norm}
 
 _OPENED = 16  # children opened at most where the forward hands them the stream to add to
-
-
-class Untraceable(Exception):
-    """The forward does not say what it adds to the stream; the message says where it was lost."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ def follow(module: nn.Module) -> Flow:
 def _followed(module: nn.Module, optional: bool) -> Flow:
     opened = {module}
     while True:
-        recording = _Recording(module, opened, optional)
+        recording = Recording(module, opened, optional)
         try:
             return _Reading(recording).flow()
         except _Closed as closed:
@@ -120,117 +115,6 @@ class _Closed(Exception):
         self.call = call
 
 
-class _Symbol(fx.Proxy):
-    """Some tensor [B, T, D]; its sizes are made up."""
-
-    shape = torch.Size((2, 8, 64))
-    ndim = 3
-    dtype = torch.float32
-    device = torch.device("cpu")
-    is_nested = False
-    is_cuda = False
-
-    def dim(self) -> int:
-        return 3
-
-    def size(self, axis: int | None = None):
-        return self.shape if axis is None else self.shape[axis]
-
-
-class _Recording(fx.Tracer):
-    """The record of one forward: `graph`, and by node the module called."""
-
-    def __init__(self, module: nn.Module, opened: set[nn.Module], optional: bool):
-        """`optional` says whether arguments that may be left out (None) are given."""
-        super().__init__()
-        self.root = module
-        self.graph = fx.Graph(tracer_cls=type(self))
-        self.tensor_attrs: dict = {}
-        self.names = {child: name for name, child in module.named_modules()}
-        self._opened = opened
-        parameters = list(inspect.signature(module.forward).parameters.values())
-        plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        if not plain:
-            raise Untraceable("its forward takes no argument by name")
-        self.argument = plain[0].name
-        given = [
-            p for p in plain if p is plain[0] or p.default is p.empty or (optional and p.default is None)
-        ]
-        symbols = {p: self.create_proxy("placeholder", p.name, (), {}) for p in given}
-        positional = [symbols[p] for p in given if p.kind is p.POSITIONAL_ONLY]
-        named = {p.name: symbols[p] for p in given if p.kind is not p.POSITIONAL_ONLY}
-        self.stream = symbols[plain[0]].node
-        with self._calls_recorded(), _undisturbed(opened):
-            try:
-                result = module.forward(*positional, **named)
-                self.result = self._first(result)
-            except _Closed:
-                raise
-            except Exception as error:
-                raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return module not in self._opened
-
-    def to_bool(self, symbol: fx.Proxy) -> bool:
-        # A branch on numbers that nobody has yet: such branches guard against overflow and the like.
-        return False
-
-    def iter(self, symbol: fx.Proxy) -> Iterator[fx.Proxy]:
-        parts = _argument(symbol.node, 1, "chunks", None)
-        if symbol.node.target in _SPLITTING and isinstance(parts, int):
-            return iter([symbol[index] for index in range(parts)])
-        return super().iter(symbol)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Symbol(node, self)
-
-    def path_of_module(self, module: nn.Module) -> str:
-        try:
-            return self.names[module]
-        except KeyError:
-            raise Untraceable(f"a {type(module).__name__} is called that is not below it") from None
-
-    @contextmanager
-    def _calls_recorded(self) -> Iterator[None]:
-        real = nn.Module.__call__
-
-        def call(module, *args, **kwargs):
-            if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
-                return self.call_module(module, module.forward, args, kwargs)
-            return real(module, *args, **kwargs)
-
-        nn.Module.__call__ = call
-        try:
-            yield
-        finally:
-            nn.Module.__call__ = real
-
-    @staticmethod
-    def _first(result: object) -> fx.Node:
-        while isinstance(result, tuple | list | dict) and result:
-            result = next(iter(result.values())) if isinstance(result, dict) else result[0]
-        if not isinstance(result, fx.Proxy):
-            raise Untraceable("it returns nothing made from its input")
-        return result.node
-
-
-@contextmanager
-def _undisturbed(opened: set[nn.Module]) -> Iterator[None]:
-    """Whatever the forward keeps on the modules it runs in is put back, and so are random numbers."""
-    kept = [(module, dict(vars(module))) for module in opened]
-    buffers = [(b, b.clone()) for module in opened for b in module.buffers(recurse=False) if not b.is_meta]
-    with torch.random.fork_rng(), torch.no_grad():
-        try:
-            yield
-        finally:
-            for module, attributes in kept:
-                vars(module).clear()
-                vars(module).update(attributes)
-            for buffer, before in buffers:
-                buffer.copy_(before)
-
-
 @dataclass
 class _Path:
     """How the stream came to a node: by which nodes, the terms added so far, and what else happened on the way."""
@@ -244,7 +128,7 @@ class _Path:
 class _Reading:
     """Reads the record of one forward backwards, from its result to its input."""
 
-    def __init__(self, recording: _Recording):
+    def __init__(self, recording: Recording):
         self._recording = recording
         self._module = {name: module for module, name in recording.names.items()}
         self._paths: dict[fx.Node, _Path | None] = {}
@@ -345,7 +229,7 @@ class _Reading:
                 return node
             if node.op in ("call_function", "call_method"):
                 keeps = node.target in _KEEPING
-                keeps |= node.target in _DROPPING and _argument(node, 1, "p", 0.5) == 0.0
+                keeps |= node.target in _DROPPING and argument(node, 1, "p", 0.5) == 0.0
             else:
                 keeps = node.op == "call_module" and _keeps(self._module[node.target])
             if not keeps:
@@ -433,10 +317,6 @@ def _is_sum(node: fx.Node) -> bool:
         and len(node.all_input_nodes) > 1
         and "alpha" not in node.kwargs
     )
-
-
-def _argument(node: fx.Node, position: int, name: str, default: object) -> object:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def _has_matrix(module: nn.Module, recurse: bool = True) -> bool:

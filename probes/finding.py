@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from probes.dataflow import Untraceable
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.names import matching
 from probes.sites import LayerSite, Place, Sites, unwrap
 from probes.stacks import Stack, find_stacks, is_norm, is_read, kind_by_name, stack_at
+from probes.symbols import Untraceable
 
 _BY_HAND = "name the modules yourself: layers=[patterns of sublayers], norms=[patterns of each layer's norm and the final norm]"
 
@@ -53,7 +53,8 @@ def find_sites(
             f"{type(root).__name__} has {len(found.layers)} layers and {len(reads)} depth reads: expected one read "
             "per layer and the final read."
         )
-    return Sites(root, list(found.layers), found.final, reads, found.change)
+    norm = _final_norm(root, found.path) if found.path else None
+    return Sites(root, list(found.layers), found.final, reads, found.change, norm and norm.module)
 
 
 def _only_stack(root: nn.Module) -> Stack:

@@ -73,6 +73,7 @@ class Sites:
     final: Place | None
     reads: list[nn.Module]
     change: str = ""
+    norm: nn.Module | None = None  # the norm after the stack, where one was found: it runs once in a forward
 
     @property
     def is_plain(self) -> bool:

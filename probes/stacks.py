@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from probes.dataflow import Call, Flow, Term, Untraceable, follow
+from probes.dataflow import Call, Flow, Term, follow
 from probes.layout import Layer
 from probes.sites import LayerSite, Place
+from probes.symbols import Untraceable
 
 _ATTENTION = (
     "attn",

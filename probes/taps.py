@@ -80,12 +80,12 @@ class Taps:
         self._faults = faults or Faults(strict=True)
         self._mask_of = mask_finder(mask, sites.root)
         self._mask: Tensor | None = None
-        self._block_rows = _block_rows(sites)
+        self._parameter = next(sites.root.parameters())
+        self._block_rows = _block_rows(sites, self._parameter.device)
         sizes = {"state": len(sites.layers) + 1, "output": len(sites.layers) + 1}
         if self._block_rows is None:
             sizes["block"] = len(_last_layers(sites))
         self._shape = sizes, [read.depth_sources for read in sites.reads]
-        self._parameter = next(sites.root.parameters())
         self._owing = False  # a row's gradient is to be tapped in a recomputation
         self._owed: set[tuple[str, int]] = set()
         self._recomputing = False
@@ -131,7 +131,11 @@ class Taps:
         self._autocasts = torch.amp.is_autocast_available(self._device.type)
         live, self._counted = (Tables(*self._shape, self._device) for _ in range(2))
         self._tables = live
+        self._calls = torch.zeros(
+            2, dtype=torch.int64, device=self._device
+        )  # of embedding and final norm, compiled
         self._sample = Sample([site.given for site in self._sites.layers], self._device)
+        self._block_rows = _block_rows(self._sites, self._device)
         self._forward, self._backward = live.forward, live.backward
         self._nonfinite, self._depth = live.nonfinite, live.depth
         self._passes = Passes(live, self._counted)
@@ -161,6 +165,7 @@ class Taps:
         self.seconds = 0.0
         self._owing = False
         self._owed.clear()
+        self._calls.zero_()
         self._passes.reset()
 
     def finish(self) -> dict[str, Tensor]:
@@ -171,13 +176,15 @@ class Taps:
             done = {place: moments.finish() for place, moments in table.items()}
             metrics[f"hidden_{suffix}"] = done["state"]
             metrics[f"output_{suffix}"] = done["output"]
+            metrics[f"output_{suffix}"][0].masked_fill_(self._ran_again(), torch.nan)
             if self._block_rows is None:
                 metrics[f"block_{suffix}"] = done["block"]
             else:
                 place, rows = self._block_rows
                 metrics[f"block_{suffix}"] = done[place][rows]
         if self.mode == MATRICES:
-            metrics["identity_error"] = self._identity_error()
+            again = self._ran_again() | bool(self.repeated)  # the states of one run, the outputs of another
+            metrics["identity_error"] = self._sample.finish().masked_fill(again, torch.nan)
             count = self._counted.forward["state"].count
             metrics["nonfinite"] = self._counted.nonfinite.float().where(count > 0, torch.nan)
             if self._counted.depth is not None:
@@ -189,7 +196,8 @@ class Taps:
         counts = {}
         for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
             counts[f"hidden_{suffix}"] = table["state"].count
-            counts[f"output_{suffix}"] = table["output"].count
+            counts[f"output_{suffix}"] = table["output"].count.clone()
+            counts[f"output_{suffix}"][0].masked_fill_(self._ran_again(), 0)
             place, rows = self._block_rows or ("block", slice(None))
             counts[f"block_{suffix}"] = table[place].count[rows]
         if self.mode == MATRICES:
@@ -198,10 +206,11 @@ class Taps:
                 counts |= dict.fromkeys(DEPTH_METRICS, self._counted.depth.tokens)
         return counts
 
-    def _identity_error(self) -> Tensor:
-        """Blank where layers ran several times in one forward: the sample holds one of their runs only."""
-        error = self._sample.finish()
-        return torch.full_like(error, torch.nan) if self.repeated else error
+    def _ran_again(self) -> Tensor:
+        """Whether compiled layers ran several times in one forward, so that the embedding's row holds later states
+        too; bool [] on the device."""
+        first, last = self._calls
+        return (first > last) & (last > 0)
 
     def marked(self, x: Tensor, place: str, row: int) -> None:
         """A tensor that the author has named; only for rows that no hook sees."""
@@ -225,11 +234,17 @@ class Taps:
             self._at(sites.final, lambda x: self._state(x, len(sites.layers)))
         for row, read in enumerate(sites.reads):
             self._after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], output[1]))
+        if sites.norm is not None:
+            self._before(sites.norm, lambda args, kwargs: self._passed())
         if "block" in self._forward:
             for block, read in enumerate(_reads_after_blocks(sites)):
                 # The newest source of the read after a transformer block is the partial sum the block left.
                 self._before(read, lambda args, kwargs, block=block: self._tap(args[0][-1], "block", block))
         self._handles.append(sites.root.register_forward_hook(Hook(self._end)))
+
+    def _passed(self) -> None:
+        if torch.compiler.is_compiling():
+            self._calls[1].add_(1)
 
     def _begin(self, root: nn.Module, args, kwargs) -> None:
         # Validation and generation forwards are not recorded, nor is a recomputation in backward.
@@ -426,7 +441,8 @@ class Taps:
     def _tap_embedding(self, x: Tensor) -> None:
         # Where a stack is run through several times, only the first time starts at the embedding.
         if torch.compiler.is_compiling():
-            # Nothing may be noted down inside a compiled checkpoint, so that there every time counts.
+            # Nothing may be noted down inside a compiled checkpoint: `_ran_again` sees to it later.
+            self._calls[0].add_(1)
             self._tap(x, "output", 0)
         elif not self._embedded and not self._recomputing:
             self._embedded = True
@@ -465,10 +481,11 @@ def _reads_after_blocks(sites: Sites) -> list[nn.Module]:
     return [sites.reads[layer] for layer in _last_layers(sites)]
 
 
-def _block_rows(sites: Sites) -> tuple[str, list[int]] | None:
+def _block_rows(sites: Sites, device: torch.device) -> tuple[str, Tensor] | None:
     """Where block_rms is found among the other rows: a plain residual's is the next state, Full AttnRes' the
     output of the last layer. None for Block AttnRes, whose partial sums need taps of their own."""
-    last = _last_layers(sites)
+    # On the device, for indexing with a list copies the list there and waits for it.
+    last = torch.tensor(_last_layers(sites), device=device)
     if not sites.reads:
         return "state", last
     if sites.reads[-1].depth_sources == len(sites.layers) + 1:

@@ -1,6 +1,7 @@
 """Which steps are recorded: the law of `next`, what is written and read back, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import probes
 from probes.manifest import MANIFEST
+from probes.recorder import record
 from probes.schedule import Schedule, log_spaced, schedule
 from tests.probes.models import decoder, sgd, train
 
@@ -175,3 +177,21 @@ def test_now_compiles_nothing_new_under_a_schedule(tmp_path):
     assert counter.frame_count == 3
     torch._dynamo.reset()
     assert probes.open_run(tmp_path / "run").steps("depth_weight").tolist() == [0, 5, 6, 9, 10, 11]
+
+
+def test_the_examples_of_the_docs(tmp_path, monkeypatch):
+    """docs/cost.md: each schedule in it is one."""
+    page = (Path(__file__).parents[2] / "docs" / "cost.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    model = decoder(blocks=1)
+    kept = []
+    monkeypatch.setattr(probes, "record", lambda *args, **options: kept.append(record(*args, **options)))
+    exec(code, {"probes": probes, "model": model})
+    for recorder in kept:
+        recorder.close()
+    words = [str(probes.open_run(tmp_path / "runs" / name).manifest.vectors) for name in "abcde"]
+    assert words[1] == "steps 0–99 and every 10 steps" and words[3] == "20 steps per factor of ten"
+    first = [step for step in range(17) if log_spaced(20)(step)]
+    assert first == [*range(12), 13, 14, 16]
+    assert words[1] in page and "1, 2, … 10, 11, 13, 14, …" in page

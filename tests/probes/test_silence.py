@@ -7,7 +7,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import probes
 from probes import recorder as recorder_module
@@ -77,6 +79,20 @@ class NoHostRead(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class NoUpload(TorchFunctionMode):
+    """Fails where Python's numbers become a tensor on the device, as indexing with a list does: that copy is waited for."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        indexes = args[1:] if function is torch.Tensor.__getitem__ else ()
+        if any(
+            isinstance(each, list) for each in tree_flatten(indexes, is_leaf=lambda x: isinstance(x, list))[0]
+        ):
+            raise AssertionError("a list of indexes is copied to the device")
+        if function is torch.tensor and torch.device((kwargs or {}).get("device") or "cpu").type != "cpu":
+            raise AssertionError("numbers are copied to the device")
+        return function(*args, **(kwargs or {}))
+
+
 def host_free_step(model, optimizer, recorder, step):
     (tokens,) = [t.to(next(model.parameters()).device) for t in batches(step, [(2, 8)])]
     optimizer.zero_grad()
@@ -114,7 +130,7 @@ def test_a_recorded_step_runs_without_any_numbers_at_all(kind, tmp_path, monkeyp
     monkeypatch.setattr(recorder_module, "start_copy", start_copy)
     model = decoder(kind).to("meta")
     optimizer = sgd(model)
-    with record(model, tmp_path / "run", optimizer) as recorder:
+    with record(model, tmp_path / "run", optimizer) as recorder, NoUpload():
         for step in range(3):
             host_free_step(model, optimizer, recorder, step)
     assert {"hidden_rms", "output_grad_rms", "block_grad_rms", "grad_norm", "loss"} <= copied
@@ -128,6 +144,17 @@ def test_these_checks_can_fail(device):
     model.final_norm.register_forward_pre_hook(lambda m, args: args[0].norm().item() and None)
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), NoHostRead():
         host_free_step(model, sgd(model), None, 0)
+
+
+def test_an_upload_is_noticed():
+    device = torch.device("meta")
+    for upload in (
+        lambda: torch.zeros(3, device=device)[[0, 2]],
+        lambda: torch.zeros(3, 3, device=device)[:, [0, 2]],
+        lambda: torch.tensor([0, 2], device=device),
+    ):
+        with pytest.raises(AssertionError, match="copied to the device"), NoUpload():
+            upload()
 
 
 def test_unrecorded_steps_touch_no_tensor(tmp_path):

@@ -1,0 +1,127 @@
+"""The record of one forward, executed on symbols with its children left closed: which call got what from where."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import fx, nn
+
+_SPLITTING = {torch.chunk, torch.tensor_split, "chunk", "tensor_split"}
+
+
+class Untraceable(Exception):
+    """The forward does not say what it adds to the stream; the message says where it was lost."""
+
+
+class _Symbol(fx.Proxy):
+    """Some tensor [B, T, D]; its sizes are made up."""
+
+    shape = torch.Size((2, 8, 64))
+    ndim = 3
+    dtype = torch.float32
+    device = torch.device("cpu")
+    is_nested = False
+    is_cuda = False
+
+    def dim(self) -> int:
+        return 3
+
+    def size(self, axis: int | None = None):
+        return self.shape if axis is None else self.shape[axis]
+
+
+class Recording(fx.Tracer):
+    """The record of one forward: `graph`, and by node the module called."""
+
+    def __init__(self, module: nn.Module, opened: set[nn.Module], optional: bool):
+        """`optional` says whether arguments that may be left out (None) are given."""
+        super().__init__()
+        self.root = module
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.tensor_attrs: dict = {}
+        self.names = {child: name for name, child in module.named_modules()}
+        self._opened = opened
+        parameters = list(inspect.signature(module.forward).parameters.values())
+        plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if not plain:
+            raise Untraceable("its forward takes no argument by name")
+        self.argument = plain[0].name
+        given = [
+            p for p in plain if p is plain[0] or p.default is p.empty or (optional and p.default is None)
+        ]
+        symbols = {p: self.create_proxy("placeholder", p.name, (), {}) for p in given}
+        positional = [symbols[p] for p in given if p.kind is p.POSITIONAL_ONLY]
+        named = {p.name: symbols[p] for p in given if p.kind is not p.POSITIONAL_ONLY}
+        self.stream = symbols[plain[0]].node
+        with self._calls_recorded(), _undisturbed(opened):
+            try:
+                result = module.forward(*positional, **named)
+                self.result = self._first(result)
+            except Exception as error:
+                raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return module not in self._opened
+
+    def to_bool(self, symbol: fx.Proxy) -> bool:
+        # A branch on numbers that nobody has yet: such branches guard against overflow and the like.
+        return False
+
+    def iter(self, symbol: fx.Proxy) -> Iterator[fx.Proxy]:
+        parts = argument(symbol.node, 1, "chunks", None)
+        if symbol.node.target in _SPLITTING and isinstance(parts, int):
+            return iter([symbol[index] for index in range(parts)])
+        return super().iter(symbol)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Symbol(node, self)
+
+    def path_of_module(self, module: nn.Module) -> str:
+        try:
+            return self.names[module]
+        except KeyError:
+            raise Untraceable(f"a {type(module).__name__} is called that is not below it") from None
+
+    @contextmanager
+    def _calls_recorded(self) -> Iterator[None]:
+        real = nn.Module.__call__
+
+        def call(module, *args, **kwargs):
+            if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+                return self.call_module(module, module.forward, args, kwargs)
+            return real(module, *args, **kwargs)
+
+        nn.Module.__call__ = call
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = real
+
+    @staticmethod
+    def _first(result: object) -> fx.Node:
+        while isinstance(result, tuple | list | dict) and result:
+            result = next(iter(result.values())) if isinstance(result, dict) else result[0]
+        if not isinstance(result, fx.Proxy):
+            raise Untraceable("it returns nothing made from its input")
+        return result.node
+
+
+@contextmanager
+def _undisturbed(opened: set[nn.Module]) -> Iterator[None]:
+    """Whatever the forward keeps on the modules it runs in is put back, and so are random numbers."""
+    kept = [(module, dict(vars(module))) for module in opened]
+    buffers = [(b, b.clone()) for module in opened for b in module.buffers(recurse=False) if not b.is_meta]
+    with torch.random.fork_rng(), torch.no_grad():
+        try:
+            yield
+        finally:
+            for module, attributes in kept:
+                vars(module).clear()
+                vars(module).update(attributes)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def argument(node: fx.Node, position: int, name: str, default: object) -> object:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
