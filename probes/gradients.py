@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from probes.backwards import GradientMark
 from probes.sites import Sites
+from probes.statistics import norm_of
 
 NORMS = ("param_grad_norm", "other_grad_norm", "grad_norm", "clip_factor", "param_norm", "query_norm")
 
@@ -120,11 +121,20 @@ def _squares(tensors: list[Tensor | None]) -> Tensor:
     present = [t for t in tensors if t is not None]
     if not present:
         return torch.zeros(len(tensors))
-    wide = any(t.dtype == torch.float64 for t in present)
-    norms = iter(torch._foreach_norm(present, 2, dtype=torch.float64 if wide else torch.float32))
+    norms = iter(_norms(present))
     zero = torch.zeros((), device=present[0].device)
-    every = torch.stack([zero if t is None else next(norms).float() for t in tensors])
+    every = torch.stack([zero if t is None else next(norms) for t in tensors])
     return every * every
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    """L2 norm of each tensor, float32."""
+    if tensors[0].device.type == "cpu":
+        return [norm_of(t) for t in tensors]
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    # A few kernels for all of them.
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float64 if wide else torch.float32)
+    return [norm.float() for norm in norms]
 
 
 def _unscaled(value: Tensor, scale: Tensor | None, power: int = 1) -> Tensor:

@@ -34,7 +34,8 @@ from probes.schedule import Schedule, Steps, schedule
 from probes.selfcheck import SelfCheck
 from probes.sites import Sites
 from probes.statistics import DEPTH_METRICS
-from probes.taps import ACTIVATIONS, MATRICES, OFF, VECTORS, Taps
+from probes.tally import ACTIVATIONS
+from probes.taps import MATRICES, OFF, VECTORS, Taps
 from probes.vocabulary import GRADIENTS, METRICS
 from probes.writer import RunWriter
 
