@@ -46,11 +46,13 @@ class GradientNorms:
         self._taken: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def measure(self) -> None:
+    def measure(self, parameters: bool) -> None:
+        """Norms of the gradients as they are now, and where wanted those of the parameters."""
         gradients = [p.grad for p in self._parameters]
         self.squares = _squares(gradients)
         self._left = [GradientMark.of(g) for g in gradients]
-        self._norm_squares = self._by_group(_squares(self._parameters))
+        if parameters:
+            self._norm_squares = self._by_group(_squares(self._parameters))
         if self._reads:
             self._query_norm = torch.stack([(read.query * read.gain).float().norm() for read in self._reads])
 
@@ -84,7 +86,7 @@ class GradientNorms:
         return torch.isfinite(self.squares).all()
 
     def finish(self, scale: Tensor | None = None) -> dict[str, Tensor]:
-        """param_grad_norm and param_norm [L], other_grad_norm, grad_norm and clip_factor []; what nobody saw is
+        """param_grad_norm and param_norm [L], other_grad_norm, grad_norm and clip_factor []; what was not measured is
         left out. Gradients are divided by the loss `scale`."""
         if self.squares is None:
             return {}
@@ -93,8 +95,9 @@ class GradientNorms:
             "param_grad_norm": self._blank(_unscaled(squares[:-1].sqrt(), scale)),
             "other_grad_norm": _unscaled(squares[-1].sqrt(), scale),
             "grad_norm": _unscaled(squares.sum().sqrt(), scale),
-            "param_norm": self._blank(self._norm_squares[:-1].sqrt()),
         }
+        if self._norm_squares is not None:
+            metrics["param_norm"] = self._blank(self._norm_squares[:-1].sqrt())
         if self._taken:
             before, now = (torch.stack(parts).sum() for parts in zip(*self._taken.values(), strict=True))
             # Nothing was clipped of a gradient of zero.

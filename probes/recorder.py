@@ -253,7 +253,8 @@ class Recorder:
                 return
             self._taps.commit()
         with self._faults.guard(*NORMS):
-            self._gradients.measure()
+            # Parameters change slowly, and reading them all takes as long as reading all gradients.
+            self._gradients.measure(parameters=self._taps.mode == MATRICES)
         with self._faults.guard(*GRADIENTS):
             self._scale.at_backward(self._gradients.squares)
 
