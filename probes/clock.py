@@ -73,3 +73,7 @@ class Clock:
     def learn(self, skips: int) -> None:
         """Numbers have arrived that say so many steps were skipped until then."""
         self._known_skips = max(self._known_skips, skips)
+
+    def known_at(self, attempt: int) -> int:
+        """The least step that an attempt can have been, as far as is known."""
+        return attempt - self._known_skips

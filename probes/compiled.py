@@ -12,12 +12,14 @@ log = logging.getLogger("depthscope")
 BEFORE = "Call probes.record before a compiled model first runs, and train the very module that was passed."
 
 
-def check_not_compiled(root: nn.Module) -> None:
-    """Raise RunError when `root` or a part of it has run compiled; see to it that it will be compiled anew.
+def prepare_compiler(root: nn.Module) -> None:
+    """Make sure that torch.compile sees the hooks on `root`; RunError when `root` or a part of it has run compiled.
 
-    Compiled code of another model of the same class is cleared, for torch.compile would use it again without
-    looking for hooks; torch.compile compiles that one again when it is next called.
+    torch.compile would use the code of an unprobed model of the same class for this one, too: it leaves hooks out
+    of what it compares. So it is told to compare them, and what it compiled before is cleared; that is compiled
+    again when it is next called.
     """
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     codes = _compiled_codes()
     if not codes:
         return

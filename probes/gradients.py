@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from probes.backwards import GradientMark
 from probes.sites import Sites
+from probes.statistics import norm_of
+
+NORMS = ("param_grad_norm", "other_grad_norm", "grad_norm", "clip_factor", "param_norm", "query_norm")
 
 
 class GradientNorms:
@@ -43,11 +46,13 @@ class GradientNorms:
         self._taken: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def measure(self) -> None:
+    def measure(self, parameters: bool) -> None:
+        """Norms of the gradients as they are now, and where wanted those of the parameters."""
         gradients = [p.grad for p in self._parameters]
         self.squares = _squares(gradients)
         self._left = [GradientMark.of(g) for g in gradients]
-        self._norm_squares = self._by_group(_squares(self._parameters))
+        if parameters:
+            self._norm_squares = self._by_group(_squares(self._parameters))
         if self._reads:
             self._query_norm = torch.stack([(read.query * read.gain).float().norm() for read in self._reads])
 
@@ -81,7 +86,7 @@ class GradientNorms:
         return torch.isfinite(self.squares).all()
 
     def finish(self, scale: Tensor | None = None) -> dict[str, Tensor]:
-        """param_grad_norm and param_norm [L], other_grad_norm, grad_norm and clip_factor []; what nobody saw is
+        """param_grad_norm and param_norm [L], other_grad_norm, grad_norm and clip_factor []; what was not measured is
         left out. Gradients are divided by the loss `scale`."""
         if self.squares is None:
             return {}
@@ -90,8 +95,9 @@ class GradientNorms:
             "param_grad_norm": self._blank(_unscaled(squares[:-1].sqrt(), scale)),
             "other_grad_norm": _unscaled(squares[-1].sqrt(), scale),
             "grad_norm": _unscaled(squares.sum().sqrt(), scale),
-            "param_norm": self._blank(self._norm_squares[:-1].sqrt()),
         }
+        if self._norm_squares is not None:
+            metrics["param_norm"] = self._blank(self._norm_squares[:-1].sqrt())
         if self._taken:
             before, now = (torch.stack(parts).sum() for parts in zip(*self._taken.values(), strict=True))
             # Nothing was clipped of a gradient of zero.
@@ -118,11 +124,20 @@ def _squares(tensors: list[Tensor | None]) -> Tensor:
     present = [t for t in tensors if t is not None]
     if not present:
         return torch.zeros(len(tensors))
-    wide = any(t.dtype == torch.float64 for t in present)
-    norms = iter(torch._foreach_norm(present, 2, dtype=torch.float64 if wide else torch.float32))
+    norms = iter(_norms(present))
     zero = torch.zeros((), device=present[0].device)
-    every = torch.stack([zero if t is None else next(norms).float() for t in tensors])
+    every = torch.stack([zero if t is None else next(norms) for t in tensors])
     return every * every
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    """L2 norm of each tensor, float32."""
+    if tensors[0].device.type == "cpu":
+        return [norm_of(t) for t in tensors]
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    # A few kernels for all of them.
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float64 if wide else torch.float32)
+    return [norm.float() for norm in norms]
 
 
 def _unscaled(value: Tensor, scale: Tensor | None, power: int = 1) -> Tensor:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from probes.manifest import RunError
@@ -52,11 +53,11 @@ def mask_finder(mask: str | MaskOf | None, root: nn.Module) -> MaskOf:
 
 
 def fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The part of `mask` [B, T] that goes with `x`: [B, T, ...] or, of flattened tokens, [B*T, D]; else None."""
+    """`mask` [B, T] as bool, for an `x` [B, T, ...] or, of flattened tokens, [B*T, D]; None where it does not fit."""
     if mask is None:
         return None
     if x.ndim > 2 and x.shape[:2] == mask.shape:
-        return mask
+        return mask if mask.dtype == torch.bool else mask != 0
     if x.ndim == 2 and x.shape[0] == mask.numel():
-        return mask.flatten()
+        return fitting(mask, x.unflatten(0, mask.shape)).flatten()
     return None

@@ -53,9 +53,9 @@ class Passes:
         self.now = self._last = Pass()
         self._open = True
 
-    def commit(self) -> None:
+    def commit(self, everything: bool = False) -> None:
         """A backward pass that counts has ended."""
-        for sums in self._reached():
+        for sums in self._reached(everything):
             merge(self._counted.forward_tensors(), sums)
         merge(self._counted.backward_tensors(), self._live.backward_tensors())
         clear(self._live.backward_tensors())
@@ -74,20 +74,20 @@ class Passes:
         """The step is complete: where no backward pass was seen to end, what there is counts."""
         self._note_repeats()
         if not self._settled:
-            self.commit()
+            self.commit(everything=True)
 
-    def _reached(self):
+    def _reached(self, everything: bool = False):
         """Sums of the forwards whose gradients have come; they are cleared."""
         self._settled = True
         self._note_repeats()
         kept = []
         for passed, sums in self._waiting:
-            if passed.counts:
+            if everything or passed.counts:
                 yield sums
             else:
                 kept.append((passed, sums))
         self._waiting = kept
-        if self._last.counts:
+        if everything or self._last.counts:
             sums = self._live.forward_tensors()
             yield sums
             clear(sums)

@@ -19,28 +19,27 @@ from torch import nn
 
 from probes.backwards import Backwards
 from probes.clock import Clock, Moment
-from probes.compiled import BEFORE, check_not_compiled
+from probes.compiled import prepare_compiler
 from probes.ending import Ending, describe
 from probes.faults import Faults
 from probes.finding import find_sites
 from probes.flush import start_copy
-from probes.gradients import GradientNorms
-from probes.identity import first_broken
+from probes.gradients import NORMS, GradientNorms
 from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, mask_finder
 from probes.provenance import model_config, versions
+from probes.scalars import Scalars
 from probes.scaling import LossScale
 from probes.schedule import Schedule, Steps, schedule
+from probes.selfcheck import SelfCheck
 from probes.sites import Sites
+from probes.statistics import DEPTH_METRICS
+from probes.tally import ACTIVATIONS
 from probes.taps import MATRICES, OFF, VECTORS, Taps
-from probes.vocabulary import GRADIENTS, metric
+from probes.vocabulary import GRADIENTS, METRICS
 from probes.writer import RunWriter
 
 log = logging.getLogger("depthscope")
-
-# Logged scalars of unrecorded steps wait for company before they cross to the host.
-_PENDING_SCALARS = 64
-_PENDING_SECONDS = 1.0
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -90,7 +89,7 @@ def record(
     optimizers = _optimizers(optimizer)
     scale = LossScale(scaler)
     mask = mask_finder(mask, sites.root)
-    check_not_compiled(sites.root)
+    prepare_compiler(sites.root)
     try:
         described = model_config(sites.root) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -123,15 +122,11 @@ class Recorder:
         self._asked = False
         self._retry = OFF  # a look was in vain, for the update was skipped on the device
         self._closed = False
-        self._checked = self._identity_checked = False
-        self._sites = sites
-        self._said: set[str] = set()
+        self._selfcheck = SelfCheck(sites)
         self._owed = False  # the writer waits to hear that the recorded step is complete
         self._process = os.getpid()
-        self._scalars: list[tuple[str, Moment, object]] = []
-        self._logged: set[str] = set()  # names the script has logged itself
-        self._put_at = self._stepped_at = time.perf_counter()
-        self._model_name = type(sites.root).__name__
+        self._scalars = Scalars()
+        self._stepped_at = time.perf_counter()
         self._taps = Taps(sites, mask, faults)
         self._skipped: torch.Tensor | None = None  # attempts at this step that the scaler skipped
         self._sites = sites
@@ -153,10 +148,7 @@ class Recorder:
         """Record scalars (numbers or one-element tensors) for the latest training forward. Never waits."""
         if self._closed:
             return
-        for name in scalars:
-            _check_name(name)
-        self._logged.update(scalars)
-        self._keep(scalars)
+        self._scalars.log(scalars, self._latest)
 
     def now(self) -> None:
         """Record the next training step with matrices, whatever the schedule says."""
@@ -172,18 +164,16 @@ class Recorder:
         if self._closed:
             return
         now = time.perf_counter()
-        with self._faults.guard(*GRADIENTS):
+        with self._faults.guard(*METRICS):
             if self._taps.mode != OFF and self._taps.seen:
                 self._keep_own(now)
                 self._put(self._measured(), self._taps.counts())
                 self._owed = True
-            elif self._owed or self._due(now):
+            elif self._owed or self._scalars.due(now):
                 self._put()
                 self._owed = False
         if self._taps.mode != OFF:
-            if not self._taps.seen:
-                self._say_unseen()
-            self._say_odd()
+            self._selfcheck.forwards(self._taps)
             self._taps.reset()
             self._taps.follow()
             self._gradients.reset()
@@ -215,8 +205,10 @@ class Recorder:
         for hook in self._hooks:
             hook.remove()
         self._ending.release()
-        self._put()
-        self._writer.close(status, reason)
+        try:
+            self._put()
+        finally:
+            self._writer.close(status, reason)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -255,16 +247,19 @@ class Recorder:
         )
 
     def _backward_ended(self, counts: bool) -> None:
-        with self._faults.guard(*GRADIENTS):
+        with self._faults.guard(*ACTIVATIONS, *DEPTH_METRICS):
             if not counts:
                 self._taps.drop()
                 return
             self._taps.commit()
-            self._gradients.measure()
+        with self._faults.guard(*NORMS):
+            # Parameters change slowly, and reading them all takes as long as reading all gradients.
+            self._gradients.measure(parameters=self._taps.mode == MATRICES)
+        with self._faults.guard(*GRADIENTS):
             self._scale.at_backward(self._gradients.squares)
 
     def _restart(self) -> None:
-        with self._faults.guard(*GRADIENTS):
+        with self._faults.guard(*METRICS):
             self._taps.restart()
             if self._scale.given:
                 lost = (~self._gradients.finite()).float()
@@ -276,33 +271,19 @@ class Recorder:
             return MATRICES
         return VECTORS if self._manifest.vectors(step) else OFF
 
-    def _due(self, now: float) -> bool:
-        many = len(self._scalars) >= _PENDING_SCALARS
-        return many or bool(self._scalars and now - self._put_at > _PENDING_SECONDS)
-
-    def _keep(self, scalars: dict) -> None:
-        """Hold scalars until the next hand-over; they belong to the latest training forward."""
-        moment = self._clock.now if self._taps.seen else self._clock.before
-        for name, value in scalars.items():
-            if isinstance(value, torch.Tensor):
-                if value.numel() != 1 or value.is_complex():
-                    raise ValueError(
-                        f"log({name}=…) takes a single real number, not a {value.dtype} tensor of {value.numel()}."
-                    )
-                # A copy: the tensor's memory may be reused before it is fetched.
-                value = value.detach().reshape(()).clone()
-            else:
-                value = _number(name, value)
-            self._scalars.append((name, moment, value))
+    @property
+    def _latest(self) -> Moment:
+        """The step of the latest training forward."""
+        return self._clock.now if self._taps.seen else self._clock.before
 
     def _keep_own(self, now: float) -> None:
-        """Host-side scalars of a recorded step, but for those that the script logs itself."""
+        """Host-side scalars of a recorded step."""
         scalars = {"step_time": now - self._stepped_at, "wall_time": time.time() - self._manifest.created}
         # Taps inside a compiled graph are not timed.
         scalars["probe_time"] = self._taps.seconds or math.nan
         if self._optimizers:
             scalars["lr"] = self._optimizers[0].param_groups[0]["lr"]
-        self._keep({name: value for name, value in scalars.items() if name not in self._logged})
+        self._scalars.add(scalars, self._latest)
 
     def _measured(self) -> dict[str, torch.Tensor]:
         """The metrics of this step, gradients unscaled; without those that failed or cannot be known."""
@@ -316,23 +297,26 @@ class Recorder:
             }
         if self._scale.given or self._clock.vain() is not None:
             metrics["skipped"] = torch.zeros(()) if self._skipped is None else self._skipped
-        left_out = self._logged | self._faults.now | (set() if known else set(GRADIENTS))
+        left_out = self._scalars.logged | self._faults.now | (set() if known else set(GRADIENTS))
         return {name: value for name, value in metrics.items() if name not in left_out}
 
     def _put(self, metrics: dict | None = None, counts: dict | None = None) -> None:
         """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed."""
         now, mode, metrics, counts = self._clock.now, self._taps.mode, metrics or {}, counts or {}
         vain = self._clock.vain()
-        pending, self._scalars = self._scalars, []
+        pending = self._scalars.take()
         logged = {
             (name, "logged", i): v for i, (name, _, v) in enumerate(pending) if isinstance(v, torch.Tensor)
         }
         moments = {now, *(moment for _, moment, _ in pending)}
         skips = {("skips", m.attempt): m.skips for m in moments if m.skips is not None}
         skips |= {} if vain is None else {("vain",): vain}
-        fetch = start_copy(
-            logged | metrics | skips | {("count", name): count for name, count in counts.items()}
-        )
+        seen = {("count", name): count for name, count in counts.items()}
+        try:
+            fetch = start_copy(logged | metrics | skips | seen)
+        except Exception as error:
+            self._faults.caught(error, *metrics, *(name for name, _, _ in pending))
+            return
 
         def rows():
             values = fetch()
@@ -350,73 +334,15 @@ class Recorder:
                 self._retry = mode
                 yield "skipped", step_of(now), np.float32(1)
                 return
-            self._check_identity(values.get("identity_error"))
+            self._selfcheck.identity(values.get("identity_error"))
             for name in metrics:
                 # A metric nobody observed is absent, not a row of blanks.
                 if name not in seen or seen[name].any():
                     yield name, step_of(now), values[name]
-            self._check(seen)
+            self._selfcheck.rows(seen)
 
         # Rows of this very step may still be logged until the next forward.
-        self._writer.put(rows, complete=now.attempt - 1)
-        self._put_at = time.perf_counter()
-
-    # The first recorded step is checked: a tap that never fires would leave a blank nobody notices.
-
-    def _check(self, seen: dict[str, np.ndarray]) -> None:
-        """Say once which rows were not observed; runs in the writer's thread."""
-        if self._checked or not seen:
-            return
-        self._checked = True
-        layout = self._manifest.layout
-        labels = {"hidden_rms": layout.states, "output_rms": layout.outputs}
-        blank = {
-            name: [label for label, n in zip(rows, seen[name], strict=True) if not n]
-            for name, rows in labels.items()
-        }
-        if any(blank.values()):
-            rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
-            log.warning("depthscope saw nothing of %s. These rows stay blank. %s", rows, BEFORE)
-
-    def _check_identity(self, errors: np.ndarray | None) -> None:
-        """Say once where the stream of a plain residual does not add up; runs in the writer's thread."""
-        if self._identity_checked or errors is None or not self._sites.is_plain:
-            return
-        self._identity_checked = True
-        row = first_broken(errors, next(self._sites.root.parameters()).dtype)
-        if row is not None:
-            log.warning(
-                "depthscope: the %s of %s is not the embedding plus the outputs before it (it differs by %.1e): the "
-                "model mixes its layers otherwise. Outputs are recorded as the modules return them; "
-                "`probes.describe(model)` shows which.",
-                self._manifest.layout.states[row].replace("into", "state into"),
-                self._model_name,
-                errors[row],
-            )
-
-    def _say_unseen(self) -> None:
-        if not self._checked:
-            self._checked = True
-            log.warning(
-                "depthscope saw no forward of %s in training mode before the first optimizer step. %s",
-                self._model_name,
-                BEFORE,
-            )
-
-    def _say_odd(self) -> None:
-        """What was noticed in the forwards of this step, each once."""
-        if self._taps.odd_mask:
-            self._say("depthscope takes masks of [B, T] only; here every token counts: pass mask=.")
-        if self._taps.repeated:
-            names = ", ".join(self._taps.repeated)
-            self._say(
-                f"depthscope saw layers run several times in one forward; their rows cover all runs: {names}."
-            )
-
-    def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            log.warning("%s", text)
+        self._writer.put(rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
 
 
 def _optimizers(given: Optimizers | None) -> list[torch.optim.Optimizer]:
@@ -436,15 +362,3 @@ def schedule_of(name: str, given: Steps) -> Schedule:
         return schedule(given)
     except ValueError as error:
         raise RunError(f"{name} is {given!r}: {error}.") from None
-
-
-def _check_name(name: str) -> None:
-    if metric(name).axes or name.endswith(".step") or name.startswith("__"):
-        raise ValueError(f"log({name}=…): this name is kept for depthscope's own; choose another.")
-
-
-def _number(name: str, value: object) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"log({name}=…) takes a number, not {value!r}.") from None

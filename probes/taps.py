@@ -14,49 +14,16 @@ from torch import Tensor, nn
 from probes import marks
 from probes.backwards import in_backward
 from probes.faults import Faults
-from probes.identity import Sample, keep_sample
+from probes.hooks import Hook, tap_gradient_in_graph
+from probes.identity import keep_sample
 from probes.masks import MaskOf, fitting, mask_finder
-from probes.passes import Passes
+from probes.rows import reads_after_blocks, rows_by_arithmetic, unhooked_rows
 from probes.scaling import half_precision
 from probes.sites import Place, Sites
-from probes.statistics import DEPTH_METRICS, Tables, add_moments, add_nonfinite, token_mean_square
+from probes.statistics import DEPTH_METRICS, add_moments, add_nonfinite, token_mean_square
+from probes.tally import ACTIVATIONS, Tally
 
 OFF, VECTORS, MATRICES = 0, 1, 2
-
-_METRIC_OF = {"state": "hidden", "output": "output", "block": "block"}
-_ACTIVATIONS = tuple(f"{name}_{suffix}" for name in _METRIC_OF.values() for suffix in ("rms", "grad_rms"))
-
-
-@torch._dynamo.allow_in_graph
-def _tap_gradient_in_graph(
-    x: Tensor, squares: Tensor, count: Tensor, row: int, mask: Tensor | None = None
-) -> None:
-    # Opaque to dynamo on purpose: where it traces `register_hook` itself, torch 2.13 forgets what the model
-    # assigned to attributes of Python objects, and the compiled model computes something else.
-    def tap(gradient: Tensor) -> None:
-        add_moments(gradient, squares, count, row, mask)
-
-    x.register_hook(tap)
-
-
-class Hook:
-    """A hook on a module of the recorded model. In a copy or a pickle of that model it does nothing.
-
-    A closure would not do: copies would be recorded too, and pickling fails.
-    """
-
-    def __init__(self, action: Callable | None = None):
-        self._action = action
-
-    def __call__(self, *values) -> None:
-        if self._action is not None:
-            self._action(*values)
-
-    def __deepcopy__(self, memo: dict) -> "Hook":
-        return Hook()
-
-    def __reduce__(self) -> tuple:
-        return Hook, ()
 
 
 class Taps:
@@ -75,25 +42,19 @@ class Taps:
         self.half = False  # a training forward ran under float16 autocast
         self.odd_mask = False  # a mask was there, but not one of [B, T]
         self._live = False  # inside a training forward that is looked at
-        self._compiled = False  # the latest forward was
         self._embedded = False  # this forward's embedding has been seen
         self._sites = sites
         self._faults = faults or Faults(strict=True)
         self._mask_of = mask_finder(mask, sites.root)
         self._mask: Tensor | None = None
         self._parameter = next(sites.root.parameters())
-        self._block_rows = _block_rows(sites, self._parameter.device)
-        sizes = {"state": len(sites.layers) + 1, "output": len(sites.layers) + 1}
-        if self._block_rows is None:
-            sizes["block"] = len(_last_layers(sites))
-        self._shape = sizes, [read.depth_sources for read in sites.reads]
         self._owing = False  # a row's gradient is to be tapped in a recomputation
         self._owed: set[tuple[str, int]] = set()
         self._recomputing = False
-        self._make_tables()
+        self._tally_up()
         self._mean_squares: dict[int, tuple[Tensor, Tensor]] = {}
-        self._summed_rows, self._kept_rows = _rows_by_arithmetic(sites)
-        self._unhooked = _unhooked_rows(sites)
+        self._summed_rows, self._kept_rows = rows_by_arithmetic(sites)
+        self._unhooked = unhooked_rows(sites)
         # By row, where an output is a difference of states or a state a sum.
         self._states: dict[int, Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -116,9 +77,7 @@ class Taps:
     @property
     def nbytes(self) -> int:
         """Memory held on the device, in bytes."""
-        return sum(
-            t.nbytes for t in (*self._tables.tensors(), *self._counted.tensors(), *self._sample.tensors())
-        )
+        return self._tally.nbytes
 
     def detach(self) -> None:
         """Take every hook off the model."""
@@ -126,26 +85,21 @@ class Taps:
         while self._handles:
             self._handles.pop().remove()
 
-    def _make_tables(self) -> None:
-        """Empty sums where the model is: taps write to the live ones, `commit` adds them to those that count."""
-        self._device = self._parameter.device
+    def _tally_up(self) -> None:
+        """Empty sums where the model is. The names below are guarded by the compiler, which wants few steps to them."""
+        self._tally = Tally(self._sites, self._parameter.device)
+        self._device = self._tally.device
         self._autocasts = torch.amp.is_autocast_available(self._device.type)
-        live, self._counted = (Tables(*self._shape, self._device) for _ in range(2))
-        self._tables = live
-        self._calls = torch.zeros(
-            2, dtype=torch.int64, device=self._device
-        )  # of embedding and final norm, compiled
-        self._sample = Sample([site.given for site in self._sites.layers], self._device)
-        self._block_rows = _block_rows(self._sites, self._device)
+        live = self._tally.live
         self._forward, self._backward = live.forward, live.backward
         self._nonfinite, self._depth = live.nonfinite, live.depth
-        self._passes = Passes(live, self._counted)
+        self._sample, self._calls, self._passes = self._tally.sample, self._tally.calls, self._tally.passes
 
     def follow(self) -> None:
         """Go where the model went, with empty sums."""
         self._parameter = next(self._sites.root.parameters())  # moving may have replaced it
         if self._parameter.device != self._device:
-            self._make_tables()
+            self._tally_up()
 
     def commit(self) -> None:
         self._passes.commit()
@@ -166,52 +120,15 @@ class Taps:
         self.seconds = 0.0
         self._owing = False
         self._owed.clear()
-        self._calls.zero_()
-        self._passes.reset()
+        self._tally.reset()
 
     def finish(self) -> dict[str, Tensor]:
         """Metrics of the step just taken, float32 on the device, by name of the vocabulary."""
-        self._passes.settle()
-        metrics = {}
-        for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
-            done = {place: moments.finish() for place, moments in table.items()}
-            metrics[f"hidden_{suffix}"] = done["state"]
-            metrics[f"output_{suffix}"] = done["output"]
-            metrics[f"output_{suffix}"][0].masked_fill_(self._ran_again(), torch.nan)
-            if self._block_rows is None:
-                metrics[f"block_{suffix}"] = done["block"]
-            else:
-                place, rows = self._block_rows
-                metrics[f"block_{suffix}"] = done[place][rows]
-        if self.mode == MATRICES:
-            again = self._ran_again() | bool(self.repeated)  # the states of one run, the outputs of another
-            metrics["identity_error"] = self._sample.finish().masked_fill(again, torch.nan)
-            count = self._counted.forward["state"].count
-            metrics["nonfinite"] = self._counted.nonfinite.float().where(count > 0, torch.nan)
-            if self._counted.depth is not None:
-                metrics |= self._counted.depth.finish()
-        return metrics
+        return self._tally.finish(self._matrices)
 
     def counts(self) -> dict[str, Tensor]:
         """How much each row of the metrics of `finish` has seen, by name; zero for a row that saw nothing."""
-        counts = {}
-        for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
-            counts[f"hidden_{suffix}"] = table["state"].count
-            counts[f"output_{suffix}"] = table["output"].count.clone()
-            counts[f"output_{suffix}"][0].masked_fill_(self._ran_again(), 0)
-            place, rows = self._block_rows or ("block", slice(None))
-            counts[f"block_{suffix}"] = table[place].count[rows]
-        if self.mode == MATRICES:
-            counts["nonfinite"] = counts["hidden_rms"]
-            if self._counted.depth is not None:
-                counts |= dict.fromkeys(DEPTH_METRICS, self._counted.depth.tokens)
-        return counts
-
-    def _ran_again(self) -> Tensor:
-        """Whether compiled layers ran several times in one forward, so that the embedding's row holds later states
-        too; bool [] on the device."""
-        first, last = self._calls
-        return (first > last) & (last > 0)
+        return self._tally.counts(self._matrices)
 
     def marked(self, x: Tensor, place: str, row: int) -> None:
         """A tensor that the author has named; only for rows that no hook sees."""
@@ -238,7 +155,7 @@ class Taps:
         if sites.norm is not None:
             self._before(sites.norm, lambda args, kwargs: self._passed())
         if "block" in self._forward:
-            for block, read in enumerate(_reads_after_blocks(sites)):
+            for block, read in enumerate(reads_after_blocks(sites)):
                 # The newest source of the read after a transformer block is the partial sum the block left.
                 self._before(read, lambda args, kwargs, block=block: self._tap(args[0][-1], "block", block))
         self._handles.append(sites.root.register_forward_hook(Hook(self._end)))
@@ -255,7 +172,6 @@ class Taps:
             self.seen = True
             self.half = self._autocasts and half_precision(self._device.type)
         self._live = training and self._looking
-        self._compiled = compiling
         self._forget()  # a forward that raised left its own behind
         if not compiling:
             self._embedded = False
@@ -265,7 +181,14 @@ class Taps:
             self._eagerly(self._begin_eagerly, "hidden_rms", "output_rms", "block_rms")
         elif self._parameter.device != self._device:
             self._live = False  # until `follow`
-        self._mask = self._find_mask(args, kwargs)
+        if compiling:
+            self._mask = self._find_mask(args, kwargs)
+            return
+        try:
+            self._mask = self._find_mask(args, kwargs)
+        except Exception as error:
+            self._live = False  # rather nothing than padding
+            self._faults.caught(error, *ACTIVATIONS, *DEPTH_METRICS, "nonfinite")
 
     def _begin_eagerly(self) -> None:
         self.follow()
@@ -281,17 +204,19 @@ class Taps:
         self._states.clear()
 
     def _find_mask(self, args: tuple, kwargs: dict) -> Tensor | None:
-        """Which tokens count, bool [B, T]; None: all."""
+        """Which tokens count, [B, T], not zero; None: all."""
         mask = self._mask_of(args, kwargs)
         if mask is None:
             return None
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             self.odd_mask = True
             return None
-        mask = mask != 0
-        if not torch.compiler.is_compiling():
-            self._passes.now.mask = mask
-        return mask
+        if torch.compiler.is_compiling():
+            # The compiler may take this hook for a function of its own: no operation here, or it is one more
+            # graph.
+            return mask
+        self._passes.now.mask = mask != 0
+        return self._passes.now.mask
 
     def _at(self, place: Place, action: Callable[[Tensor], None]) -> None:
         if place.is_input:
@@ -327,7 +252,7 @@ class Taps:
             return
         started = time.perf_counter()
         # What an action does not know by itself could be anything.
-        self._eagerly(lambda: action(*values), *_ACTIVATIONS)
+        self._eagerly(lambda: action(*values), *ACTIVATIONS)
         self.seconds += time.perf_counter() - started
         self._recomputing = False
 
@@ -381,7 +306,9 @@ class Taps:
         elif not self._recomputing:
             self._passes.now.calls[place, row] += 1
             mask = fitting(self._passes.now.mask, x)
-            self._eagerly(lambda: self._add_values(x, place, row, mask), f"{_METRIC_OF[place]}_rms")
+            self._eagerly(
+                lambda: self._add_values(x, place, row, mask), *self._tally.metrics_of(place, "rms")
+            )
 
     def _add_values(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
         forward = self._forward[place]
@@ -396,13 +323,15 @@ class Taps:
             self._tap_gradient(x, place, row, fitting(self._mask, x))
         else:
             mask = fitting(self._passes.now.mask, x)
-            self._eagerly(lambda: self._tap_gradient(x, place, row, mask), f"{_METRIC_OF[place]}_grad_rms")
+            self._eagerly(
+                lambda: self._tap_gradient(x, place, row, mask), *self._tally.metrics_of(place, "grad_rms")
+            )
 
     def _tap_gradient(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
         backward = self._backward[place]
         if torch.compiler.is_compiling():
             if x.requires_grad:
-                _tap_gradient_in_graph(x, backward.squares, backward.count, row, mask)
+                tap_gradient_in_graph(x, backward.squares, backward.count, row, mask)
             return
         if not x.requires_grad:
             if not torch.is_grad_enabled():
@@ -420,7 +349,7 @@ class Taps:
             self._passes.now, this.reached = this, True
             self._eagerly(
                 lambda: add_moments(gradient.detach(), backward.squares, backward.count, row, mask),
-                f"{_METRIC_OF[place]}_grad_rms",
+                *self._tally.metrics_of(place, "grad_rms"),
             )
             self.seconds += time.perf_counter() - started
 
@@ -458,50 +387,3 @@ class Taps:
         if id(source) not in self._mean_squares:
             self._mean_squares[id(source)] = source, token_mean_square(source)
         return self._mean_squares[id(source)][1]
-
-
-def _last_layers(sites: Sites) -> list[int]:
-    """Index of the last layer of each transformer block."""
-    return list({site.layer.block: site.layer.index for site in sites.layers}.values())
-
-
-def _reads_after_blocks(sites: Sites) -> list[nn.Module]:
-    return [sites.reads[layer] for layer in _last_layers(sites)]
-
-
-def _block_rows(sites: Sites, device: torch.device) -> tuple[str, Tensor] | None:
-    """Where block_rms is found among the other rows: a plain residual's is the next state, Full AttnRes' the
-    output of the last layer. None for Block AttnRes, whose partial sums need taps of their own."""
-    # On the device, for indexing with a list copies the list there and waits for it.
-    last = torch.tensor(_last_layers(sites), device=device)
-    if not sites.reads:
-        return "state", last
-    if sites.reads[-1].depth_sources == len(sites.layers) + 1:
-        return "output", last
-    return None
-
-
-def _rows_by_arithmetic(sites: Sites) -> tuple[set[int], set[int]]:
-    """Rows of states that are summed from the state and the output before, and of those kept for a sum or difference."""
-    before = [None, *sites.layers]
-    summed = {
-        row
-        for row, site in enumerate(sites.layers)
-        if site.state is None and before[row] is not None and before[row].output is not None
-    }
-    differences = {
-        row for row, site in enumerate(sites.layers) if site.output is None and site.after is not None
-    }
-    return summed, {row - 1 for row in summed} | differences
-
-
-def _unhooked_rows(sites: Sites) -> dict[str, set[int]]:
-    """Rows that no hook sees, by place: those that marks may fill."""
-    summed, _ = _rows_by_arithmetic(sites)
-    states = {row for row, site in enumerate(sites.layers) if site.state is None and row not in summed}
-    outputs = {row for row, site in enumerate(sites.layers, 1) if site.output is None and site.after is None}
-    if sites.final is None:
-        states.add(len(sites.layers))
-    if 0 in states and not sites.reads:
-        outputs.add(0)
-    return {"state": states, "output": outputs}

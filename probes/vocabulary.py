@@ -81,7 +81,7 @@ _ROWS = [
         LAYER,
         "Parameter gradient norm",
         "L2",
-        "L2 norm of the gradient over a layer's parameters (sublayer, its pre-norm and its depth query), "
+        "L2 norm of the gradient over a layer's parameters (sublayer, its norms, its gate and its depth query), "
         "accumulated over micro-batches and before clipping.",
     ),
     Metric(
@@ -89,7 +89,8 @@ _ROWS = [
         LAYER,
         "Parameter norm",
         "L2",
-        "L2 norm of a layer's parameters (sublayer, its pre-norm and its depth query) before the update.",
+        "L2 norm of a layer's parameters (sublayer, its norms, its gate and its depth query) before the update. "
+        "Recorded with the matrices.",
     ),
     Metric(
         "other_grad_norm",

@@ -56,12 +56,13 @@ class RunWriter:
         self._thread = threading.Thread(target=self._work, name=f"depthscope writer {path.name}", daemon=True)
         self._thread.start()
 
-    def put(self, fetch: Fetch, complete: int) -> None:
-        """Hand over rows, the last ones of steps up to `complete`. Never blocks: a full queue drops."""
+    def put(self, fetch: Fetch, complete: int | Callable[[], int]) -> None:
+        """Hand over rows, the last ones of steps up to `complete` (a function is asked when they have come).
+        Never blocks: a full queue drops."""
 
         def take() -> Iterable[Row]:
             yield from fetch()
-            self._complete = max(self._complete, complete)
+            self._complete = max(self._complete, complete() if callable(complete) else complete)
 
         if self._queue.qsize() < _QUEUE:
             self._queue.put(take)

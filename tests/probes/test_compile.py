@@ -134,12 +134,12 @@ def test_gradient_taps_do_not_make_dynamo_forget_assignments(monkeypatch):
 
     The naive hook is tried too, so that the day it works is noticed: then the detour can go.
     """
-    from probes.taps import _tap_gradient_in_graph
+    from probes.hooks import tap_gradient_in_graph
 
     squares, count = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
     wrong = {}
     for name, hook in {
-        "ours": lambda x: _tap_gradient_in_graph(x, squares, count, 0),
+        "ours": lambda x: tap_gradient_in_graph(x, squares, count, 0),
         "naive": lambda x: x.register_hook(lambda gradient: None),
     }.items():
         torch._dynamo.reset()
@@ -154,7 +154,7 @@ def test_gradient_taps_do_not_make_dynamo_forget_assignments(monkeypatch):
         wrong[name] = found != pytest.approx(expected, rel=1e-6)
     assert not wrong["ours"]
     if not wrong["naive"]:
-        pytest.skip("this torch traces register_hook correctly: _tap_gradient_in_graph may be simplified")
+        pytest.skip("this torch traces register_hook correctly: tap_gradient_in_graph may be simplified")
 
 
 def test_the_compiled_loss_is_right_at_step_zero(tmp_path):

@@ -167,7 +167,7 @@ def test_compiled_with_a_mask(tmp_path):
     torch._dynamo.reset()
     runs = {}
     for way in ("eager", "compiled"):
-        model = Masked(Stack())
+        model = Masked(Stack(blocks=2))
         optimizer = sgd(model)
         with probes.record(model, tmp_path / way, optimizer=optimizer, every=1, matrices_every=1):
             if way == "compiled":

@@ -15,7 +15,7 @@ from tests.probes.models import KINDS, batches, decoder, loss_of, sgd, train
 
 CLIP = 0.05
 DEPTH = {"depth_weight", "depth_weight_std", "contribution_rms", "depth_entropy", "depth_entropy_of_mean"}
-MATRICES = DEPTH | {"nonfinite"}
+MATRICES = DEPTH | {"nonfinite", "param_norm"}
 HOST = {"wall_time", "step_time", "probe_time"}  # clocks have no twin
 MATRICES_EVERY = 2
 

@@ -1,0 +1,69 @@
+"""What a recording says about itself, each thing once: rows it never sees, streams that do not add up, odd forwards.
+
+A tap that never fires would otherwise leave a blank that nobody notices.
+"""
+
+import logging
+
+import numpy as np
+
+from probes.compiled import BEFORE
+from probes.identity import first_broken
+from probes.sites import Sites
+from probes.taps import Taps
+
+log = logging.getLogger("depthscope")
+
+
+class SelfCheck:
+    def __init__(self, sites: Sites):
+        self._sites, self._layout = sites, sites.layout
+        self._name = type(sites.root).__name__
+        self._rows_checked = self._identity_checked = False
+        self._said: set[str] = set()
+
+    def forwards(self, taps: Taps) -> None:
+        """What was noticed in the forwards of a step that was looked at."""
+        if not taps.seen:
+            self._rows_checked = True
+            self._say(f"depthscope saw no forward of {self._name} in training mode before a step. {BEFORE}")
+        if taps.odd_mask:
+            self._say("depthscope takes masks of [B, T] only; here every token counts: pass mask=.")
+        if taps.repeated:
+            names = ", ".join(taps.repeated)
+            self._say(
+                f"depthscope saw layers run several times in one forward; their rows cover all runs: {names}."
+            )
+
+    def rows(self, seen: dict[str, np.ndarray]) -> None:
+        """Which rows of the first recorded step were not observed; runs in the writer's thread."""
+        if self._rows_checked or not seen:
+            return
+        self._rows_checked = True
+        labels = {"hidden_rms": self._layout.states, "output_rms": self._layout.outputs}
+        blank = {
+            name: [label for label, n in zip(rows, seen[name], strict=True) if not n]
+            for name, rows in labels.items()
+        }
+        if any(blank.values()):
+            rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
+            self._say(f"depthscope saw nothing of {rows}. These rows stay blank. {BEFORE}")
+
+    def identity(self, errors: np.ndarray | None) -> None:
+        """Where the stream of a plain residual does not add up; runs in the writer's thread."""
+        if self._identity_checked or errors is None or not self._sites.is_plain:
+            return
+        self._identity_checked = True
+        row = first_broken(errors, next(self._sites.root.parameters()).dtype)
+        if row is not None:
+            state = self._layout.states[row].replace("into", "state into")
+            self._say(
+                f"depthscope: the {state} of {self._name} is not the embedding plus the outputs before it (it differs "
+                f"by {errors[row]:.1e}): the model mixes its layers otherwise. Outputs are recorded as the modules "
+                "return them; `probes.describe(model)` shows which."
+            )
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning("%s", text)

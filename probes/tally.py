@@ -1,0 +1,92 @@
+"""The sums of one recorded step, on the device where the model is, and the metrics they make."""
+
+import torch
+from torch import Tensor
+
+from probes.identity import Sample
+from probes.passes import Passes
+from probes.rows import block_rows, last_layers
+from probes.sites import Sites
+from probes.statistics import DEPTH_METRICS, Tables
+
+METRIC_OF = {"state": "hidden", "output": "output", "block": "block"}
+ACTIVATIONS = tuple(f"{name}_{suffix}" for name in METRIC_OF.values() for suffix in ("rms", "grad_rms"))
+
+
+class Tally:
+    """Taps write to the `live` tables; `passes` adds what counts to those of the step."""
+
+    def __init__(self, sites: Sites, device: torch.device):
+        self.device = device
+        self._block_rows = block_rows(sites, device)
+        sizes = {"state": len(sites.layers) + 1, "output": len(sites.layers) + 1}
+        if self._block_rows is None:
+            sizes["block"] = len(last_layers(sites))
+        shape = sizes, [read.depth_sources for read in sites.reads]
+        self.live, self._counted = (Tables(*shape, device) for _ in range(2))
+        self.sample = Sample([site.given for site in sites.layers], device)
+        self.calls = torch.zeros(2, dtype=torch.int64, device=device)
+        """How often the embedding and the final norm were seen in compiled forwards."""
+        self.passes = Passes(self.live, self._counted)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held on the device, in bytes."""
+        tensors = (*self.live.tensors(), *self._counted.tensors(), *self.sample.tensors())
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def metrics_of(self, place: str, suffix: str) -> list[str]:
+        """Names of the metrics that are made from the rows of a place."""
+        places = [place, "block"] if self._block_rows and self._block_rows[0] == place else [place]
+        return [f"{METRIC_OF[p]}_{suffix}" for p in places]
+
+    def reset(self) -> None:
+        """A new step begins."""
+        self.calls.zero_()
+        self.passes.reset()
+
+    def finish(self, matrices: bool) -> dict[str, Tensor]:
+        """Metrics of the step just taken, float32 on the device, by name of the vocabulary."""
+        self.passes.settle()
+        metrics = {}
+        for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
+            done = {place: moments.finish() for place, moments in table.items()}
+            metrics[f"hidden_{suffix}"] = done["state"]
+            metrics[f"output_{suffix}"] = done["output"]
+            metrics[f"output_{suffix}"][0].masked_fill_(self._ran_again(), torch.nan)
+            if self._block_rows is None:
+                metrics[f"block_{suffix}"] = done["block"]
+            else:
+                place, rows = self._block_rows
+                metrics[f"block_{suffix}"] = done[place][rows]
+        if matrices:
+            again = self._ran_again() | bool(
+                self.passes.repeated
+            )  # the states of one run, the outputs of another
+            metrics["identity_error"] = self.sample.finish().masked_fill(again, torch.nan)
+            count = self._counted.forward["state"].count
+            metrics["nonfinite"] = self._counted.nonfinite.float().where(count > 0, torch.nan)
+            if self._counted.depth is not None:
+                metrics |= self._counted.depth.finish()
+        return metrics
+
+    def counts(self, matrices: bool) -> dict[str, Tensor]:
+        """How much each row of the metrics of `finish` has seen, by name; zero for a row that saw nothing."""
+        counts = {}
+        for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
+            counts[f"hidden_{suffix}"] = table["state"].count
+            counts[f"output_{suffix}"] = table["output"].count.clone()
+            counts[f"output_{suffix}"][0].masked_fill_(self._ran_again(), 0)
+            place, rows = self._block_rows or ("block", slice(None))
+            counts[f"block_{suffix}"] = table[place].count[rows]
+        if matrices:
+            counts["nonfinite"] = counts["hidden_rms"]
+            if self._counted.depth is not None:
+                counts |= dict.fromkeys(DEPTH_METRICS, self._counted.depth.tokens)
+        return counts
+
+    def _ran_again(self) -> Tensor:
+        """Whether compiled layers ran several times in one forward, so that the embedding's row holds later states
+        too; bool [] on the device."""
+        first, last = self.calls
+        return (first > last) & (last > 0)
