@@ -54,7 +54,10 @@ def find_sites(
             "per layer and the final read."
         )
     norm = _final_norm(root, found.path) if found.path else None
-    return Sites(root, list(found.layers), found.final, reads, found.change, norm and norm.module)
+    outputs = tuple(
+        module for module in root.modules() if isinstance(getattr(module, "depth_output", None), int)
+    )
+    return Sites(root, list(found.layers), found.final, reads, found.change, outputs, norm and norm.module)
 
 
 def _only_stack(root: nn.Module) -> Stack:

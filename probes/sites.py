@@ -73,6 +73,7 @@ class Sites:
     final: Place | None
     reads: list[nn.Module]
     change: str = ""
+    outputs: tuple[nn.Module, ...] = ()  # modules called with the plain output of layer `depth_output`
     norm: nn.Module | None = None  # the norm after the stack, where one was found: it runs once in a forward
 
     @property

@@ -148,6 +148,8 @@ class Taps:
                 self._at(site.output, lambda x, row=row: self._output(x, row))
             elif site.after is not None:
                 self._at(site.after, lambda x, row=row: self._difference(x, row))
+        for module in sites.outputs:
+            self._before(module, lambda args, kwargs, row=module.depth_output - 1: self._output(args[0], row))
         if sites.final is not None:
             self._at(sites.final, lambda x: self._state(x, len(sites.layers)))
         for row, read in enumerate(sites.reads):
@@ -275,7 +277,7 @@ class Taps:
     def _output(self, x: Tensor, row: int) -> None:
         """What layer row+1 adds to the stream."""
         if not isinstance(x, Tensor) or (self._sites.reads and x.ndim > 3):
-            # A stack that holds what is added to the stream among other things: better blank than wrong.
+            # A stack that holds what is added to the stream among other things; `sites.outputs` has it plain.
             return
         self._tap(x, "output", row + 1)
         if row + 1 in self._summed_rows:

@@ -10,27 +10,37 @@ import probes
 transformers = pytest.importorskip("transformers")
 
 
-def test_reads_of_a_converted_model_are_recorded_and_stacked_outputs_are_blank(tmp_path, caplog):
+@pytest.mark.parametrize("residual", ["full", "block"])
+def test_reads_and_outputs_of_a_converted_model(residual, tmp_path, caplog):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=17,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=1,
     )
     model = transformers.LlamaForCausalLM(config).train()
     tokens = torch.randint(17, (2, 8))
-    attnres.convert(model, residual="full", example={"input_ids": tokens})
+    size = {"layers_per_block": 3} if residual == "block" else {}
+    attnres.convert(model, residual=residual, example={"input_ids": tokens}, **size)
+    seen = []
+    handle = model.attnres.reads[-1].register_forward_pre_hook(lambda m, args: seen.extend(args[0]))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with probes.record(model, tmp_path / "run", optimizer=optimizer, every=1):
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
+    handle.remove()
+    assert not [record for record in caplog.records if record.name == "depthscope"]
     run = probes.open_run(tmp_path / "run")
-    even = np.tril(np.ones((5, 5))) / np.arange(1, 6)[:, None]
+    rows, columns = len(run.reads), len(run.sources)
+    counts = np.array([read.sources for read in run.reads])
+    even = np.where(np.arange(columns) < counts[:, None], 1 / counts[:, None], 0)
     np.testing.assert_allclose(np.nan_to_num(run["depth_weight"][0]), even, atol=1e-6)
-    assert np.isfinite(run["hidden_rms"]).all()
-    # A converted layer returns a stack in which its output is a part.
-    assert np.isfinite(run["output_rms"][0]).tolist() == [True, False, False, False, False]
-    assert "saw nothing of" in caplog.text and "output_rms: layer 1" in caplog.text
+    assert np.isfinite(run["hidden_rms"]).all() and rows == 7
+    for name in ("output_rms", "output_grad_rms"):
+        assert np.isfinite(run[name]).all() and (run[name] > 0).all()
+    if residual == "full":  # the final read's sources are the outputs themselves
+        rms = [source.detach().square().mean().sqrt().item() for source in seen]
+        np.testing.assert_allclose(run["output_rms"][0], rms, rtol=1e-5)
