@@ -121,6 +121,8 @@ class Taps:
         self._owing = False
         self._owed.clear()
         self._tally.reset()
+        if self._matrices:
+            self._sample.reset()
 
     def finish(self) -> dict[str, Tensor]:
         """Metrics of the step just taken, float32 on the device, by name of the vocabulary."""
@@ -195,6 +197,8 @@ class Taps:
     def _begin_eagerly(self) -> None:
         self.follow()
         self._passes.begin()
+        if self._matrices:
+            self._sample.reset()
 
     def _end(self, root: nn.Module, args, output) -> None:
         self._live = False
