@@ -312,6 +312,10 @@ class Taps:
         elif not self._recomputing:
             self._passes.now.calls[place, row] += 1
             mask = fitting(self._passes.now.mask, x)
+            if mask is None and self._passes.now.mask is not None and place == "state":
+                self.odd_mask = (
+                    True  # it may be that of another stack, or leave out tokens that the model adds
+                )
             self._eagerly(
                 lambda: self._add_values(x, place, row, mask), *self._tally.metrics_of(place, "rms")
             )
