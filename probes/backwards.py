@@ -25,7 +25,8 @@ def backward_id() -> int:
 class Backwards:
     """Watches the passes while `wanted()`.
 
-    `restart()` is called when all that counted before counts no more, `ended(counts)` at the end of each pass.
+    `restart()` is called when all that counted before counts no more, `ended(counts)` at the end of each pass that
+    reached a parameter, `astray()` at the end of one that reached none, as for a gradient penalty.
     """
 
     def __init__(
@@ -34,10 +35,10 @@ class Backwards:
         wanted: Callable[[], bool],
         restart: Callable[[], None],
         ended: Callable[[bool], None],
+        astray: Callable[[], None],
     ):
         self._watched = watched
-        self._wanted, self._restart, self._ended = wanted, restart, ended
-        self._pass = -1  # the backward pass at whose end `_end` is due
+        self._wanted, self._restart, self._ended, self._astray = wanted, restart, ended, astray
         self._handles = [p.register_post_accumulate_grad_hook(self._notice) for p in watched]
         self.reset()
 
@@ -47,6 +48,15 @@ class Backwards:
         self._left: list[GradientMark | None] = []  # gradients as the last pass left them
         self.counts = True  # whether the last pass did
         self._closed = False
+        # By number, whether they have reached a parameter: passes within passes, where checkpointing is reentrant. A
+        # pass that raises never calls back, and is forgotten here.
+        self._open: dict[int, bool] = {}
+        self._reached = False  # one of them has
+
+    def arrives(self) -> None:
+        """A gradient has arrived at a tap."""
+        if self._wanted() and backward_id() not in self._open:
+            self._begin()
 
     def close(self) -> None:
         """An optimizer takes the gradients that are there: later passes of this step do not count."""
@@ -56,18 +66,32 @@ class Backwards:
         while self._handles:
             self._handles.pop().remove()
 
+    def _begin(self) -> None:
+        number = backward_id()
+        self._open[number] = False
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(number))
+
     def _notice(self, parameter: nn.Parameter) -> None:
-        # By its number, not by a flag: a backward pass that raises never calls back.
-        if not self._wanted() or backward_id() == self._pass:
+        number = backward_id()
+        if not self._wanted() or self._open.get(number):
             return
-        self._pass = backward_id()
+        if number not in self._open:
+            self._begin()
+        self._open[number] = self._reached = True
         self.counts = not self._closed and self._began_with in (None, self._versions())
         if self.counts and self._thrown_away(parameter):
             self._restart()
-        torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
-    def _end(self) -> None:
-        if self.counts:
+    def _end(self, number: int) -> None:
+        reached = self._open.pop(number, False)
+        if self._open and not reached:
+            return  # the pass around it will tell
+        if not reached and not self._reached:
+            self._astray()
+            return
+        if not self._open:
+            self._reached = False
+        if reached and self.counts:
             self._began_with = self._versions()
             self._left = [GradientMark.of(p.grad) for p in self._watched]
         self._ended(self.counts)

@@ -6,6 +6,7 @@ class or package matters.
 """
 
 import operator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -61,6 +62,7 @@ class Term:
     `calls` made it, first to last, with `parameters` used beside them. `state` is the call that receives the state it
     is made from (None: no call does, or it is the traced module's own input), which sums the input and the first
     `given` terms. `tail` is the call whose output is added as it is; None when something comes between, as a gate does.
+    `after` is a call that receives the stream with this term just added.
     """
 
     calls: tuple[Call, ...]
@@ -68,17 +70,26 @@ class Term:
     state: Call | None
     given: int
     tail: Call | None
+    after: Call | None
 
 
 @dataclass(frozen=True)
 class Flow:
     """The stream through one forward: the name of the argument that carries it, what is added in order, and what else
-    happens to it (`change`, empty for a plain sum). `norm` is a last call that only normalises what is handed on."""
+    happens to it (`change`, empty for a plain sum). `norm` is a last call that only normalises what is handed on. Of
+    several results the stream is number `result`."""
 
     argument: str
     terms: tuple[Term, ...]
     change: str
     norm: Call | None
+    result: int = 0
+
+
+def follow_within(module: nn.Module) -> Flow:
+    """The longest stream within `module.forward`, wherever it begins and ends: from the embedding, say, to what the
+    final norm (`norm`) receives. Untraceable where there is none."""
+    return _followed(module, optional=False, within=True)
 
 
 def follow(module: nn.Module) -> Flow:
@@ -93,12 +104,16 @@ def follow(module: nn.Module) -> Flow:
     return flow
 
 
-def _followed(module: nn.Module, optional: bool) -> Flow:
+def _followed(module: nn.Module, optional: bool, within: bool = False) -> Flow:
     opened = {module}
     while True:
         recording = Recording(module, opened, optional)
         try:
-            return _Reading(recording).flow()
+            reading = _Reading(recording)
+            if within and (adding := reading.may_add() - opened):
+                opened |= adding
+                continue
+            return reading.flow_within() if within else reading.flow()
         except _Closed as closed:
             if len(opened) > _OPENED:
                 raise Untraceable(
@@ -135,16 +150,65 @@ class _Reading:
         self._called = [node.target for node in recording.graph.nodes if node.op == "call_module"]
 
     def flow(self) -> Flow:
-        path = self._path(self._recording.result)
-        if path is None:
+        """From the first argument to the result that is made by adding to it."""
+        results = self._recording.results
+        place = next((place for place, node in results.items() if self._attempted(node) is not None), None)
+        if place is None:
+            for node in results.values():
+                self._path(node)  # a closed child that hides the way says so
             raise Untraceable("what it returns is not its input with something added")
+        path = self._path(results[place])
+        terms = self._terms(path)
+        changes = path.changes if path.norm is None else path.changes[:-1]
+        change = "; ".join(dict.fromkeys(changes))
+        norm = path.norm and self._received(path.norm)
+        return Flow(self._recording.argument, tuple(terms), change, norm, place)
+
+    def flow_within(self) -> Flow:
+        """From wherever a chain of sums begins to its end."""
+        sums = [node for node in self._recording.graph.nodes if _is_sum(node)]
+        chains = [(self._chain(node), node) for node in sums]
+        chain, last = max(chains, key=lambda each: len(each[0]), default=([], None))
+        if not chain:
+            raise Untraceable("nothing in it adds to what it was made from")
+        self._recording.stream = chain[-1]
+        path = self._path(last)
+        terms = self._terms(path)
+        receiver = self._receiver(last)
+        norm = receiver if receiver is not None and not _has_matrix(receiver.module) else None
+        return Flow(self._recording.argument, tuple(terms), "; ".join(dict.fromkeys(path.changes)), norm)
+
+    def may_add(self) -> set[nn.Module]:
+        """Modules without parameters that are given several things: what adds to the stream may be hidden in them."""
+        calls = [node for node in self._recording.graph.nodes if node.op == "call_module"]
+        modules = [self._module[node.target] for node in calls if len(node.all_input_nodes) > 1]
+        return {module for module in modules if next(module.parameters(), None) is None}
+
+    def _chain(self, node: fx.Node) -> list[fx.Node]:
+        """From a sum backwards, always to the addend that another addend was made from."""
+        chain: list[fx.Node] = []
+        while _is_sum(node):
+            addends = [self._stripped(addend) for addend in self._addends(node)]
+            made_from = set().union(*map(_ancestors, addends))
+            node = next((addend for addend in addends if addend in made_from), None)
+            if node is None:
+                break
+            chain.append(node)
+        return chain
+
+    def _terms(self, path: _Path) -> list[Term]:
         self._trunk = set(path.trunk)
+        self._after: dict[fx.Node, Call | None] = {}
+        before: set[fx.Node] = set()
+        for node in path.trunk:
+            new = set(self._path(node).terms) - before
+            if len(new) == 1:
+                self._after[new.pop()] = self._receiver(node)
+            before = set(self._path(node).terms)
         terms = self._ordered(path.terms)
         if not terms:
             raise Untraceable("it adds nothing to its input")
-        changes = path.changes if path.norm is None else path.changes[:-1]
-        change = "; ".join(dict.fromkeys(changes))
-        return Flow(self._recording.argument, tuple(terms), change, path.norm and self._received(path.norm))
+        return terms
 
     # The stream
 
@@ -201,7 +265,8 @@ class _Reading:
         found = []
         for each in node.all_input_nodes:
             inner = self._stripped(each)
-            found += self._addends(inner) if _is_sum(inner) and len(inner.users) == 1 else [each]
+            used_once = len(inner.users) == len(each.users) == 1
+            found += self._addends(inner) if _is_sum(inner) and used_once else [each]
         return found
 
     def _call_path(self, node: fx.Node) -> _Path | None:
@@ -213,6 +278,8 @@ class _Reading:
                 self._path(each)
             return None
         if not _has_matrix(module):
+            if len(node.all_input_nodes) > 1 and module not in self._recording.opened:
+                raise _Closed(Call(node.target, module))  # it may be what adds
             norm = node if next(module.parameters(), None) is not None else None
             return self._changed(node, inputs[0], f"changed by {node.target}", norm)
         raise _Closed(Call(node.target, module))
@@ -279,30 +346,35 @@ class _Reading:
         states = {s for s in back.states if set(self._path(s).terms) == back.included}
         receivers = [n for n in inside if n.op == "call_module" and states & set(n.all_input_nodes)]
         received = next(filter(None, map(self._received, receivers)), None)
-        return Term(calls, parameters, received, len(back.included), self._tail(node))
+        return Term(calls, parameters, received, len(back.included), self._tail(node), self._after.get(node))
 
     def _tail(self, node: fx.Node) -> Call | None:
         node, key = self._stripped(node), 0
         if node.op == "call_function" and node.target is operator.getitem:
             node, key = node.args
-            if not isinstance(
-                key, int
-            ):  # a slice of a tensor, as of a joint attention's, is not what the call returns
-                return None
+            if not isinstance(key, int):
+                return None  # a slice of a tensor, as of a joint attention's, is not what the call returns
             node = self._stripped(node) if isinstance(node, fx.Node) else node
         if not isinstance(node, fx.Node) or node.op != "call_module" or self._called.count(node.target) > 1:
             return None
         return Call(node.target, self._module[node.target], key)
 
-    def _received(self, node: fx.Node) -> Call | None:
+    def _receiver(self, state: fx.Node) -> Call | None:
+        """A call that receives just this state."""
+        calls = [node for node in self._recording.graph.nodes if node.op == "call_module"]
+        received = (self._received(node, lambda value: self._stripped(value) is state) for node in calls)
+        return next(filter(None, received), None)
+
+    def _received(self, node: fx.Node, is_it: Callable[[fx.Node], bool] | None = None) -> Call | None:
         """The call and the argument by which it receives the stream; None where it is called more than once."""
+        is_it = is_it or self._is_state
         if self._called.count(node.target) > 1:
             return None
         for key, value in enumerate(node.args):
-            if isinstance(value, fx.Node) and self._is_state(value):
+            if isinstance(value, fx.Node) and is_it(value):
                 return Call(node.target, self._module[node.target], key)
         for keyword, value in node.kwargs.items():
-            if isinstance(value, fx.Node) and self._is_state(value):
+            if isinstance(value, fx.Node) and is_it(value):
                 return Call(node.target, self._module[node.target], keyword=keyword)
         return None
 
@@ -312,6 +384,17 @@ class _Back:
     nodes: set[fx.Node] = field(default_factory=set)
     states: list[fx.Node] = field(default_factory=list)
     included: set[fx.Node] = field(default_factory=set)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """What a node was made from, near and far."""
+    found, waiting = set(), list(node.all_input_nodes)
+    while waiting:
+        each = waiting.pop()
+        if each not in found:
+            found.add(each)
+            waiting += each.all_input_nodes
+    return found
 
 
 def _is_sum(node: fx.Node) -> bool:

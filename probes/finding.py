@@ -57,7 +57,10 @@ def find_sites(
     outputs = tuple(
         module for module in root.modules() if isinstance(getattr(module, "depth_output", None), int)
     )
-    return Sites(root, list(found.layers), found.final, reads, found.change, outputs, norm and norm.module)
+    holders = tuple(module for name, module in _above(root, found.path) if name)
+    return Sites(
+        root, list(found.layers), found.final, reads, found.change, holders, outputs, norm and norm.module
+    )
 
 
 def _only_stack(root: nn.Module) -> Stack:
@@ -113,14 +116,20 @@ def _moved(site: LayerSite, layers: int, blocks: int) -> LayerSite:
 
 
 def _final_norm(root: nn.Module, path: str) -> Place | None:
-    """What the last norm beside the stack receives, in the module that holds it or in the root."""
-    above = path.rpartition(".")[0]
-    for name, module in ((above, root.get_submodule(above)), ("", root)):
+    """What the last norm beside the stack receives, in the module that holds it or in one around that."""
+    for name, module in reversed(_above(root, path)):
         beside = [(key, child) for key, child in module.named_children() if is_norm(child)]
         if beside:
             key, norm = beside[-1]
             return Place(f"{name}.{key}" if name else key, norm, is_input=True)
     return None
+
+
+def _above(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """The modules that a path leads through, the root first, without the last."""
+    parts = path.split(".")[:-1]
+    names = ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
+    return [(name, root.get_submodule(name)) for name in names]
 
 
 def _declared(root: nn.Module, layers: str | Sequence[str], norms: str | Sequence[str]) -> Stack:

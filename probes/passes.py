@@ -66,6 +66,12 @@ class Passes:
             pass
         clear(self._live.backward_tensors())
 
+    def forget_gradients(self) -> None:
+        """A backward pass has ended that reached no parameter: its gradients were for something else."""
+        clear(self._live.backward_tensors())
+        for passed in (self._last, *(passed for passed, _ in self._waiting)):
+            passed.reached = False
+
     def restart(self) -> None:
         """Nothing counts of what was committed in this step."""
         self._counted.reset()

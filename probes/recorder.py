@@ -173,7 +173,7 @@ class Recorder:
                 self._put()
                 self._owed = False
         if self._taps.mode != OFF:
-            self._selfcheck.forwards(self._taps)
+            self._selfcheck.step(self._taps, self._gradients)
             self._taps.reset()
             self._taps.follow()
             self._gradients.reset()
@@ -243,8 +243,13 @@ class Recorder:
     def _watch_parameters(self) -> None:
         self._gradients = GradientNorms(self._sites)
         self._backwards = Backwards(
-            self._gradients.watched(), lambda: self._taps.mode != OFF, self._restart, self._backward_ended
+            self._gradients.watched(),
+            lambda: self._taps.mode != OFF,
+            self._restart,
+            self._backward_ended,
+            self._taps.forget_gradients,
         )
+        self._taps.gradient_arrives = self._backwards.arrives
 
     def _backward_ended(self, counts: bool) -> None:
         with self._faults.guard(*ACTIVATIONS, *DEPTH_METRICS):

@@ -8,6 +8,7 @@ import logging
 import numpy as np
 
 from probes.compiled import BEFORE
+from probes.gradients import GradientNorms
 from probes.identity import first_broken
 from probes.sites import Sites
 from probes.taps import Taps
@@ -22,8 +23,13 @@ class SelfCheck:
         self._rows_checked = self._identity_checked = False
         self._said: set[str] = set()
 
-    def forwards(self, taps: Taps) -> None:
-        """What was noticed in the forwards of a step that was looked at."""
+    def step(self, taps: Taps, gradients: GradientNorms) -> None:
+        """What was noticed in the forwards and backward passes of a step that was looked at."""
+        if taps.seen and gradients.squares is None:
+            self._say(
+                "depthscope saw no backward pass leave gradients on the parameters before a step, so that step has no "
+                "gradient norms."
+            )
         if not taps.seen:
             self._rows_checked = True
             self._say(f"depthscope saw no forward of {self._name} in training mode before a step. {BEFORE}")

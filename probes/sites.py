@@ -65,14 +65,15 @@ class LayerSite:
 @dataclass(frozen=True)
 class Sites:
     """Every place of one model that is tapped. `final` is where the final state is seen, None where it is only marked
-    (marks.py). `reads` is empty for a model
-    without depth reads, else L+1 modules. `change` says what else happens to the stream than layers adding to it."""
+    (marks.py). `reads` is empty for a model without depth reads, else L+1 modules. `change` says what else happens to
+    the stream than layers adding to it."""
 
     root: nn.Module
     layers: list[LayerSite]
     final: Place | None
     reads: list[nn.Module]
     change: str = ""
+    holders: tuple[nn.Module, ...] = ()  # modules between the root and the stack, outermost first
     outputs: tuple[nn.Module, ...] = ()  # modules called with the plain output of layer `depth_output`
     norm: nn.Module | None = None  # the norm after the stack, where one was found: it runs once in a forward
 

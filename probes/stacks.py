@@ -5,13 +5,13 @@ each holds as many norms as sublayers and the k-th norm feeds the k-th sublayer.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from probes.dataflow import Call, Flow, Term, follow
+from probes.dataflow import Call, Flow, Term, follow, follow_within
 from probes.layout import Layer
 from probes.sites import LayerSite, Place
 from probes.symbols import Untraceable
@@ -19,8 +19,6 @@ from probes.symbols import Untraceable
 _ATTENTION = (
     "attn",
     "attention",
-    "mixer",
-    "mixing",
     "ssm",
     "mamba",
     "retention",
@@ -42,6 +40,9 @@ _MLP = (
     "intermediate",
 )
 
+_UNCALLED = nn.ModuleList | nn.ModuleDict  # they have no forward
+_LISTS = _UNCALLED | nn.Sequential
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -62,15 +63,20 @@ def find_stacks(root: nn.Module) -> tuple[list[Stack], list[str]]:
     """The outermost stacks of `root`, and for each list that is none why its first member could not be followed."""
     stacks: list[Stack] = []
     reasons: list[str] = []
+    done: list[str] = []
     for path, container in root.named_modules():
-        inside = any(path.startswith(f"{stack.path}.") for stack in stacks)
-        if isinstance(container, nn.ModuleList | nn.Sequential | nn.ModuleDict) and not inside:
-            try:
-                stack = stack_at(root, path, container)
-            except Untraceable as error:
-                reasons.append(f"{path}: {error}")
-            else:
-                stacks += [stack] if stack is not None else []
+        if path.startswith(tuple(f"{outer}." for outer in done)) or not isinstance(container, _LISTS):
+            continue
+        try:
+            stack = stack_at(root, path, container)
+        except Untraceable as error:
+            reasons.append(f"{path}: {error}")
+            if any(isinstance(member, _UNCALLED) for member in container.children()):
+                done.append(path)  # the lists within are its blocks, not stacks
+        else:
+            if stack is not None:
+                stacks.append(stack)
+                done.append(path)
     return stacks, reasons
 
 
@@ -79,7 +85,7 @@ def stack_at(root: nn.Module, path: str, container: nn.Module) -> Stack | None:
     members = {f"{path}.{key}" if path else key: _bare(child) for key, child in container.named_children()}
     if not members or not all(any(p.ndim > 1 for p in m.parameters()) for m in members.values()):
         return None
-    if any(isinstance(member, nn.ModuleList | nn.ModuleDict) for member in members.values()):
+    if any(isinstance(member, _UNCALLED) for member in members.values()):
         return _followed_from_above(root, path, members)
     try:
         flows = {name: follow(member) for name, member in members.items()}
@@ -94,7 +100,8 @@ def stack_at(root: nn.Module, path: str, container: nn.Module) -> Stack | None:
     change = next((flow.change for flow in flows.values() if flow.change), "")
     change = change or next((_norm_words(flow.norm) for flow in flows.values() if flow.norm), "")
     last = next(reversed(members))
-    return Stack(path, len(members), tuple(layers), Place(last, members[last], is_input=False), change)
+    final = Place(last, members[last], is_input=False, key=flows[last].result)
+    return Stack(path, len(members), tuple(layers), final, change)
 
 
 def _is_module_list_of_leaves(members: dict[str, nn.Module]) -> bool:
@@ -105,14 +112,12 @@ def _norm_words(norm: Call) -> str:
     return f"changed by {norm.name}"
 
 
-def _followed_from_above(root: nn.Module, path: str, members: dict[str, nn.Module]) -> Stack | None:
-    """A list of lists: nobody calls its members, so the forward of the module that holds it is followed."""
+def _followed_from_above(root: nn.Module, path: str, members: dict[str, nn.Module]) -> Stack:
+    """A list of lists: nobody calls its members, so the forward of the module that holds it is followed. Untraceable
+    where that fails."""
     above = path.rpartition(".")[0]
     holder = root.get_submodule(above)
-    try:
-        flow = follow(holder)
-    except Untraceable:
-        return None
+    flow = follow_within(holder)
     prefix = f"{above}." if above else ""
 
     def block_of(term: Term) -> int:
@@ -120,11 +125,9 @@ def _followed_from_above(root: nn.Module, path: str, members: dict[str, nn.Modul
         return next((i for i, m in enumerate(members, 1) if any(n.startswith(f"{m}.") for n in names)), 0)
 
     if not all(map(block_of, flow.terms)):
-        return None
-    final = Place(above, holder, is_input=False)
-    if flow.norm is not None:
-        final = _place(above, flow.norm, is_input=True)
-    layers = tuple(_layers(above, holder, replace(flow, norm=None), 0, block_of, final))
+        raise Untraceable("what is added to the stream around it is not made by its blocks alone")
+    final = _place(above, flow.norm, is_input=True) if flow.norm is not None else None
+    layers = tuple(_layers(above, holder, replace(flow, norm=None), 0, block_of, within=True))
     return Stack(path, len(members), layers, final, flow.change)
 
 
@@ -139,23 +142,25 @@ def _bare(member: nn.Module) -> nn.Module:
 
 
 def _layers(
-    path: str, module: nn.Module, flow: Flow, before: int, block_of, final: Place | None = None
+    path: str,
+    module: nn.Module,
+    flow: Flow,
+    before: int,
+    block_of: Callable[[Term], int],
+    within: bool = False,
 ) -> Iterator[LayerSite]:
-    """The layers of one flow, after `before` earlier ones."""
-    entry = Place(path, module, is_input=True, keyword=flow.argument)
-    states = [
-        _place(path, term.state, is_input=True) if term.state else (entry if term.given == 0 else None)
-        for term in flow.terms
-    ]
-    end = final or (Place(path, module, is_input=False) if flow.norm is None else None)
-    for index, (term, state) in enumerate(zip(flow.terms, states, strict=True)):
+    """The layers of one flow, after `before` earlier ones. `within` a module, the stream is not its argument."""
+    entry = None if within else Place(path, module, is_input=True, keyword=flow.argument)
+    end = None if within or flow.norm else Place(path, module, is_input=False, key=flow.result)
+    for index, term in enumerate(flow.terms):
+        state = (
+            _place(path, term.state, is_input=True) if term.state else (entry if term.given == 0 else None)
+        )
         output = _place(path, term.tail, is_input=False) if term.tail is not None else None
         after = None
-        if output is None and not flow.change and term.given == index:
-            later = [
-                s for t, s in zip(flow.terms, states, strict=True) if t.given == index + 1 and s is not None
-            ]
-            after = later[0] if later else end if index + 1 == len(flow.terms) else None
+        if output is None and term.given == index:
+            is_last = index + 1 == len(flow.terms)
+            after = _place(path, term.after, is_input=True) if term.after else (end if is_last else None)
         names = _sublayer(term)
         layer = Layer(before + index + 1, _kind(names), block_of(term), _named(path, names))
         modules = tuple(call.module for call in term.calls)

@@ -18,28 +18,47 @@ class Moments:
     def tensors(self) -> list[Tensor]:
         return [self.squares, self.count]
 
-    def reset(self) -> None:
-        for sums in self.tensors():
-            sums.zero_()
-
     def finish(self) -> Tensor:
         """RMS of each row, float32 [rows]; NaN for a row that saw nothing."""
         return (self.squares / self.count).sqrt()
 
 
-def add_moments(x: Tensor, squares: Tensor, count: Tensor, row: int, mask: Tensor | None = None) -> None:
-    """Add `x` to row `row`: one pass over it, accumulated in float32 whatever its type.
+class RowMoments:
+    """The same with a tensor of its own for each row, [squares, count].
+
+    For gradients: where a model is compiled in several graphs, the backward of each has saved what it writes to, and
+    autograd lets nobody else write there meanwhile.
+    """
+
+    def __init__(self, rows: int, device: torch.device):
+        self.rows = [torch.zeros(2, device=device) for _ in range(rows)]
+
+    @property
+    def count(self) -> Tensor:
+        return torch.stack(self.rows)[:, 1]
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.rows)
+
+    def finish(self) -> Tensor:
+        """RMS of each row, float32 [rows]; NaN for a row that saw nothing."""
+        squares, count = torch.stack(self.rows).unbind(1)
+        return (squares / count).sqrt()
+
+
+def add_moments(x: Tensor, squares: Tensor, count: Tensor, mask: Tensor | None = None) -> None:
+    """Add `x` to one row's `squares` and `count`: one pass over it, accumulated in float32 whatever its type.
 
     Of a `mask` (bool, the leading axes of `x`) only the true tokens count, whatever the others hold.
     """
     if mask is None:
         norm = norm_of(x)
-        squares[row].addcmul_(norm, norm)
-        count[row].add_(x.numel())
+        squares.addcmul_(norm, norm)
+        count.add_(x.numel())
     else:
         norm = norm_of(x.flatten(mask.ndim), dim=-1)
-        squares[row].add_((norm * norm).where(mask, 0).sum())
-        count[row].add_(mask.sum() * (x.numel() // max(mask.numel(), 1)))
+        squares.add_((norm * norm).where(mask, 0).sum())
+        count.add_(mask.sum() * (x.numel() // max(mask.numel(), 1)))
 
 
 def add_nonfinite(x: Tensor, count: Tensor, row: int, mask: Tensor | None = None) -> None:
@@ -149,7 +168,7 @@ class Tables:
 
     def __init__(self, sizes: dict[str, int], sources: list[int], device: torch.device):
         self.forward = {place: Moments(rows, device) for place, rows in sizes.items()}
-        self.backward = {place: Moments(rows, device) for place, rows in sizes.items()}
+        self.backward = {place: RowMoments(rows, device) for place, rows in sizes.items()}
         self.nonfinite = torch.zeros(sizes["state"], dtype=torch.int64, device=device)
         self.depth = DepthSums(sources, device) if sources else None
 
@@ -181,4 +200,4 @@ def clear(sums: list[Tensor]) -> None:
 def _by_type(tensors: list[Tensor]) -> list[list[Tensor]]:
     # One kernel for many small tensors needs them of one type.
     whole = [t for t in tensors if not t.is_floating_point()]
-    return [whole, [t for t in tensors if t.is_floating_point()]]
+    return [group for group in (whole, [t for t in tensors if t.is_floating_point()]) if group]

@@ -41,7 +41,7 @@ class Recording(fx.Tracer):
         self.graph = fx.Graph(tracer_cls=type(self))
         self.tensor_attrs: dict = {}
         self.names = {child: name for name, child in module.named_modules()}
-        self._opened = opened
+        self.opened = opened
         parameters = list(inspect.signature(module.forward).parameters.values())
         plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         if not plain:
@@ -57,12 +57,12 @@ class Recording(fx.Tracer):
         with self._calls_recorded(), _undisturbed(opened):
             try:
                 result = module.forward(*positional, **named)
-                self.result = self._first(result)
+                self.results = self._results(result)
             except Exception as error:
                 raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return module not in self._opened
+        return module not in self.opened
 
     def to_bool(self, symbol: fx.Proxy) -> bool:
         # A branch on numbers that nobody has yet: such branches guard against overflow and the like.
@@ -99,12 +99,15 @@ class Recording(fx.Tracer):
             nn.Module.__call__ = real
 
     @staticmethod
-    def _first(result: object) -> fx.Node:
-        while isinstance(result, tuple | list | dict) and result:
-            result = next(iter(result.values())) if isinstance(result, dict) else result[0]
-        if not isinstance(result, fx.Proxy):
+    def _results(result: object) -> dict[int, fx.Node]:
+        """What the forward returns that was made from its input, by place among several results."""
+        if isinstance(result, dict):
+            result = list(result.values())
+        several = result if isinstance(result, tuple | list) else [result]
+        found = {place: each.node for place, each in enumerate(several) if isinstance(each, fx.Proxy)}
+        if not found:
             raise Untraceable("it returns nothing made from its input")
-        return result.node
+        return found
 
 
 @contextmanager

@@ -40,12 +40,16 @@ class Taps:
         self.seen = False  # a training forward has begun since the last optimizer step
         self.seconds = 0.0  # host time inside eager taps
         self.half = False  # a training forward ran under float16 autocast
+        self.gradient_arrives: Callable[[], None] = lambda: (
+            None
+        )  # told of each tapped gradient, in eager passes
         self.odd_mask = False  # a mask was there, but not one of [B, T]
         self._live = False  # inside a training forward that is looked at
         self._embedded = False  # this forward's embedding has been seen
         self._sites = sites
         self._faults = faults or Faults(strict=True)
         self._mask_of = mask_finder(mask, sites.root)
+        self._mask_is_usual = mask is None
         self._mask: Tensor | None = None
         self._parameter = next(sites.root.parameters())
         self._owing = False  # a row's gradient is to be tapped in a recomputation
@@ -107,6 +111,9 @@ class Taps:
     def drop(self) -> None:
         self._passes.drop()
 
+    def forget_gradients(self) -> None:
+        self._passes.forget_gradients()
+
     def restart(self) -> None:
         self._passes.restart()
 
@@ -143,6 +150,10 @@ class Taps:
         self._handles.append(sites.root.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
         if sites.reads:
             self._before(sites.reads[0], lambda args, kwargs: self._tap_embedding(args[0][0]))
+        if self._mask_is_usual:
+            for holder in sites.holders:
+                find = mask_finder(None, holder)
+                self._before(holder, lambda args, kwargs, find=find: self._mask_inside(find(args, kwargs)))
         for row, site in enumerate(sites.layers):
             if site.state is not None:
                 self._at(site.state, lambda x, row=row: self._state(x, row))
@@ -223,6 +234,15 @@ class Taps:
             return mask
         self._passes.now.mask = mask != 0
         return self._passes.now.mask
+
+    def _mask_inside(self, mask: object) -> None:
+        """The mask of a module between the model and its stack, as a decoder's beside that of its encoder. What models
+        make of a mask of [B, T] for their own attention is none."""
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            return
+        self._mask = mask
+        if not torch.compiler.is_compiling() and not self._recomputing:
+            self._passes.now.mask = None if mask is None else mask != 0
 
     def _at(self, place: Place, action: Callable[[Tensor], None]) -> None:
         if place.is_input:
@@ -322,7 +342,7 @@ class Taps:
 
     def _add_values(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
         forward = self._forward[place]
-        add_moments(x, forward.squares, forward.count, row, mask)
+        add_moments(x, forward.squares[row], forward.count[row], mask)
         if self._matrices and place != "block":
             keep_sample(x, self._sample.of(place), row)
         if self._matrices and place == "state":
@@ -338,10 +358,10 @@ class Taps:
             )
 
     def _tap_gradient(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
-        backward = self._backward[place]
+        sums = self._backward[place].rows[row]
         if torch.compiler.is_compiling():
             if x.requires_grad:
-                tap_gradient_in_graph(x, backward.squares, backward.count, row, mask)
+                tap_gradient_in_graph(x, sums, mask)
             return
         if not x.requires_grad:
             if not torch.is_grad_enabled():
@@ -355,10 +375,11 @@ class Taps:
 
         def tap(gradient: Tensor) -> None:
             started = time.perf_counter()
+            self.gradient_arrives()
             # A recomputation that follows is this pass's.
             self._passes.now, this.reached = this, True
             self._eagerly(
-                lambda: add_moments(gradient.detach(), backward.squares, backward.count, row, mask),
+                lambda: add_moments(gradient.detach(), sums[0], sums[1], mask),
                 *self._tally.metrics_of(place, "grad_rms"),
             )
             self.seconds += time.perf_counter() - started

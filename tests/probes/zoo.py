@@ -251,6 +251,74 @@ class Trunk(nn.Module):
         return self.norm(state(x))
 
 
+class LoopedFlat(nn.Module):
+    """The same in the module that embeds, with a wrapper that adds and a list of norms beside each sublayer."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
+        self.last = nn.LayerNorm(WIDTH)
+        parts = [f for _ in range(2) for f in (Mixer(), mlp())]
+        self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(WIDTH), f, Add()]) for f in parts)
+
+    def forward(self, tokens):
+        x = self.words(tokens)
+        for norm, f, add in self.layers:
+            x = add(output(f(norm(state(x)))), x)
+        return self.head(self.last(state(x)))
+
+
+class Add(nn.Module):
+    def forward(self, x, residual):
+        return x + residual
+
+
+class PostNorm(nn.Module):
+    """Dropout in passing, and a norm of the sum: what is added is seen where the norm receives it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.mlp = Mixer(), mlp()
+        self.attn_norm, self.mlp_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x):
+        x = self.attn_norm(state(x) + output(F.dropout(self.attn(x), 0.2, self.training)))
+        return self.mlp_norm(state(x) + output(F.dropout(self.mlp(x), 0.2, self.training)))
+
+
+class Pair(nn.Module):
+    """Returns what it attended to first, and the stream second."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm_1, self.attn, self.norm_2, self.mlp = (
+            nn.LayerNorm(WIDTH),
+            Mixer(),
+            nn.LayerNorm(WIDTH),
+            mlp(),
+        )
+
+    def forward(self, x):
+        seen = self.attn(self.norm_1(state(x)))
+        x = x + output(seen)
+        return seen, state(x) + output(self.mlp(self.norm_2(x)))
+
+
+class Second(nn.Module):
+    """A model of blocks that return their stream second."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
+        self.blocks = nn.ModuleList(Pair() for _ in range(2))
+
+    def forward(self, tokens):
+        x = self.words(tokens)
+        for block in self.blocks:
+            _, x = block(x)
+        return self.head(state(x))
+
+
 class Encoder(nn.Module):
     """torch's own encoder, which notes nothing."""
 
@@ -276,4 +344,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "wrappers that add": lambda: Model(branches),
     "three layers a block": lambda: Model(Decoding, CONDITION),
     "lists of lists": Looped,
+    "lists of lists in the module that embeds": LoopedFlat,
+    "norms of the sum": lambda: Model(PostNorm),
+    "the stream second": Second,
 }
