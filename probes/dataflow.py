@@ -285,6 +285,10 @@ class _Reading:
         node, key = self._stripped(node), 0
         if node.op == "call_function" and node.target is operator.getitem:
             node, key = node.args
+            if not isinstance(
+                key, int
+            ):  # a slice of a tensor, as of a joint attention's, is not what the call returns
+                return None
             node = self._stripped(node) if isinstance(node, fx.Node) else node
         if not isinstance(node, fx.Node) or node.op != "call_module" or self._called.count(node.target) > 1:
             return None

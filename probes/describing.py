@@ -37,10 +37,10 @@ class Description:
 
     @property
     def holds(self) -> bool | None:
-        """Whether every state was the embedding plus the outputs before it; None where that was not checked."""
-        if self.errors is None or np.isnan(self.errors).all():
-            return None
-        return self.first_broken is None and not np.isnan(self.errors).any()
+        """Whether every state was the embedding plus the outputs before it; None where some could not be checked."""
+        if self.first_broken is not None:
+            return False
+        return None if self.errors is None or np.isnan(self.errors).any() else True
 
     def __str__(self) -> str:
         sites, layout = self.sites, self.sites.layout
@@ -94,6 +94,8 @@ class Description:
                 f"MIXED OTHERWISE: the state {state} is not the embedding plus the outputs before it (it differs by "
                 f"{self.errors[self.first_broken]:.1e}, {where})"
             )
+        if np.isnan(self.errors).all():
+            return f"not checked: no state was seen once with all its sources {where}"
         if np.isnan(self.errors).any():
             return f"holds as far as outputs were seen {where}"
         return f"holds: every state is the embedding plus the outputs before it (to {np.max(self.errors):.0e}, {where})"
@@ -114,6 +116,10 @@ def describe(
     `probes.record`. Raises RunError as `record` does for the model, and for a batch on which its forward fails.
     """
     sites = find_sites(model, stack, layers, norms)
+    if any(parameter.is_meta for parameter in sites.root.parameters()):
+        raise RunError(
+            f"{type(sites.root).__name__} is on the meta device, without values: give it some first."
+        )
     given = [arguments(batch)] if batch is not None else []
     taps = Taps(sites)
     try:

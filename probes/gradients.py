@@ -49,6 +49,11 @@ class GradientNorms:
     def measure(self, parameters: bool) -> None:
         """Norms of the gradients as they are now, and where wanted those of the parameters."""
         gradients = [p.grad for p in self._parameters]
+        if all(gradient is None for gradient in gradients):
+            self.squares = None
+            raise RuntimeError(
+                "the gradients were gone when the backward pass ended, as where optimizers step within it"
+            )
         self.squares = _squares(gradients)
         self._left = [GradientMark.of(g) for g in gradients]
         if parameters:

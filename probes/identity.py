@@ -22,6 +22,11 @@ class Sample:
         self.output = torch.full_like(self.state, torch.nan)
         self._given = torch.tensor([*given, rows], device=device)
 
+    def reset(self) -> None:
+        """Forget the forward before: a layer that this one leaves out would otherwise be compared with that."""
+        for rows in (self.state, self.output):
+            rows.fill_(torch.nan)
+
     def tensors(self) -> list[Tensor]:
         return [self.state, self.output, self._given]
 

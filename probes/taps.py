@@ -121,6 +121,8 @@ class Taps:
         self._owing = False
         self._owed.clear()
         self._tally.reset()
+        if self._matrices:
+            self._sample.reset()
 
     def finish(self) -> dict[str, Tensor]:
         """Metrics of the step just taken, float32 on the device, by name of the vocabulary."""
@@ -195,6 +197,8 @@ class Taps:
     def _begin_eagerly(self) -> None:
         self.follow()
         self._passes.begin()
+        if self._matrices:
+            self._sample.reset()
 
     def _end(self, root: nn.Module, args, output) -> None:
         self._live = False
@@ -308,6 +312,10 @@ class Taps:
         elif not self._recomputing:
             self._passes.now.calls[place, row] += 1
             mask = fitting(self._passes.now.mask, x)
+            if mask is None and self._passes.now.mask is not None and place == "state":
+                self.odd_mask = (
+                    True  # it may be that of another stack, or leave out tokens that the model adds
+                )
             self._eagerly(
                 lambda: self._add_values(x, place, row, mask), *self._tally.metrics_of(place, "rms")
             )

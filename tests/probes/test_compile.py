@@ -28,14 +28,15 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def compiled_losses(kind, backend, steps, path=None, **options) -> list[float]:
-    """Losses of a compiled training; recorded where a path is given."""
-    model = decoder(kind, **TINY)
+def losses_of(kind, backend, steps, path=None, dtype=torch.float32, **options) -> list[float]:
+    """Losses of a training, compiled where a backend is given; recorded where a path is given."""
+    model = decoder(kind, **TINY).to(dtype)
     optimizer = sgd(model, 0.05)
     recorder = None
     if path is not None:
         recorder = probes.record(model, path, optimizer=optimizer, **options)
-    model.compile(fullgraph=True, backend=backend)
+    if backend is not None:
+        model.compile(fullgraph=True, backend=backend)
     losses = []
     train(model, optimizer, steps, after=lambda loss: losses.append(loss.item()))
     if recorder is not None:
@@ -61,10 +62,10 @@ def assert_same_run(found, expected, tolerance):
 @pytest.mark.parametrize("kind", ["prenorm", "full", pytest.param("block of 1", marks=pytest.mark.long)])
 def test_compiled_is_eager_in_every_number(kind, tmp_path):
     schedule = {"every": 2, "matrices_every": 4}
-    plain = compiled_losses(kind, "aot_eager", 20)
+    plain = losses_of(kind, "aot_eager", 20)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    watched = compiled_losses(kind, counter, 20, tmp_path / "compiled", **schedule)
+    watched = losses_of(kind, counter, 20, tmp_path / "compiled", **schedule)
     assert watched[0] == pytest.approx(plain[0], rel=1e-6)
     np.testing.assert_allclose(watched, plain, rtol=1e-6)
     assert counter.frame_count <= 3
@@ -180,10 +181,23 @@ INDUCTOR = [pytest.param(kind, marks=[] if kind == "prenorm" else [pytest.mark.l
 def test_with_inductor_the_loss_stays_within_a_millionth(kind, tmp_path):
     # One graph in the normal run, three in the long one.
     schedule = {"every": 1, "matrices_every": 1} if kind == "prenorm" else {"every": 2, "matrices_every": 4}
-    plain = compiled_losses(kind, "inductor", 20)
+    plain = losses_of(kind, "inductor", 20)
     torch._dynamo.reset()
-    watched = compiled_losses(kind, "inductor", 20, tmp_path / "run", **schedule)
+    watched = losses_of(kind, "inductor", 20, tmp_path / "run", **schedule)
     np.testing.assert_allclose(watched, plain, rtol=1e-6)
     expected = eager_run(kind, 20, tmp_path / "eager", **schedule)
     # Its arithmetic is inductor's own, probed or not: the two trainings drift apart a little.
     assert_same_run(probes.open_run(tmp_path / "run"), expected, 2e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", THREE)
+def test_in_bfloat16_probes_move_the_loss_no_further_than_the_compiler_does(kind, tmp_path):
+    options = {"dtype": torch.bfloat16}
+    eager = losses_of(kind, None, 20, **options)
+    plain = losses_of(kind, "inductor", 20, **options)
+    torch._dynamo.reset()
+    watched = losses_of(kind, "inductor", 20, tmp_path / "run", every=1, **options)
+    furthest = max(abs(one - two) for one, two in zip(eager, plain, strict=True))
+    assert max(abs(one - two) for one, two in zip(watched, plain, strict=True)) <= furthest
+    assert furthest > 0

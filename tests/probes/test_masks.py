@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import probes
 from probes.masks import fitting
 from probes.statistics import DepthSums, Moments, add_moments, add_nonfinite, token_mean_square
-from tests.probes.models import decoder, sgd
+from tests.probes import zoo
+from tests.probes.models import batches, decoder, loss_of, sgd
 from tests.probes.test_checkpointing import WAYS, Stack, assert_same
 
 CPU = torch.device("cpu")
@@ -200,3 +201,23 @@ def test_depth_weights_of_padded_batches(tmp_path):
             recorder.step()
         numbers[way] = probes.open_run(tmp_path / way)
     assert_same(numbers["padded"], numbers["single"], 1e-4)
+
+
+def test_a_mask_of_other_tokens_than_the_stack_has_is_said(tmp_path, caplog):
+    """A model that puts tokens of its own before those it is given."""
+
+    class Registers(zoo.Model):
+        def forward(self, tokens, attention_mask=None):
+            x = torch.cat([self.words(tokens[:, :1] * 0), self.words(tokens)], 1)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.last(x))[:, 1:]
+
+    model = Registers(zoo.Bare)
+    optimizer = sgd(model)
+    (tokens,) = batches(0, [(2, 8)])
+    with probes.record(model, tmp_path / "run", optimizer=optimizer):
+        loss_of(model(tokens, torch.ones_like(tokens)), tokens).backward()
+        optimizer.step()
+    (message,) = [record.message for record in caplog.records if record.name == "depthscope"]
+    assert "masks of [B, T] only; here every token counts" in message

@@ -316,3 +316,26 @@ def test_a_copy_is_not_recorded_in_the_middle_of_a_step(tmp_path):
         optimizer.step()
     check(probes.open_run(tmp_path / "run"), {0: expected})
     assert hooks_on(model) == 0
+
+
+def test_gradients_that_are_gone_when_backward_ends_are_missing_not_zero(tmp_path, caplog):
+    """An optimizer for each parameter, which steps within the backward pass and frees the gradient."""
+    model = decoder("prenorm", blocks=1)
+    optimizers = {p: torch.optim.SGD([p], lr=0.01) for p in model.parameters()}
+
+    def update(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    with probes.record(model, tmp_path / "run", optimizer=list(optimizers.values())):
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(update)
+        (tokens,) = batches(0, [(2, 8)])
+        loss_of(model(tokens), tokens).backward()
+    run = probes.open_run(tmp_path / "run")
+    assert (
+        "hidden_rms" in run.metrics
+        and "grad_norm" not in run.metrics
+        and "param_grad_norm" not in run.metrics
+    )
+    assert "the gradients were gone when the backward pass ended" in caplog.text

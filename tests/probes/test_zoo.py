@@ -324,3 +324,75 @@ def test_describe_without_a_batch_tries_by_itself_or_asks_for_one():
     assert described.holds is None and "not checked: give a batch" in str(described)
     with pytest.raises(probes.RunError, match="The forward of Picky fails on this batch: TypeError"):
         probes.describe(Picky(zoo.Bare), torch.zeros(1, 4, dtype=torch.long))
+
+
+# What a forward leaves out
+
+
+class Skipping(zoo.Sandwich):
+    """Leaves itself out when told to, as stochastic depth does to whole blocks."""
+
+    skips = False
+
+    def forward(self, x):
+        return x if self.skips else super().forward(x)
+
+
+def test_a_block_left_out_is_blank_and_not_compared_with_an_earlier_forward(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = zoo.Model(Skipping)
+    optimizer = sgd(model)
+    with probes.record(model, tmp_path / "run", optimizer=optimizer, every=1, matrices_every=1):
+        train(model, optimizer, 1)
+        model.blocks[0].skips = True
+        train(model, optimizer, 1, start=1)
+        model.blocks[0].skips = False  # and of two micro-batches, the second leaves it out
+        (tokens,) = batches(2, [(2, 8)])
+        loss_of(model(tokens), tokens).backward()
+        model.blocks[0].skips = True
+        train_on = batches(3, [(2, 8)])[0]
+        loss_of(model(train_on), train_on).backward()
+        optimizer.step()
+    run = probes.open_run(tmp_path / "run")
+    assert (run["identity_error"][0] < 1e-6).all()
+    assert np.isnan(run["identity_error"][1:]).all()
+    assert np.isnan(run["hidden_rms"][1]).tolist() == [True, True, False, False, False]
+    assert not [message for message in caplog.messages if "is not the embedding plus" in message]
+
+
+class Joint(nn.Module):
+    """Attends over a second stream too, and takes its own part of the result, as joint attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(zoo.WIDTH), nn.LayerNorm(zoo.WIDTH)
+        self.attn, self.mlp = zoo.Mixer(), zoo.mlp()
+
+    def forward(self, x, other):
+        n = other.shape[1]
+        both = torch.cat([other, self.norm_1(zoo.state(x))], 1)
+        x = x + zoo.output(self.attn(both)[:, n:])
+        return zoo.state(x) + zoo.output(self.mlp(self.norm_2(x)))
+
+
+def test_a_part_of_what_a_sublayer_returns_is_told_from_all_of_it(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = zoo.Model(Joint, zoo.CONDITION)
+    expected = noted(model)
+    run = recorded(model, tmp_path / "run")
+    assert not caplog.messages
+    for metric, values in expected.items():
+        np.testing.assert_allclose(run[metric][0], values, rtol=1e-4, err_msg=metric)
+    assert (run["identity_error"][0] < 1e-6).all()
+
+
+def test_an_identity_that_nobody_could_check_does_not_hold():
+    described = probes.describe(zoo.Model(zoo.Sandwich), torch.zeros(0, 8, dtype=torch.long))
+    assert described.holds is None and "not checked: no state was seen" in str(described)
+
+
+def test_a_model_without_values_is_refused_in_one_sentence():
+    with torch.device("meta"):
+        model = zoo.Model(zoo.Bare)
+    with pytest.raises(probes.RunError, match="on the meta device"):
+        probes.describe(model)
