@@ -18,7 +18,8 @@ class AttnResBlock(nn.Module):
         state, _ = final_read([*blocks, partial])       # then the final norm
 
     with `final_read = AttnResBlock.final_read(width, layers, layers_per_block)`. `layers_per_block` counts sublayers,
-    two for each transformer block; 1 is Full AttnRes. ValueError where a number cannot be.
+    two for each transformer block; 1 is Full AttnRes. ValueError where a number cannot be, and in a forward where
+    blocks are missing.
     """
 
     def __init__(
@@ -60,6 +61,12 @@ class AttnResBlock(nn.Module):
     def forward(self, blocks: list[Tensor], partial: Tensor, **options) -> tuple[list[Tensor], Tensor]:
         """The depth blocks and the partial sum after this transformer block; `options` go to the attention."""
         written = 2 * self.index
+        finished = self.attention_read.depth_sources - 1
+        if len(blocks) != finished:
+            raise ValueError(
+                f"AttnResBlock {self.index} reads {finished} finished depth blocks and a partial sum, and was given "
+                f"{len(blocks)}: hand it the blocks that the one before returned."
+            )
         state, _ = self.attention_read([*blocks, partial])
         output = self.attention(self.attention_norm(state), **options)
         blocks, partial = self._write(written, blocks, partial, output)

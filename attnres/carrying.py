@@ -25,13 +25,17 @@ LOST = (
     "transformer blocks made a new tensor of the state."
 )
 REENTRANT = (
-    "{} runs without gradients inside a forward that has them, as under reentrant checkpointing, which would lose the "
-    'gradients of all sources. Use gradient_checkpointing_kwargs={{"use_reentrant": False}}.'
+    "{} runs with gradients off in a forward that has them, or with gradients on after blocks that had none, as under "
+    "reentrant checkpointing or no_grad around some blocks, and gradients of sources and queries would be lost. Use "
+    'gradient_checkpointing_kwargs={{"use_reentrant": False}}, and requires_grad_(False) for what is not to be trained.'
 )
 
 
 class Depth(Protocol):
     """The finished sources of one forward pass."""
+
+    records: bool
+    """Whether gradients were on when the pass began."""
 
     def commit(self, sources: Sequence[Tensor], written: int) -> "Depth":
         """The same with more sources, finished after `written` layers."""
@@ -43,22 +47,31 @@ class Depth(Protocol):
 class AttentiveDepth:
     """Sources, and the logits of each for all reads after it."""
 
-    def __init__(self, reads: nn.ModuleList, queries: Tensor, sources: tuple = (), logits: tuple = ()):
-        self.reads, self.queries, self.sources = reads, queries, sources
+    def __init__(
+        self,
+        reads: nn.ModuleList,
+        queries: Tensor,
+        records: bool,
+        sources: tuple = (),
+        logits: tuple = (),
+    ):
+        self.reads, self.queries, self.records, self.sources = reads, queries, records, sources
         self.logits = logits
         """A pair for each source: the first row that it has logits for, and the logits from there on. No pairs at all
         where a fused kernel reads."""
 
     @classmethod
     def open(cls, reads: nn.ModuleList) -> "AttentiveDepth":
-        return cls(reads, torch.stack([read.effective_query() for read in reads]))
+        queries = torch.stack([read.effective_query() for read in reads])
+        return cls(reads, queries, torch.is_grad_enabled())
 
     def commit(self, sources: Sequence[Tensor], written: int) -> "AttentiveDepth":
-        eps = self.reads[0].eps
-        if fused_read(sources, self.reads[-1].depth_sources) is not None:
-            return AttentiveDepth(self.reads, self.queries, (*self.sources, *sources), self.logits)
-        new = [(written, source_logits(source, self.queries[written:], eps)) for source in sources]
-        return AttentiveDepth(self.reads, self.queries, (*self.sources, *sources), (*self.logits, *new))
+        logits = self.logits
+        if fused_read(sources, self.reads[-1].depth_sources) is None:
+            eps = self.reads[0].eps
+            new = [(written, source_logits(source, self.queries[written:], eps)) for source in sources]
+            logits = (*logits, *new)
+        return AttentiveDepth(self.reads, self.queries, self.records, (*self.sources, *sources), logits)
 
     def read(self, row: int, running: Sequence[Tensor]) -> Tensor:
         if len(self.logits) < len(self.sources):
@@ -126,7 +139,13 @@ class Enter:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         plan = self.plan
         state = plan.state(args, kwargs)
-        depth = self.depth_type.open(self.reads) if plan.first == 0 else depth_of(state, plan.name)
+        if plan.first == 0:
+            depth = self.depth_type.open(self.reads)
+        else:
+            depth = depth_of(state, plan.name)
+            # The embedding may be a leaf with a gradient where all gradients are off; what a block made may not.
+            if not torch.is_grad_enabled() and state.requires_grad:
+                raise RuntimeError(REENTRANT.format(plan.name))
         if plan.begins:
             depth = depth.commit([state], plan.first)
             carried = torch.zeros_like(state)
@@ -147,7 +166,7 @@ class Read:
     def __call__(self, module: nn.Module, args: tuple) -> tuple:
         plan, carried = self.plan, args[0]
         depth = self._depth(carried)
-        if not torch.is_grad_enabled() and any(source.requires_grad for source in depth.sources):
+        if torch.is_grad_enabled() != depth.records:
             raise RuntimeError(REENTRANT.format(self.name))
         if plan.counts:
             plan.progress[:] = [self.index]

@@ -43,8 +43,17 @@ def convert(
         raise ValueError('layers_per_block is for residual "block" only, not for "full".')
     if residual == "block":
         check_count("layers_per_block", layers_per_block)
+    if not isinstance(eps, int | float) or not eps >= 0:
+        raise ValueError(f"eps must be a number of at least 0, not {eps!r}.")
     args, kwargs = _inputs(model, example)
-    blocks = watch(model, args, kwargs)
+    try:
+        blocks = watch(model, args, kwargs)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        if example is not None:
+            raise
+        raise ValueError(
+            "The model does not run on its own dummy_inputs: pass an example, an input to try it on."
+        ) from error
     layers = sum(len(block.layers) for block in blocks)
     if residual == "block" and layers_per_block > layers:
         raise ValueError(
@@ -54,7 +63,7 @@ def convert(
     verify(model, args, kwargs, blocks, size)
     reads = _residual(blocks, layers, layers_per_block, eps)
     if weights is not None:
-        reads.load_state_dict(_saved(Path(weights)))
+        _load(reads, Path(weights))
     model.add_module(NAME, reads)
     reads.outputs = depth_outputs(layers)
     reads.handles = attach(blocks, size, reads.reads, reads.outputs)
@@ -103,6 +112,18 @@ def _residual(
         Full(width, layers, eps) if layers_per_block is None else Block(width, layers, layers_per_block, eps)
     )
     return made.to(like.device, like.dtype)
+
+
+def _load(reads: Full | Block, folder: Path) -> None:
+    """Take the parameters in a folder; ValueError where they are not those of such reads."""
+    saved, expected = _saved(folder), reads.state_dict()
+    shapes, wanted = ({name: tuple(x.shape) for name, x in each.items()} for each in (saved, expected))
+    if shapes != wanted:
+        raise ValueError(
+            f"weights: {str(folder)!r} holds the reads of a model of another depth, width or residual: convert the model "
+            "that was saved."
+        )
+    reads.load_state_dict(saved)
 
 
 def _saved(folder: Path) -> dict[str, Tensor]:

@@ -22,6 +22,10 @@ DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Older Liger kernels leave out the sources after these without a word.
 LIGER_SOURCES = 32
+# Liger's kernels count the elements of a stack in 32 bits: beyond, they would read and write elsewhere.
+LIGER_ELEMENTS = 2**31 - 1
+# FLA's kernel tells the compiler that every token's channels begin at a multiple of so many bytes.
+FLA_ALIGNMENT = 16
 TOLERANCE = 1e-4
 
 
@@ -37,9 +41,16 @@ def fused_read(sources: Sequence[Tensor], most: int = 1) -> Read | None:
     if first.dtype not in DTYPES or any(source.dtype != first.dtype for source in sources):
         return None
     for name, read in _checked(first.device):
-        if name != "liger_kernel" or max(most, len(sources)) <= LIGER_SOURCES:
+        if _fits(name, first, max(most, len(sources))):
             return read
     return None
+
+
+def _fits(name: str, source: Tensor, count: int) -> bool:
+    """Whether a package's kernel takes reads of `count` such sources: no kernel checks this by itself."""
+    if name == "liger_kernel":
+        return count <= LIGER_SOURCES and count * source.numel() <= LIGER_ELEMENTS
+    return source.shape[-1] * source.element_size() % FLA_ALIGNMENT == 0
 
 
 def fla() -> Read:
@@ -59,7 +70,9 @@ def liger() -> Read:
     class LigerRead(torch.autograd.Function):
         @staticmethod
         def forward(ctx, query: Tensor, gain: Tensor, eps: float, *sources: Tensor) -> tuple[Tensor, Tensor]:
-            mix, _, weight, inverse_rms = attn_res_forward(torch.stack(sources), query, gain, eps)
+            # Triton launches on the current device, whichever the tensors are on.
+            with torch.cuda.device_of(query):
+                mix, _, weight, inverse_rms = attn_res_forward(torch.stack(sources), query, gain, eps)
             # Not its stack, which would keep every source once more for each of its reads.
             ctx.save_for_backward(query, gain, weight, inverse_rms, *sources)
             ctx.eps = eps
@@ -71,9 +84,10 @@ def liger() -> Read:
         def backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
             query, gain, weight, inverse_rms, *sources = ctx.saved_tensors
             stack = torch.stack(sources).flatten(1, -2)
-            grads, grad_query, grad_gain = attn_res_backward(
-                grad, stack, query, gain, weight, inverse_rms, ctx.eps
-            )
+            with torch.cuda.device_of(query):
+                grads, grad_query, grad_gain = attn_res_backward(
+                    grad, stack, query, gain, weight, inverse_rms, ctx.eps
+                )
             return grad_query, grad_gain, None, *(each.view_as(grad) for each in grads.unbind(0))
 
     return lambda sources, query, gain, eps: LigerRead.apply(query, gain, eps, *sources)
@@ -114,9 +128,10 @@ def _checked(device: torch.device) -> list[tuple[str, Read]]:
 @torch.enable_grad()
 def largest_difference(read: Read, device: torch.device) -> float:
     """Of a small read from the definition: relative, in its mix, its weights or any gradient; NaN if any is."""
-    generator = torch.Generator().manual_seed(0)
-    given = [torch.randn(2, 5, 64, generator=generator) for _ in range(3)]
-    given += [torch.randn(64, generator=generator) for _ in range(2)]
+    # Said in full, for somebody may have set another default device or dtype.
+    drawn = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu", "dtype": torch.float32}
+    given = [torch.randn(2, 5, 64, **drawn) for _ in range(3)]
+    given += [torch.randn(64, **drawn) for _ in range(2)]
 
     def tried(read: Read, device: torch.device | str, dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.detach().to(device, dtype).requires_grad_() for x in given]

@@ -14,7 +14,9 @@ from attnres.watching import ConversionError, WatchedBlock, undisturbed
 
 
 class SummedDepth:
-    """Sources that every read simply adds up (Eq. 1)."""
+    """Sources that every read simply adds up (Eq. 1), in a pass without gradients."""
+
+    records = False
 
     def __init__(self, states: list[Tensor], sources: tuple = ()):
         self.states, self.sources = states, sources

@@ -110,17 +110,33 @@ def watch(model: nn.Module, args: tuple, kwargs: dict) -> list[WatchedBlock]:
         for handle in handles:
             handle.remove()
     blocks = [list(container.children()) for _, container in stacks]
-    longest = max((each for each in blocks if _is_stack(each, visits)), key=len, default=None)
+    found = [each for each in blocks if _is_stack(each, visits)]
+    longest = max(found, key=len, default=None)
     if longest is None:
         raise ConversionError(
             f"No transformer blocks were found in {type(model).__name__}: convert looks for a ModuleList of blocks whose "
             "children include the norms and the sublayers. Convert the module that holds such a list."
         )
+    _check_only([members[each[0]].rpartition(".")[0] for each in found if not _is_inside(each, longest)])
     if len(longest) < 2:
         raise ConversionError(
             f"{members[longest[0]]} is the only transformer block: a depth of one has nothing to mix."
         )
     return [_block(members[member], member, visits[member]) for member in longest]
+
+
+def _is_inside(stack: list[nn.Module], outer: list[nn.Module]) -> bool:
+    """Whether it is the other one, or part of one of its blocks."""
+    return any(module is stack[0] for member in outer for module in member.modules())
+
+
+def _check_only(others: list[str]) -> None:
+    """An encoder beside a decoder, stages, or blocks that are lists: the rest would stay as it was, without a word."""
+    if others:
+        raise ConversionError(
+            f"{', '.join(others)} {'is a stack' if len(others) == 1 else 'are stacks'} of transformer blocks beside the "
+            "longest one, and convert changes a single stack: pass the module that holds the one you mean alone."
+        )
 
 
 def _watch_member(member: nn.Module, visits: list[_Visit]) -> Iterator[torch.utils.hooks.RemovableHandle]:

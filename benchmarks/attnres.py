@@ -105,7 +105,7 @@ def models(options: argparse.Namespace) -> Iterator[tuple[str, Decoder]]:
                     read.query.normal_(std=options.width**-0.5)
             model.residual.schedule = schedule
             if schedule == "auto":
-                fuses = fused_read([torch.empty(1, 1, 1, device=options.device)]) is not None
+                fuses = fused_read([torch.empty(1, 1, options.width, device=options.device)]) is not None
                 schedule = "fused" if fuses else "no_stack"
             yield f"{kind.capitalize()}, {schedule}", model
 

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 
 import attnres
 from attnres import definition
@@ -227,6 +228,37 @@ def test_reentrant_checkpointing_is_refused(name):
     checkpointed(model, reentrant=True)
     with pytest.raises(RuntimeError, match="use_reentrant"):
         loss_of(model, inputs).backward()
+
+
+def test_an_embedding_that_requires_gradients_does_not_keep_it_from_running_without_any():
+    """As under transformers' enable_input_require_grads, which fine-tuning of adapters switches on."""
+    _, _, model, inputs = prepared("Llama")
+    expected = logits_of(model(**inputs)).detach()
+    model.enable_input_require_grads()
+    with torch.no_grad():
+        assert torch.equal(logits_of(model(**inputs)), expected)
+
+
+class Unrecorded(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args, **kwargs):
+        with torch.no_grad():
+            return self.block(*args, **kwargs)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_block_that_alone_runs_without_gradients_is_refused(index):
+    """The queries' gradients would be lost, all of them where it is the first block."""
+    _, _, model, inputs = prepared("Llama", "block of 2")
+    model.model.embed_tokens.requires_grad_(False)
+    block = model.model.layers[index]
+    assert logits_of(model(**inputs)).requires_grad
+    model.model.layers[index] = Unrecorded(block)
+    with pytest.raises(RuntimeError, match="gradients of sources and queries would be lost"):
+        model(**inputs)
 
 
 @pytest.mark.parametrize("recomputes", [False, True])

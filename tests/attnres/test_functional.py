@@ -157,6 +157,15 @@ def test_a_block_that_cannot_be_is_named(changes):
         AttnResBlock(nn.Identity(), nn.Identity(), nn.Identity(), nn.Identity(), **fields)
 
 
+def test_a_block_that_is_not_given_the_finished_ones_says_so():
+    identity = nn.Identity()
+    block = AttnResBlock(identity, identity, identity, identity, width=4, index=2, layers_per_block=2)
+    x = torch.ones(1, 2, 4)
+    assert len(block([x, x], x)[0]) == 3
+    with pytest.raises(ValueError, match=r"AttnResBlock 2 reads 2 finished depth blocks .* was given 0"):
+        block([], x)
+
+
 def test_a_state_dict_of_another_residual_is_refused():
     full = lively_decoder(residual="full")
     block = lively_decoder(residual="block", layers_per_block=2)

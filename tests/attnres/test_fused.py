@@ -109,6 +109,30 @@ def test_what_a_kernel_cannot_take_is_read_without_it(packages):
     assert fused.fused_read([meta]) is None
 
 
+def test_ligers_indices_do_not_overflow(packages):
+    packages(liger_kernel=lambda: right)
+    large = torch.ones(1).expand(2**15, 2**13, 8)
+    assert fused.fused_read([large] * 1) is None
+    assert fused.fused_read([large[:, 1:]] * 1) is right
+    assert fused.fused_read([large[: 2**14]] * 2) is None
+
+
+def test_flas_rows_are_aligned(packages):
+    packages(fla=lambda: right)
+    assert fused.fused_read([torch.ones(1, 2, 12)]) is right
+    assert fused.fused_read([torch.ones(1, 2, 12).bfloat16()]) is None
+
+
+def test_the_trial_does_not_mind_another_default_device_or_dtype():
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            assert fused.largest_difference(right, CPU) <= fused.TOLERANCE
+    finally:
+        torch.set_default_dtype(default)
+
+
 def test_the_trial_leaves_random_numbers_and_modes_alone(packages):
     packages(fla=lambda: right)
     before = torch.get_rng_state()

@@ -131,6 +131,22 @@ def test_a_model_that_is_not_prenorm_is_refused_by_the_name_of_a_layer(kinds, sa
     assert model.state_dict().keys() == state.keys()
 
 
+def test_a_second_stack_is_refused_as_it_would_stay_as_it_was():
+    model = nn.Sequential(stack(Block, Block), stack(Block, Block, Block))
+    with pytest.raises(attnres.ConversionError, match=r"^0\.blocks is a stack .* beside the longest one"):
+        attnres.convert(model, "full", example=example())
+    attnres.convert(model[0], "full", example=example())
+
+
+def test_blocks_that_are_lists_themselves_are_refused():
+    """T5: three stacks of two or three blocks each, as it looks from outside."""
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2}
+    with pytest.raises(attnres.ConversionError, match=r"encoder\.block\.1\.layer.* are stacks"):
+        attnres.convert(T5EncoderModel(T5Config(**sizes)), "full", example=token_inputs())
+
+
 def zero_query_deviation(model, inputs, size):
     model.eval()
     before = logits_of(model(**inputs))
@@ -218,6 +234,24 @@ def test_an_argument_that_cannot_be_is_named(arguments, says):
 def test_an_example_is_asked_for_where_the_model_brings_none():
     with pytest.raises(ValueError, match="example must be an input"):
         attnres.convert(DiT(), "full")
+    with pytest.raises(ValueError, match="does not run on its own dummy_inputs: pass an example"):
+        attnres.convert(vit(), "full")
+
+
+@pytest.mark.parametrize("eps", [-1e-6, "1e-6", float("nan")])
+def test_an_eps_that_cannot_be_is_named(eps):
+    with pytest.raises(ValueError, match="eps must be a number of at least 0"):
+        attnres.convert(llama(), "full", eps=eps)
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 2}, {"hidden_size": 32}])
+def test_weights_of_another_depth_or_width_are_refused_in_one_sentence(changes, tmp_path):
+    attnres.convert(llama(), "block", 2).save_pretrained(tmp_path)
+    other = llama(**changes)
+    with pytest.raises(ValueError, match="another depth, width or residual") as caught:
+        attnres.convert(other, "block", 2, weights=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not hasattr(other, "attnres")
 
 
 def test_converting_twice_and_reverting_nothing_are_refused(tmp_path):
