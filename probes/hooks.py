@@ -26,13 +26,24 @@ class Hook:
 
     def __init__(self, action: Callable | None = None):
         self._action = action
+        self._eager_action = action and torch._dynamo.disable(action)
 
     def __call__(self, *values) -> None:
-        if self._action is not None:
+        if self._action is None:
+            return
+        if torch.compiler.is_compiling():
             self._action(*values)
+        else:
+            self._eager_action(*values)
 
     def __deepcopy__(self, memo: dict) -> "Hook":
         return Hook()
 
     def __reduce__(self) -> tuple:
         return Hook, ()
+
+
+# Where a module is compiled by itself, its own hooks are outside its graph, and the compiler would make a graph of each,
+# in which the gradients of what it is given never arrive. Such hooks run as they are; within a larger graph they are
+# traced like everything else.
+torch._dynamo.eval_frame.skip_code(Hook.__call__.__code__)

@@ -88,7 +88,7 @@ def record(
     created = time.time()
     optimizers = _optimizers(optimizer)
     scale = LossScale(scaler)
-    mask = mask_finder(mask, sites.root)
+    mask_finder(mask, sites.root)  # refuses what is none
     prepare_compiler(sites.root)
     try:
         described = model_config(sites.root) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
@@ -111,7 +111,7 @@ class Recorder:
         manifest: Manifest,
         optimizers: list[torch.optim.Optimizer],
         scale: LossScale,
-        mask: MaskOf,
+        mask: str | MaskOf | None,
         faults: Faults,
     ):
         self._writer, self._manifest, self._optimizers = writer, manifest, optimizers

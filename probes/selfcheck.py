@@ -51,6 +51,13 @@ class SelfCheck:
             name: [label for label, n in zip(rows, seen[name], strict=True) if not n]
             for name, rows in labels.items()
         }
+        for name in ("hidden_rms", "output_rms"):
+            gradients = name.replace("_rms", "_grad_rms")
+            if gradients in seen:
+                # A gradient comes from the end: where it has come to a row, it has passed all later ones.
+                first = next((i for i, n in enumerate(seen[gradients]) if n), len(labels[name]))
+                rows = zip(labels[name][first:], seen[name][first:], seen[gradients][first:], strict=True)
+                blank[gradients] = [label for label, values, n in rows if values and not n]
         if any(blank.values()):
             rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
             self._say(f"depthscope saw nothing of {rows}. These rows stay blank. {BEFORE}")
