@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from attnres.verifying import verify
 from attnres.watching import WatchedBlock, watch
 
 NAME = "attnres"
+EPS = "eps_bits"
 
 
 def convert(
@@ -20,7 +22,7 @@ def convert(
     layers_per_block: int | None = None,
     *,
     example: dict | tuple | Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float | None = None,
     weights: str | Path | None = None,
 ) -> nn.Module:
     """Give a PreNorm model the residual "full" or "block", in place; returns the model.
@@ -28,7 +30,7 @@ def convert(
     Its depth reads are then `model.attnres.reads`, one for each layer and the final one: parameters for the optimizer,
     and part of the state dict; `model.attnres.outputs` are for hooks (docs/attnres.md). A layer is a sublayer, so `layers_per_block` is usually even. `example` is an input to
     try the model on, as one argument, a tuple of them or keywords; transformers' language models bring their own.
-    `eps` is that of the key norms. `weights` is a folder that `save_pretrained` made of a converted model, to take
+    `eps` is that of the key norms: 1e-6, or what the `weights` were saved with. `weights` is a folder that `save_pretrained` made of a converted model, to take
     the reads' parameters from.
 
     Before anything is changed two forward passes, in training mode but without a trace, find the layers and check
@@ -43,6 +45,9 @@ def convert(
         raise ValueError('layers_per_block is for residual "block" only, not for "full".')
     if residual == "block":
         check_count("layers_per_block", layers_per_block)
+    saved = _saved(Path(weights)) if weights is not None else {}
+    if eps is None:
+        eps = saved[EPS].view(torch.float64).item() if EPS in saved else 1e-6
     if not isinstance(eps, int | float) or not eps >= 0:
         raise ValueError(f"eps must be a number of at least 0, not {eps!r}.")
     args, kwargs = _inputs(model, example)
@@ -62,8 +67,12 @@ def convert(
     size = layers_per_block or 1
     verify(model, args, kwargs, blocks, size)
     reads = _residual(blocks, layers, layers_per_block, eps)
+    # By its bits, for a whole number keeps its value when the model is cast.
+    reads.register_buffer(
+        EPS, torch.tensor(eps, dtype=torch.float64, device=_device(model)).view(torch.int64)
+    )
     if weights is not None:
-        _load(reads, Path(weights))
+        _load(reads, saved, weights)
     model.add_module(NAME, reads)
     reads.outputs = depth_outputs(layers)
     reads.handles = attach(blocks, size, reads.reads, reads.outputs)
@@ -98,8 +107,12 @@ def _inputs(model: nn.Module, example: dict | tuple | Tensor | None) -> tuple[tu
     return tuple(_on_device(value, model) for value in example), {}
 
 
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 def _on_device(value: object, model: nn.Module) -> object:
-    return value.to(next(model.parameters()).device) if isinstance(value, Tensor) else value
+    return value.to(_device(model)) if isinstance(value, Tensor) else value
 
 
 def _residual(
@@ -114,9 +127,13 @@ def _residual(
     return made.to(like.device, like.dtype)
 
 
-def _load(reads: Full | Block, folder: Path) -> None:
-    """Take the parameters in a folder; ValueError where they are not those of such reads."""
-    saved, expected = _saved(folder), reads.state_dict()
+def _load(reads: Full | Block, saved: dict[str, Tensor], folder: str | Path) -> None:
+    """Take the parameters saved in a folder; ValueError where they are not those of such reads, or of this eps."""
+    expected = reads.state_dict()
+    saved = {EPS: expected[EPS]} | saved  # the first versions did not save it
+    if saved[EPS].item() != expected[EPS].item():
+        eps = saved[EPS].view(torch.float64).item()
+        raise ValueError(f"weights: {str(folder)!r} was saved with eps={eps:g}: give the same eps, or none.")
     shapes, wanted = ({name: tuple(x.shape) for name, x in each.items()} for each in (saved, expected))
     if shapes != wanted:
         raise ValueError(

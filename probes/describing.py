@@ -77,7 +77,7 @@ class Description:
             f"sources      {len(sites.layers) + 1}: the embedding and the output of each layer",
             f"identity     {self._identity()}",
             *([f"not seen     {', '.join(self.unseen)}"] if self.unseen else []),
-            f"memory       {self.probe_bytes / 2**20:.2f} MiB on the model's device ({100 * share:.2g} % of its parameters)",
+            f"memory       {self.probe_bytes / 2**20:.2f} MiB on the model's device ({_percent(share)} of its parameters)",
         ]
 
     def _identity(self) -> str:
@@ -98,7 +98,16 @@ class Description:
             return f"not checked: no state was seen once with all its sources {where}"
         if np.isnan(self.errors).any():
             return f"holds as far as outputs were seen {where}"
-        return f"holds: every state is the embedding plus the outputs before it (to {np.max(self.errors):.0e}, {where})"
+        return (
+            f"holds: every state is the embedding plus the outputs before it (to {np.max(self.errors):.0e}, {where})"
+            f"{self._by_construction()}"
+        )
+
+    def _by_construction(self) -> str:
+        differences = sum(site.output is None and site.after is not None for site in self.sites.layers)
+        if not differences:
+            return ""
+        return f"; within transformer blocks by construction for {differences} layers, whose output is a difference"
 
 
 def describe(
@@ -143,6 +152,10 @@ def describe(
         invented=batch is None,
         reason=reason and f"give a batch, as in describe(model, batch) ({reason})",
     )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
 def _state_route(sites: Sites, site: LayerSite) -> str:

@@ -17,7 +17,8 @@ MaskOf = Callable[[tuple, dict], object]
 def mask_finder(mask: str | MaskOf | None, root: nn.Module) -> MaskOf:
     """A function from the arguments of `root`'s forward, (args, kwargs), to its mask [B, T] or None.
 
-    `mask` is the name of an argument or such a function; by default the argument `attention_mask`.
+    `mask` is the name of an argument or such a function; by default the argument `attention_mask`. Where the call gives
+    none, a function that was made from a name returns its third argument, `missing`.
     Raises RunError where the forward has no argument of that name.
     """
     if callable(mask):
@@ -44,10 +45,10 @@ def mask_finder(mask: str | MaskOf | None, root: nn.Module) -> MaskOf:
         )
     position = positions.index(name) if name in positions else None
 
-    def find(args: tuple, kwargs: dict):
+    def find(args: tuple, kwargs: dict, missing: object = None):
         if position is not None and position < len(args):
             return args[position]
-        return kwargs.get(name)
+        return kwargs.get(name, missing)
 
     return find
 

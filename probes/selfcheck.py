@@ -60,7 +60,7 @@ class SelfCheck:
                 blank[gradients] = [label for label, values, n in rows if values and not n]
         if any(blank.values()):
             rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
-            self._say(f"depthscope saw nothing of {rows}. These rows stay blank. {BEFORE}")
+            self._say(f"depthscope saw nothing of {rows}. They are blank as long as that is so. {BEFORE}")
 
     def identity(self, errors: np.ndarray | None) -> None:
         """Where the stream of a plain residual does not add up; runs in the writer's thread."""

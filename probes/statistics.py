@@ -131,7 +131,7 @@ class DepthSums:
         self.centred[row, :sources].add_(centred.sum(1))
         self.squared[row, :sources].add_((centred * centred).sum(1))
         self.contribution[row, :sources].add_((weight * weight * size).sum(1))
-        self.entropy[row].add_(torch.special.entr(weight).sum())
+        self.entropy[row].add_(_entr(weight).sum())
         self.tokens[row].add_(tokens)
 
     def finish(self) -> dict[str, Tensor]:
@@ -144,7 +144,7 @@ class DepthSums:
         # ln(1) = 0: with a single source the entropy is 0/0, blank as it should be.
         largest = self._sources.log()
         exists = torch.arange(mean.shape[1], device=mean.device) < self._sources[:, None]
-        entropy_of_mean = torch.special.entr(mean).where(exists, 0).sum(1)
+        entropy_of_mean = _entr(mean).where(exists, 0).sum(1)
         return {
             "depth_weight": self._pack(mean),
             "depth_weight_std": self._pack(variance.sqrt()),
@@ -155,6 +155,11 @@ class DepthSums:
 
     def _pack(self, dense: Tensor) -> Tensor:
         return dense.flatten()[self._cells]
+
+
+def _entr(weight: Tensor) -> Tensor:
+    """-w ln w, zero for zero. torch.special.entr gives infinity for weights below 1e-38, which sharp reads have."""
+    return -weight * weight.clamp_min(torch.finfo(weight.dtype).tiny).log()
 
 
 def token_mean_square(x: Tensor) -> Tensor:

@@ -153,7 +153,9 @@ class Taps:
         if self._mask_is_usual:
             for holder in sites.holders:
                 find = mask_finder(None, holder)
-                self._before(holder, lambda args, kwargs, find=find: self._mask_inside(find(args, kwargs)))
+                self._before(
+                    holder, lambda args, kwargs, find=find: self._mask_inside(find(args, kwargs, ...))
+                )
         for row, site in enumerate(sites.layers):
             if site.state is not None:
                 self._at(site.state, lambda x, row=row: self._state(x, row))
@@ -236,8 +238,8 @@ class Taps:
         return self._passes.now.mask
 
     def _mask_inside(self, mask: object) -> None:
-        """The mask of a module between the model and its stack, as a decoder's beside that of its encoder. What models
-        make of a mask of [B, T] for their own attention is none."""
+        """The mask given to a module between the model and its stack, as a decoder's beside that of its encoder. What
+        models make of a mask of [B, T] for their own attention is none."""
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             return
         self._mask = mask

@@ -335,11 +335,14 @@ def test_saved_and_loaded_with_save_pretrained(name, tmp_path):
     _, _, model, inputs = prepared(name, dtype=torch.float32)
     model.eval().save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
-    attnres.convert(loaded, "block", 4, example=inputs, eps=EPS, weights=tmp_path)
+    attnres.convert(loaded, "block", 4, example=inputs, weights=tmp_path)
+    assert loaded.attnres.reads[0].eps == EPS  # as it was saved
     assert torch.equal(logits_of(loaded.eval()(**inputs)), logits_of(model(**inputs)))
     another = type(model).from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="another residual or layers_per_block"):
         attnres.convert(another, "block", 2, example=inputs, weights=tmp_path)
+    with pytest.raises(ValueError, match=f"was saved with eps={EPS:g}: give the same eps, or none"):
+        attnres.convert(another, "block", 4, example=inputs, eps=0.5, weights=tmp_path)
     assert not hasattr(another, "attnres")
 
 

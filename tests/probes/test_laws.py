@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as arrays
 
 from probes.layout import Layer, Layout
 from probes.shard import read_shard, shard_name, shard_steps, write_shard
-from probes.statistics import DEPTH_METRICS, DepthSums, Moments, add_moments, token_mean_square
+from probes.statistics import DEPTH_METRICS, DepthSums, Moments, add_moments, clear, token_mean_square
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -37,11 +37,11 @@ def test_rms_of_micro_batches_is_the_rms_of_the_whole(lengths, seed, magnitude):
     parts = [10**magnitude * torch.randn(length, 3, generator=generator) for length in lengths]
     moments, whole = Moments(2, torch.device("cpu")), torch.cat(parts)
     for part in parts:
-        add_moments(part, moments.squares, moments.count, 1)
+        add_moments(part, moments.squares[1], moments.count[1])
     expected = whole.double().square().mean().sqrt().float()
     torch.testing.assert_close(moments.finish()[1], expected, rtol=1e-6, atol=0)
     assert moments.finish()[0].isnan()  # row 0 saw nothing
-    moments.reset()
+    clear(moments.tensors())
     assert moments.finish().isnan().all()
 
 
@@ -74,6 +74,13 @@ def test_depth_sums_of_micro_batches_are_those_of_the_whole(lengths, sources, sh
     )
     assert whole["depth_weight"].sum() == pytest.approx(1, abs=1e-5)
     assert (whole["depth_entropy"].isnan() if sources == 1 else whole["depth_entropy"] <= 1 + 1e-6).all()
+
+
+def test_weights_too_small_for_a_logarithm_add_nothing_to_the_entropy():
+    weight = torch.tensor([1.0, 1e-40, 0.0]).repeat(16, 1).T[:, None].contiguous()
+    sums = DepthSums([3], torch.device("cpu"))
+    sums.add(0, weight, [torch.ones(1, 16)] * 3)
+    assert sums.finish()["depth_entropy"].item() == pytest.approx(0, abs=1e-30)
 
 
 @given(st.integers(2, 60), st.floats(1e-7, 1e-4))

@@ -123,7 +123,7 @@ def test_rubbish_in_padded_tokens_stays_there():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
     x[~mask] = torch.nan
     moments, wrong = Moments(1, CPU), torch.zeros(1, dtype=torch.int64)
-    add_moments(x, moments.squares, moments.count, 0, mask)
+    add_moments(x, moments.squares[0], moments.count[0], mask)
     add_nonfinite(x, wrong, 0, mask)
     assert moments.finish().tolist() == [1] and moments.count.tolist() == [12] and wrong.tolist() == [0]
     add_nonfinite(x, wrong, 0)
@@ -152,11 +152,11 @@ def test_masked_micro_batches_are_their_tokens(masks, seed):
         mask = torch.tensor([row])
         x = torch.randn(1, len(row), 4, generator=generator)
         weight = torch.softmax(torch.randn(3, 1, len(row), generator=generator), 0)
-        add_moments(x, moments[0].squares, moments[0].count, 0, mask)
+        add_moments(x, moments[0].squares[0], moments[0].count[0], mask)
         depth[0].add(0, weight, [token_mean_square(x)] * 3, mask)
         kept.append((x[mask], weight[:, mask]))
     x, weight = torch.cat([x for x, _ in kept]), torch.cat([w for _, w in kept], 1)
-    add_moments(x, moments[1].squares, moments[1].count, 0)
+    add_moments(x, moments[1].squares[0], moments[1].count[0])
     depth[1].add(0, weight[:, None], [token_mean_square(x)[None]] * 3)
     torch.testing.assert_close(moments[0].finish(), moments[1].finish(), rtol=1e-5, atol=0, equal_nan=True)
     for name, value in depth[1].finish().items():
