@@ -25,6 +25,9 @@ from probes.tally import ACTIVATIONS, Tally
 
 OFF, VECTORS, MATRICES = 0, 1, 2
 
+# The gradient tapped last, its version, its mask and what was summed up of it.
+_NO_GRADIENT = (None, None, None, None)
+
 
 class Taps:
     """All taps of one model. Set `mode` between steps; `finish` gives a step's metrics, `reset` clears.
@@ -61,6 +64,7 @@ class Taps:
         self._unhooked = unhooked_rows(sites)
         # By row, where an output is a difference of states or a state a sum.
         self._states: dict[int, Tensor] = {}
+        self._newest_gradient = _NO_GRADIENT
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             self._attach()
@@ -106,12 +110,15 @@ class Taps:
             self._tally_up()
 
     def commit(self) -> None:
+        self._newest_gradient = _NO_GRADIENT
         self._passes.commit()
 
     def drop(self) -> None:
+        self._newest_gradient = _NO_GRADIENT
         self._passes.drop()
 
     def forget_gradients(self) -> None:
+        self._newest_gradient = _NO_GRADIENT
         self._passes.forget_gradients()
 
     def restart(self) -> None:
@@ -127,6 +134,7 @@ class Taps:
         self.seconds = 0.0
         self._owing = False
         self._owed.clear()
+        self._newest_gradient = _NO_GRADIENT
         self._tally.reset()
         if self._matrices:
             self._sample.reset()
@@ -381,12 +389,22 @@ class Taps:
             # A recomputation that follows is this pass's.
             self._passes.now, this.reached = this, True
             self._eagerly(
-                lambda: add_moments(gradient.detach(), sums[0], sums[1], mask),
+                lambda: sums.add_(self._moments_of(gradient, mask)),
                 *self._tally.metrics_of(place, "grad_rms"),
             )
             self.seconds += time.perf_counter() - started
 
         x.register_hook(tap)
+
+    def _moments_of(self, gradient: Tensor, mask: Tensor | None) -> Tensor:
+        """[squares, count] of a gradient. In a plain residual a layer's output and the state after it have one and the
+        same, which is read once."""
+        newest, version, its_mask, moments = self._newest_gradient
+        if gradient is not newest or gradient._version != version or mask is not its_mask:
+            moments = torch.zeros(2, device=gradient.device)
+            add_moments(gradient.detach(), moments[0], moments[1], mask)
+            self._newest_gradient = gradient, gradient._version, mask, moments
+        return moments
 
     def _tap_embedding(self, x: Tensor) -> None:
         # Where a stack is run through several times, only the first time starts at the embedding.

@@ -277,3 +277,23 @@ def test_copies_and_pickles_are_not_recorded(kind, tmp_path):
     with record(fresh, tmp_path / "alone", other := sgd(fresh)):
         train(fresh, other, 1)
     assert (probes.open_run(tmp_path / "alone")["hidden_rms"] == run["hidden_rms"]).all()
+
+
+def test_a_gradient_is_read_once(tmp_path, monkeypatch):
+    """That of a layer's output is that of the state after it, in a plain residual; the embedding is the first state."""
+    from probes import taps
+
+    calls = []
+    real = taps.add_moments
+
+    def counted(x, *rest):
+        calls.append(x)
+        real(x, *rest)
+
+    model = decoder("prenorm", blocks=2)
+    (tokens,) = batches(0, [(2, 8)])
+    with probes.record(model, tmp_path / "run"):
+        loss = loss_of(model(tokens), tokens)
+        monkeypatch.setattr(taps, "add_moments", counted)
+        loss.backward()
+    assert len(calls) == 4 + 1  # layers, and the final state
