@@ -47,6 +47,7 @@ class Backwards:
         self._began_with: list[int] | None = None  # versions of the parameters
         self._left: list[GradientMark | None] = []  # gradients as the last pass left them
         self.counts = True  # whether the last pass did
+        self.reached = False  # whether some pass has reached a parameter
         self._closed = False
         # By number, whether they have reached a parameter: passes within passes, where checkpointing is reentrant. A
         # pass that raises never calls back, and is forgotten here.
@@ -77,13 +78,16 @@ class Backwards:
             return
         if number not in self._open:
             self._begin()
-        self._open[number] = self._reached = True
+        self._open[number] = self._reached = self.reached = True
         self.counts = not self._closed and self._began_with in (None, self._versions())
         if self.counts and self._thrown_away(parameter):
             self._restart()
 
     def _end(self, number: int) -> None:
-        reached = self._open.pop(number, False)
+        reached = self._open.pop(number, None)
+        if reached is None:  # a step was completed within the pass
+            self._ended(self.counts)
+            return
         if self._open and not reached:
             return  # the pass around it will tell
         if not reached and not self._reached:

@@ -173,7 +173,7 @@ class Recorder:
                 self._put()
                 self._owed = False
         if self._taps.mode != OFF:
-            self._selfcheck.step(self._taps, self._gradients)
+            self._selfcheck.step(self._taps, self._backwards.reached)
             self._taps.reset()
             self._taps.follow()
             self._gradients.reset()

@@ -8,7 +8,6 @@ import logging
 import numpy as np
 
 from probes.compiled import BEFORE
-from probes.gradients import GradientNorms
 from probes.identity import first_broken
 from probes.sites import Sites
 from probes.taps import Taps
@@ -23,9 +22,9 @@ class SelfCheck:
         self._rows_checked = self._identity_checked = False
         self._said: set[str] = set()
 
-    def step(self, taps: Taps, gradients: GradientNorms) -> None:
-        """What was noticed in the forwards and backward passes of a step that was looked at."""
-        if taps.seen and gradients.squares is None:
+    def step(self, taps: Taps, reached: bool) -> None:
+        """What was noticed in a step that was looked at, in whose backward passes gradients `reached` parameters."""
+        if taps.seen and not reached:
             self._say(
                 "depthscope saw no backward pass leave gradients on the parameters before a step, so that step has no "
                 "gradient norms."
