@@ -71,7 +71,7 @@ def find_stacks(root: nn.Module) -> tuple[list[Stack], list[str]]:
         try:
             stack = stack_at(root, path, container)
         except Untraceable as error:
-            reasons.append(f"{path}: {error}")
+            reasons.append(f"{path} ({error})")
             if any(isinstance(member, _UNCALLED) for member in container.children()):
                 done.append(path)  # the lists within are its blocks, not stacks
         else:
