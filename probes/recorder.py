@@ -26,7 +26,7 @@ from probes.finding import find_sites
 from probes.flush import start_copy
 from probes.gradients import NORMS, GradientNorms
 from probes.manifest import Manifest, RunError
-from probes.masks import MaskOf, mask_finder
+from probes.masks import MaskOf, Masks
 from probes.provenance import model_config, versions
 from probes.resuming import first_step, seconds_before
 from probes.scalars import Scalars
@@ -95,7 +95,7 @@ def record(
     optimizers = _optimizers(optimizer)
     path, step = Path(path), first_step(resume, optimizers, Path(path))
     scale = LossScale(scaler)
-    mask_finder(mask, sites.root)  # refuses what is none
+    masks = Masks(mask, sites)
     prepare_compiler(sites.root)
     try:
         described = model_config(sites.root) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
@@ -110,7 +110,7 @@ def record(
     # A bool is an int: step 0 is one to resume at, False is not.
     writer = RunWriter(path, manifest, resume is not False)
     return Recorder(
-        sites, writer, manifest, optimizers, scale, mask, Faults(strict), seconds_before(path, step)
+        sites, writer, manifest, optimizers, scale, masks, Faults(strict), seconds_before(path, step)
     )
 
 
@@ -124,7 +124,7 @@ class Recorder:
         manifest: Manifest,
         optimizers: list[torch.optim.Optimizer],
         scale: LossScale,
-        mask: str | MaskOf | None,
+        masks: Masks,
         faults: Faults,
         seconds: float,
     ):
@@ -142,7 +142,7 @@ class Recorder:
         self._scalars = Scalars()
         self._stepped_at = time.perf_counter()
         self._began = self._stepped_at - seconds  # of a clock that nobody sets, as if there had been no pause
-        self._taps = Taps(sites, mask, faults)
+        self._taps = Taps(sites, masks, faults)
         self._skipped: torch.Tensor | None = None  # attempts at this step that the scaler skipped
         self._sites = sites
         self._watch_parameters()
@@ -264,7 +264,7 @@ class Recorder:
             self._backward_ended,
             self._taps.forget_gradients,
         )
-        self._taps.gradient_arrives = self._backwards.arrives
+        self._taps.gradients.arrives = self._backwards.arrives
 
     def _backward_ended(self, counts: bool) -> None:
         with self._faults.guard(*ACTIVATIONS, *DEPTH_METRICS):
