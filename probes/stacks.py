@@ -71,7 +71,7 @@ def find_stacks(root: nn.Module) -> tuple[list[Stack], list[str]]:
         try:
             stack = stack_at(root, path, container)
         except Untraceable as error:
-            reasons.append(f"{path}: {error}")
+            reasons.append(f"{path} ({error})")
             if any(isinstance(member, _UNCALLED) for member in container.children()):
                 done.append(path)  # the lists within are its blocks, not stacks
         else:
@@ -92,25 +92,17 @@ def stack_at(root: nn.Module, path: str, container: nn.Module) -> Stack | None:
         flows = {name: follow(member) for name, member in members.items()}
     except Untraceable as error:
         paired = _paired(path, members)
-        if paired is None and not _is_module_list_of_leaves(members):
+        if paired is None and any(list(member.children()) for member in members.values()):
             raise Untraceable(str(error)) from error
         return paired
     layers: list[LayerSite] = []
     for block, (name, member) in enumerate(members.items(), 1):
         layers += _layers(name, member, flows[name], len(layers), lambda term, block=block: block)
     change = next((flow.change for flow in flows.values() if flow.change), "")
-    change = change or next((_norm_words(flow.norm) for flow in flows.values() if flow.norm), "")
+    change = change or next((f"changed by {flow.norm.name}" for flow in flows.values() if flow.norm), "")
     last = next(reversed(members))
     final = Place(last, members[last], is_input=False, key=flows[last].result)
     return Stack(path, len(members), tuple(layers), final, change)
-
-
-def _is_module_list_of_leaves(members: dict[str, nn.Module]) -> bool:
-    return all(next(member.children(), None) is None for member in members.values())
-
-
-def _norm_words(norm: Call) -> str:
-    return f"changed by {norm.name}"
 
 
 def _followed_from_above(root: nn.Module, path: str, members: dict[str, nn.Module]) -> Stack:
