@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attnres.fused import fused_read
 from attnres.logits import source_logits
-from attnres.watching import WatchedBlock, first_tensor
+from attnres.watching import WatchedBlock, first_tensor, with_first
 
 LOST = (
     "{} was given a state without its sources. Either it runs under reentrant checkpointing (use "
@@ -249,11 +249,6 @@ class Leave:
             partial = partial.view_as(partial)
         partial.attnres_depth = depth
         return with_first(output, partial)
-
-
-def with_first(output: Tensor | tuple | list, tensor: Tensor) -> Tensor | tuple | list:
-    """The output of a module with another first tensor."""
-    return type(output)((tensor, *output[1:])) if isinstance(output, tuple | list) else tensor
 
 
 def attach(

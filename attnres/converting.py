@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from attnres.carrying import attach, depth_outputs
 from attnres.config import check_count
+from attnres.joining import check_sequential
 from attnres.residual import Block, Full
 from attnres.verifying import verify
 from attnres.watching import WatchedBlock, watch
@@ -33,8 +34,8 @@ def convert(
     `eps` is that of the key norms: 1e-6, or what the `weights` were saved with. `weights` is a folder that `save_pretrained` made of a converted model, to take
     the reads' parameters from.
 
-    Before anything is changed two forward passes, in training mode but without a trace, find the layers and check
-    that every state is the embedding plus the sum of the outputs so far. ValueError (ConversionError) naming the first
+    Before anything is changed three forward passes, in training mode but without a trace, find the layers, check that
+    they run one after the other, and that every state is the embedding plus the sum of the outputs so far. ValueError (ConversionError) naming the first
     layer where it is not, or the argument that cannot be.
     """
     if hasattr(model, NAME):
@@ -65,6 +66,7 @@ def convert(
             f"layers_per_block must be at most {layers}, the model's layers, not {layers_per_block}."
         )
     size = layers_per_block or 1
+    check_sequential(model, args, kwargs, blocks)
     verify(model, args, kwargs, blocks, size)
     reads = _residual(blocks, layers, layers_per_block, eps)
     # By its bits, for a whole number keeps its value when the model is cast.
