@@ -77,7 +77,7 @@ def convert(
         _load(reads, saved, weights)
     model.add_module(NAME, reads)
     reads.outputs = depth_outputs(layers)
-    reads.handles = attach(blocks, size, reads.reads, reads.outputs)
+    reads.handles = attach(model, blocks, size, reads.reads, reads.outputs)
     return model
 
 

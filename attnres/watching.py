@@ -28,9 +28,13 @@ class WatchedLayer:
 
     name: str
     norm: nn.Module
+    norm_name: str
+    """Of the block's child."""
     norm_call: int
     """The call of `norm` among those of all the block's children, in the order in which they end, from 0."""
     tail: nn.Module
+    tail_name: str
+    """Of the block's child."""
     tail_call: int
     """The call of `tail` since the norm, from 0, that ends the layer."""
     tail_calls: int
@@ -310,5 +314,13 @@ def _layer(name: str, visit: _Visit, start: int, end: int) -> WatchedLayer:
     tail_calls = sum(call.module is tail.module for call in visit.calls)
     sublayer = readers[0] if readers else tail
     return WatchedLayer(
-        f"{name}.{sublayer.name}", norm.module, start, tail.module, tail_call, tail_calls, norm.given.detach()
+        name=f"{name}.{sublayer.name}",
+        norm=norm.module,
+        norm_name=norm.name,
+        norm_call=start,
+        tail=tail.module,
+        tail_name=tail.name,
+        tail_call=tail_call,
+        tail_calls=tail_calls,
+        state=norm.given.detach(),
     )
