@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnres.config import check_count
+from attnres.checks import check_above, check_count, check_is, check_not_negative
 from attnres.corpus import Corpus
 from attnres.decoder import Decoder, DecoderConfig, parameter_groups
 
@@ -47,12 +47,22 @@ class TrainingConfig:
         for name in ("steps", "batch", "context", "validation_batches"):
             check_count(name, getattr(self, name))
         for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}.")
+            check_above(name, getattr(self, name))
         for name in ("warmup", "weight_decay", "lr_end"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, and {getattr(self, name)!r} is.")
-        if self.dtype not in DTYPES:
+            check_not_negative(name, getattr(self, name))
+        if not (_is_pair(self.betas) and all(0 <= beta < 1 for beta in self.betas)):
+            raise ValueError(f"betas must be two numbers from 0 to below 1, not {self.betas!r}.")
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"compile must be True or False, not {self.compile!r}.")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number, not {self.seed!r}.")
+        try:
+            torch.device(self.device)
+        except (RuntimeError, TypeError):
+            raise ValueError(
+                f'device must be one that torch knows, such as "cpu" or "cuda", not {self.device!r}.'
+            ) from None
+        if self.dtype not in tuple(DTYPES):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
 
 
@@ -67,6 +77,12 @@ class Training:
     """
 
     def __init__(self, decoder: DecoderConfig | nn.Module, config: TrainingConfig, corpus: Corpus):
+        for name, given, kind in (
+            ("decoder", decoder, DecoderConfig | nn.Module),
+            ("config", config, TrainingConfig),
+            ("corpus", corpus, Corpus),
+        ):
+            check_is(name, given, kind)
         if isinstance(decoder, DecoderConfig):
             if config.context > decoder.context:
                 raise ValueError(f"context is {config.context}, and the decoder's is only {decoder.context}.")
@@ -83,7 +99,7 @@ class Training:
         self.steps_done = 0
         self.grad_norm: Tensor | None = None
         """Before clipping, of the latest step; a tensor on the device."""
-        self.model = decoder.to(config.device)
+        self.model = _on_device(decoder, config.device)
         if config.compile:
             # In place, so that `model` stays the decoder; hooks set before the first step are compiled too.
             self.model.compile()
@@ -145,6 +161,21 @@ class Training:
             return (step + 1) / config.warmup
         done = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
         return config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _on_device(model: Decoder, device: str) -> Decoder:
+    try:
+        return model.to(device)
+    # Without CUDA, torch asserts that it has it.
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used here: {reason}.") from error
+
+
+def _is_pair(value: object) -> bool:
+    return (
+        isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
+    )
 
 
 def _seeded_decoder(decoder: DecoderConfig, seed: int) -> Decoder:
