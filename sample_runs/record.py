@@ -99,7 +99,7 @@ def _join(folder: Path) -> None:
     parts = sorted(folder.glob("*.safetensors"))
     rows: dict[str, list[np.ndarray]] = {}
     for part in parts:
-        for metric, values in read_shard(part).items():
+        for metric, values in read_shard(part).tensors.items():
             rows.setdefault(metric, []).append(values)
     last = shard_steps(parts[-1].name)[1]
     whole = {metric: np.concatenate(values) for metric, values in rows.items()}
