@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import streamlit as st
 from altair.utils import schemapi
 
-from app import opener, pick, words
+from app import notices, opener, pick, words
 from app.charts import palette
-from app.opener import Entry, SharedRun
+from app.opener import Entry
+from app.snapshot import Snapshot
 from probes import RunError
 from probes.vocabulary import metric
 
 LIVE_SECONDS = 1.5
 IDLE_SECONDS = 5.0
 
-_FOUND, _PICKED = "entries", "picked entries"
+_FOUND, _PICKED, _COLOURS, _AGAIN = "entries", "picked entries", "run colours", "runs chosen on a page"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Shown:
 
     name: str
     colour: str
-    run: SharedRun
+    run: Snapshot
 
     @property
     def attnres(self) -> bool:
@@ -55,6 +56,8 @@ def enter(question: str, answer: str, draw: Callable[[list[Shown]], None], watch
 
     @st.fragment(run_every=seconds)
     def body() -> None:
+        if st.session_state.pop(_AGAIN, False):
+            st.rerun()
         if seconds and [e.name for e in opener.find(opener.folders())] != [e.name for e in entries]:
             st.rerun()
         shown = _open(entries, picked)
@@ -64,6 +67,9 @@ def enter(question: str, answer: str, draw: Callable[[list[Shown]], None], watch
             _welcome(entries)
             return
         _state(shown)
+        for one in shown:
+            for told in notices.warnings(one.run):
+                st.warning(f"**{words.plain(one.name)}**: {words.plain(told)}", icon=":material/warning:")
         if not shown:
             st.info("No run is chosen: pick one or more in the sidebar.")
         # Checking every chart against Vega-Lite's schema takes half of a page's time; the tests check them.
@@ -72,6 +78,11 @@ def enter(question: str, answer: str, draw: Callable[[list[Shown]], None], watch
         _problems(entries, shown)
 
     body()
+
+
+def again() -> None:
+    """Call when the page itself chose other runs: the sidebar is to know."""
+    st.session_state[_AGAIN] = True
 
 
 def entries() -> list[Entry]:
@@ -114,7 +125,9 @@ def explain(names: Sequence[str], extra: str = "") -> None:
 
 def _open(entries: Sequence[Entry], picked: Sequence[Entry]) -> list[Shown]:
     everyone = [entry.name for entry in entries]
-    shades = palette.assign(everyone, [entry.name for entry in picked])
+    # A run keeps its colour for the whole visit, whatever else is chosen.
+    shades = palette.assign(everyone, [entry.name for entry in picked], st.session_state.get(_COLOURS))
+    st.session_state[_COLOURS] = st.session_state.get(_COLOURS, {}) | shades
     shown = []
     for entry in picked:
         try:
@@ -145,11 +158,11 @@ def _problems(entries: Sequence[Entry], shown: Sequence[Shown]) -> None:
     for one in shown:
         for problem in one.run.problems:
             st.warning(f"**{words.plain(one.name)}**: {words.plain(problem)}", icon=":material/warning:")
+        told = " ".join(notices.remarks(one.run))
         if one.run.status == "stopped":
-            st.caption(
-                f"**{words.plain(one.name)}** stopped: "
-                f"{words.plain(one.run.status_reason.rstrip('.') or 'no reason given')}."
-            )
+            told = f"Stopped: {one.run.status_reason.rstrip('.') or 'no reason given'}. {told}"
+        if told:
+            st.caption(f"**{words.plain(one.name)}**: {words.plain(told)}")
     for entry in entries:
         if entry.problem:
             st.warning(words.plain(entry.problem), icon=":material/warning:")
