@@ -131,7 +131,8 @@ def _named(widget, field: str, label: str, options: Mapping[str, str], help: str
         key=key,
         format_func=lambda option: options[option],
         help=help,
-        on_change=lambda: view.change(**{field: st.session_state[key]}),
+        # Nothing at all may come back while a page is being replaced.
+        on_change=lambda: st.session_state[key] in options and view.change(**{field: st.session_state[key]}),
         **more,
     )
     return st.session_state[key]
