@@ -26,6 +26,7 @@ class View:
     smooth: str = "1"
     curve_scale: str = "linear"
     search: str = ""
+    settings: str = "differing"
     depth: str = "hidden_rms"
     depth_scale: str = "linear"
     gradient: str = "output_grad_rms"

@@ -30,6 +30,9 @@ FLAT = {
 # Small numbers as 2e-4, not as a row of zeros.
 SMALL = "datum.value > 0 && datum.value < 0.001 ? format(datum.value, '.0e') : format(datum.value, ',~g')"
 
+# A million steps as 1M, not as a row of zeros.
+LARGE = "datum.value >= 1e5 ? format(datum.value, '~s') : format(datum.value, ',d')"
+
 
 def title(text: str) -> alt.TitleParams:
     return alt.TitleParams(text)
@@ -42,7 +45,7 @@ def measure(name: str) -> str:
 
 
 def steps() -> alt.Axis:
-    return alt.Axis(title=STEP, format=",d", tickMinStep=1, grid=False, labelFlush=False, tickCount=6)
+    return alt.Axis(title=STEP, labelExpr=LARGE, tickMinStep=1, grid=False, labelFlush=False, tickCount=6)
 
 
 def along(column: str, x: str, values: pd.Series, scale: str) -> alt.X:

@@ -71,7 +71,11 @@ def test_a_link_and_the_slider_meet_in_the_url(static, watched):
     watched.locator(PLAYER).press("ArrowLeft")
     watched.wait_for_selector("text=/at step 90/")
     watched.wait_for_url("**/dilution?*step=90*")
-    watched.get_by_role("link", name="Gradients").click()
+    link = watched.get_by_role("link", name="Gradients")
+    watched.wait_for_function("a => a.href.includes('step=90')", arg=link.element_handle())
+    link.click()
+    # At once, and not only when the page has been made.
+    assert "step=90" in watched.url and "runs=full" in watched.url
     watched.wait_for_selector("text=/at step 90/")
     watched.wait_for_url("**/gradients?*step=90*")
 

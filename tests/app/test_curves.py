@@ -5,6 +5,7 @@ import pytest
 
 from app import frames, pick, words
 from app.charts.lines import lines
+from app.opener import Entry
 from probes import open_run
 from probes.manifest import Manifest
 from probes.writer import RunWriter
@@ -56,8 +57,12 @@ def test_the_page_draws_what_the_link_says(folder):
 
 
 def test_runs_are_found_by_a_regular_expression(folder):
-    assert pick.matching(["full", "block", "Full-2"], "^full") == (["full", "Full-2"], "")
-    assert pick.matching(["full"], "(")[0] == ["full"]
+    made_up = (("full", ()), ("b", ("Sweep 2",)), ("Full-2", ()))
+    entries = [Entry(name, folder, tags=tags) for name, tags in made_up]
+    assert pick.matching(entries, "^full") == (["full", "Full-2"], "")
+    assert pick.matching(entries, "sweep") == (["b"], "")
+    assert pick.matching(entries[:1], "(")[0] == ["full"]
+    assert not opened(folder).text_input  # three runs are found without a search
     at = opened(folder, runs=["full"], search="^b")
     assert at.multiselect(key="pick runs").options == ["full", "block"]
     assert at.dataframe[0].value["Run"].tolist() == ["block"]
