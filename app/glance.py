@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from probes import Run
+from probes.attempts import Attempt
 from probes.manifest import RANK_FOLDER
 from probes.shard import ShardError, read_shard, shard_steps
 
@@ -28,11 +29,11 @@ class Glance:
 
 
 class Unread(Run):
-    """A run whose shards stay unread: its manifest, its status and nothing else."""
+    """A run whose shards stay unread: its manifest, its attempts, its status and nothing else."""
 
     def refresh(self) -> bool:
-        """Reads nothing."""
-        return False
+        """Looks for attempts only."""
+        return self._look_for_attempts()
 
 
 @functools.lru_cache(4096)
@@ -44,42 +45,58 @@ def unread(path: Path, stamp: int) -> Unread:
 def glance(path: Path, stamp: int) -> Glance:
     """How the run at `path` is now; `stamp` tells apart runs that were recorded there. Raises RunError."""
     run = unread(path, stamp)
-    shards = _shards(path)
+    run.refresh()
+    shards = [shard for attempt in run.attempts for shard in _shards(attempt)]
     return Glance(
         run.status,
         run.status_reason,
         run.last_seen.timestamp(),
-        max((shard_steps(name)[1] for name, _, _ in shards), default=-1),
-        _loss(path, tuple(shards)),
-        sum(size for _, size, _ in shards),
+        max((shard.last for shard in shards), default=-1),
+        _loss(tuple(shards)),
+        sum(shard.size for shard in shards),
     )
 
 
-def _shards(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each shard, in order of their steps."""
+@dataclass(frozen=True)
+class _Shard:
+    """A shard, its last step that is shown, its bytes and the time of its last change."""
+
+    path: Path
+    last: int
+    size: int
+    changed: int
+
+
+def _shards(attempt: Attempt) -> list[_Shard]:
+    """Those that show something, in order of their steps."""
     found = []
     try:
-        with os.scandir(path / RANK_FOLDER) as entries:
+        with os.scandir(attempt.folder / RANK_FOLDER) as entries:
             for entry in entries:
-                if shard_steps(entry.name) is not None:
+                first, last = shard_steps(entry.name) or (0, -1)
+                if attempt.hidden_from is not None:
+                    last = min(last, attempt.hidden_from - 1)
+                if first <= last:
                     told = entry.stat()
-                    found.append((entry.name, told.st_size, told.st_mtime_ns))
+                    found.append(_Shard(Path(entry.path), last, told.st_size, told.st_mtime_ns))
     except OSError:  # not begun, or deleted while we looked
         pass
-    return sorted(found)
+    return sorted(found, key=lambda shard: shard.path.name)
 
 
 _NEWEST = 8  # shards looked through for a loss: it may be logged more rarely than shards are sealed
 
 
 @functools.lru_cache(4096)
-def _loss(path: Path, shards: tuple[tuple[str, int, int], ...]) -> float | None:
+def _loss(shards: tuple[_Shard, ...]) -> float | None:
     """The last logged loss in the newest shards that can be read. Read again only when a shard was added or changed."""
-    for name, _, _ in reversed(shards[-_NEWEST:]):
+    for shard in reversed(shards[-_NEWEST:]):
         try:
-            values = read_shard(path / RANK_FOLDER / name).get(LOSS)
+            tensors = read_shard(shard.path).tensors
         except (ShardError, OSError):
             continue
-        if values is not None and len(values):
+        steps = tensors.get(f"{LOSS}.step")
+        values = tensors[LOSS][steps <= shard.last] if LOSS in tensors and steps is not None else ()
+        if len(values):
             return float(values[-1])
     return None

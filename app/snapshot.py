@@ -19,8 +19,13 @@ class Snapshot(Run):
         """Nothing is ever new here."""
         return False
 
-    def _state(self) -> tuple[str, str]:
-        return self._then
+    @property
+    def status(self) -> str:
+        return self._then[0]
+
+    @property
+    def status_reason(self) -> str:
+        return self._then[1]
 
 
 class Followed:
@@ -43,9 +48,16 @@ class Followed:
 
 def _kept(run: Run) -> Run:
     """The run as it is, untouched by what it reads later: its own lists and tables, the arrays in common."""
-    kept = copy.copy(run)
-    for name, value in vars(run).items():
+    kept = _apart(run)
+    kept.attempts = [_apart(attempt) for attempt in run.attempts]
+    return kept
+
+
+def _apart(of: object) -> object:
+    """A copy with its own lists and tables, and lists in tables."""
+    found = copy.copy(of)
+    for name, value in vars(of).items():
         if isinstance(value, dict):
             value = {key: copy.copy(part) if isinstance(part, list) else part for key, part in value.items()}
-        setattr(kept, name, copy.copy(value) if isinstance(value, list | set) else value)
-    return kept
+        setattr(found, name, copy.copy(value) if isinstance(value, list | set) else value)
+    return found
