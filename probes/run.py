@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from probes import manifest as files
-from probes.attempts import Attempt, attempt_folder, claimed
+from probes.attempts import Attempt, attempt_folder, claimed, hide
 from probes.gaps import Gap, gaps_of
 from probes.layout import Layout, difference
 from probes.manifest import Manifest, RunError
@@ -177,9 +177,7 @@ class Run:
                 continue
             begun.append(Attempt(self.path, number, manifest))
         self.attempts = sorted([*self.attempts, *begun], key=lambda attempt: attempt.number)
-        for attempt, later in zip(self.attempts[-2::-1], self.attempts[:0:-1], strict=True):
-            limits = (later.step, later.hidden_from)
-            attempt.hidden_from = min(limit for limit in limits if limit is not None)
+        hide(self.attempts)
         return bool(begun)
 
 
