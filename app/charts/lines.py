@@ -43,7 +43,7 @@ def lines(
     layers = []
     if "low" in frame and (frame["low"] < frame["high"]).any():
         low = alt.Y("low:Q", scale=y["scale"], axis=y["axis"])
-        layers.append(base.mark_area(opacity=0.18).encode(y=low, y2="high:Q"))
+        layers.append(base.mark_area(opacity=0.13).encode(y=low, y2="high:Q"))
     layers.append(base.mark_line(strokeWidth=1.8).encode(y=y))
     few = frame.groupby("run").size().max() <= FEW if len(frame) else True
     # Invisible points carry the tooltip where visible ones would blur the line. A value, not another chart: a run
