@@ -1,6 +1,7 @@
 """Open a run and read it: metrics as numpy arrays, while it grows or long after. Needs no torch."""
 
 import contextlib
+import importlib
 import os
 import time
 from collections.abc import Iterator
@@ -109,6 +110,23 @@ class Run:
         if time.time() - seen.timestamp() <= files.SILENT_SECONDS:
             return "running", ""
         return "stopped", f"no sign of life since {seen:%Y-%m-%d %H:%M:%S} UTC, and no end marker"
+
+    # How it looks
+
+    @property
+    def plot(self):
+        """Its charts, for a notebook: `run.plot.dilution()` is an `alt.Chart`; `app.notebook.Plot` has them all.
+
+        Several runs in one chart: `app.plot([run, other]).dilution()`. Raises ImportError without the dashboard.
+        """
+        # By its name, when it is asked for: reading knows nothing of charts, and needs none of their libraries.
+        app = importlib.import_module("app")
+        if not getattr(app, "__depthscope__", False):
+            raise ImportError(
+                f"{getattr(app, '__file__', None) or 'The module app'} is not depthscope's app: rename it, or leave "
+                "its folder, to draw."
+            )
+        return app.plot(self)
 
     # What it recorded
 

@@ -61,6 +61,11 @@ def lines(
                 alt.Tooltip("run:N", title="Run"),
                 alt.Tooltip("step:Q", title="Step", format=",d"),
                 alt.Tooltip(f"{column}:Q", title=label, format=".4~g"),
+                *(
+                    alt.Tooltip(f"{end}:Q", title=told, format=".4~g")
+                    for end, told in (("low", "Lowest here"), ("high", "Highest here"))
+                    if end in frame
+                ),
             ],
         )
     )
