@@ -7,10 +7,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from attnres.carrying import attach, depth_outputs
-from attnres.config import check_count
+from attnres.checks import check_count, check_is, check_not_negative
+from attnres.joining import check_sequential
 from attnres.residual import Block, Full
 from attnres.verifying import verify
-from attnres.watching import WatchedBlock, watch
+from attnres.watching import ConversionError, WatchedBlock, watch
 
 NAME = "attnres"
 EPS = "eps_bits"
@@ -33,10 +34,11 @@ def convert(
     `eps` is that of the key norms: 1e-6, or what the `weights` were saved with. `weights` is a folder that `save_pretrained` made of a converted model, to take
     the reads' parameters from.
 
-    Before anything is changed two forward passes, in training mode but without a trace, find the layers and check
-    that every state is the embedding plus the sum of the outputs so far. ValueError (ConversionError) naming the first
+    Before anything is changed three forward passes, in training mode but without a trace, find the layers, check that
+    they run one after the other, and that every state is the embedding plus the sum of the outputs so far. ValueError (ConversionError) naming the first
     layer where it is not, or the argument that cannot be.
     """
+    check_is("model", model, nn.Module)
     if hasattr(model, NAME):
         raise ValueError(f"The model has {NAME!r} already: revert it before you convert it again.")
     if residual not in ("full", "block"):
@@ -45,26 +47,32 @@ def convert(
         raise ValueError('layers_per_block is for residual "block" only, not for "full".')
     if residual == "block":
         check_count("layers_per_block", layers_per_block)
+    if weights is not None and not isinstance(weights, str | Path):
+        raise ValueError(f"weights must be a folder that save_pretrained made, not {weights!r}.")
     saved = _saved(Path(weights)) if weights is not None else {}
     if eps is None:
         eps = saved[EPS].view(torch.float64).item() if EPS in saved else 1e-6
-    if not isinstance(eps, int | float) or not eps >= 0:
-        raise ValueError(f"eps must be a number of at least 0, not {eps!r}.")
+    check_not_negative("eps", eps)
     args, kwargs = _inputs(model, example)
     try:
         blocks = watch(model, args, kwargs)
-    except (AttributeError, TypeError, RuntimeError) as error:
-        if example is not None:
-            raise
-        raise ValueError(
-            "The model does not run on its own dummy_inputs: pass an example, an input to try it on."
-        ) from error
+    except ConversionError:
+        raise
+    # Whatever somebody's model raises on an input that is not for it.
+    except Exception as error:
+        if example is None:
+            what = "its own dummy_inputs: pass an example, an input to try it on"
+        else:
+            reason = str(error).strip().partition("\n")[0]
+            what = f"the example: {type(error).__name__}: {reason}"
+        raise ValueError(f"The model does not run on {what}.") from error
     layers = sum(len(block.layers) for block in blocks)
     if residual == "block" and layers_per_block > layers:
         raise ValueError(
             f"layers_per_block must be at most {layers}, the model's layers, not {layers_per_block}."
         )
     size = layers_per_block or 1
+    check_sequential(model, args, kwargs, blocks)
     verify(model, args, kwargs, blocks, size)
     reads = _residual(blocks, layers, layers_per_block, eps)
     # By its bits, for a whole number keeps its value when the model is cast.
@@ -75,7 +83,7 @@ def convert(
         _load(reads, saved, weights)
     model.add_module(NAME, reads)
     reads.outputs = depth_outputs(layers)
-    reads.handles = attach(blocks, size, reads.reads, reads.outputs)
+    reads.handles = attach(model, blocks, size, reads.reads, reads.outputs)
     return model
 
 
@@ -108,7 +116,7 @@ def _inputs(model: nn.Module, example: dict | tuple | Tensor | None) -> tuple[tu
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _on_device(value: object, model: nn.Module) -> object:

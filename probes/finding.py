@@ -66,7 +66,7 @@ def find_sites(
 def _only_stack(root: nn.Module) -> Stack:
     stacks, reasons = find_stacks(root)
     if not stacks:
-        seen = f" What was seen: {'; '.join(reasons[:3])}." if reasons else ""
+        seen = f" Not followed: {'; '.join(reasons[:3])}." if reasons else ""
         raise RunError(
             f"No transformer layers were found in {type(root).__name__}: depthscope looks for a list of blocks that "
             f"each add to what they are given.{seen} Pass the module that holds the blocks, or {_BY_HAND}."

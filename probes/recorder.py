@@ -26,8 +26,9 @@ from probes.finding import find_sites
 from probes.flush import start_copy
 from probes.gradients import NORMS, GradientNorms
 from probes.manifest import Manifest, RunError
-from probes.masks import MaskOf, mask_finder
+from probes.masks import MaskOf, Masks
 from probes.provenance import model_config, versions
+from probes.resuming import first_step, seconds_before
 from probes.scalars import Scalars
 from probes.scaling import LossScale
 from probes.schedule import Schedule, Steps, schedule
@@ -55,12 +56,13 @@ def record(
     matrices_every: Steps = 100,
     config: dict | None = None,
     tags: Sequence[str] = (),
+    resume: bool | int = False,
     stack: str | Sequence[str] | None = None,
     layers: int | str | Sequence[str] | None = None,
     norms: str | Sequence[str] | None = None,
     strict: bool = False,
 ) -> "Recorder":
-    """Attach probes to `model` and record its training at `path`, a new folder.
+    """Attach probes to `model` and record its training at `path`, a new folder or, with `resume`, a run to continue.
 
     Call it before the first forward, also before torch.compile has run. Step s is the number of optimizer
     steps completed; vectors are recorded every `every` steps, matrices (and vectors with them) every
@@ -77,18 +79,23 @@ def record(
     `scaler`: the GradScaler of mixed-precision training; gradients are recorded unscaled.
     `mask`: which tokens count. The name of an argument of the model's forward, or a function of its
     (args, kwargs), that gives [B, T], zero where a token does not count; by default `attention_mask`.
+    `resume`: continue the run at `path`, or begin it where there is none. Give the step at which training goes on, the
+    number of optimizer steps that the checkpoint has seen; True takes it from the state of an Adam-like optimizer that
+    has been loaded. Rows from that step on that were recorded before are hidden by the new ones, and kept.
     `config` (JSON values) is stored beside the model's own configuration.
     `strict`: a failure inside the probe raises. Otherwise it is said once, and what it touched is missing.
 
-    Raises RunError: a run or other files at `path`, a model without recognisable layers or one that has already
+    Raises RunError: a run or other files at `path`, a run to resume that is of another model or still being recorded, a
+    model without recognisable layers or one that has already
     run compiled, a bad interval.
     """
     vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
     sites = find_sites(model, stack, layers, norms)
     created = time.time()
     optimizers = _optimizers(optimizer)
+    path, step = Path(path), first_step(resume, optimizers, Path(path))
     scale = LossScale(scaler)
-    mask_finder(mask, sites.root)  # refuses what is none
+    masks = Masks(mask, sites)
     prepare_compiler(sites.root)
     try:
         described = model_config(sites.root) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
@@ -97,8 +104,14 @@ def record(
             f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
         ) from error
     tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
-    manifest = Manifest(sites.layout, created, vectors, matrices, described, tags, versions(sites.root))
-    return Recorder(sites, RunWriter(Path(path), manifest), manifest, optimizers, scale, mask, Faults(strict))
+    manifest = Manifest(
+        sites.layout, created, vectors, matrices, described, tags, versions(sites.root), step=step
+    )
+    # A bool is an int: step 0 is one to resume at, False is not.
+    writer = RunWriter(path, manifest, resume is not False)
+    return Recorder(
+        sites, writer, manifest, optimizers, scale, masks, Faults(strict), seconds_before(path, step)
+    )
 
 
 class Recorder:
@@ -111,12 +124,13 @@ class Recorder:
         manifest: Manifest,
         optimizers: list[torch.optim.Optimizer],
         scale: LossScale,
-        mask: str | MaskOf | None,
+        masks: Masks,
         faults: Faults,
+        seconds: float,
     ):
         self._writer, self._manifest, self._optimizers = writer, manifest, optimizers
         self._scale, self._faults = scale, faults
-        self._clock = Clock(optimizers)
+        self._clock = Clock(optimizers, manifest.step)
         faults.step = lambda: self._step
         writer.missing = faults.missing
         self._asked = False
@@ -127,11 +141,12 @@ class Recorder:
         self._process = os.getpid()
         self._scalars = Scalars()
         self._stepped_at = time.perf_counter()
-        self._taps = Taps(sites, mask, faults)
+        self._began = self._stepped_at - seconds  # of a clock that nobody sets, as if there had been no pause
+        self._taps = Taps(sites, masks, faults)
         self._skipped: torch.Tensor | None = None  # attempts at this step that the scaler skipped
         self._sites = sites
         self._watch_parameters()
-        self._taps.mode = self._mode(0)
+        self._taps.mode = self._mode(manifest.step)
         self._hooks = [
             hook
             for optimizer in optimizers
@@ -195,7 +210,7 @@ class Recorder:
         if self._closed or os.getpid() != self._process:
             return
         self._closed = True
-        if not self._optimizers and self._step == 0 and self._taps.seen:
+        if not self._optimizers and self._step == self._manifest.step and self._taps.seen:
             log.warning(
                 "depthscope saw no optimizer step, so nothing but logged scalars was recorded: "
                 "pass optimizer= to probes.record, or call recorder.step() after each update."
@@ -249,7 +264,7 @@ class Recorder:
             self._backward_ended,
             self._taps.forget_gradients,
         )
-        self._taps.gradient_arrives = self._backwards.arrives
+        self._taps.gradients.arrives = self._backwards.arrives
 
     def _backward_ended(self, counts: bool) -> None:
         with self._faults.guard(*ACTIVATIONS, *DEPTH_METRICS):
@@ -283,7 +298,7 @@ class Recorder:
 
     def _keep_own(self, now: float) -> None:
         """Host-side scalars of a recorded step."""
-        scalars = {"step_time": now - self._stepped_at, "wall_time": time.time() - self._manifest.created}
+        scalars = {"step_time": now - self._stepped_at, "wall_time": now - self._began}
         # Taps inside a compiled graph are not timed.
         scalars["probe_time"] = self._taps.seconds or math.nan
         if self._optimizers:

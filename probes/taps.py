@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from probes import marks
 from probes.backwards import in_backward
 from probes.faults import Faults
+from probes.gradient_taps import GradientTaps
 from probes.hooks import Hook, tap_gradient_in_graph
 from probes.identity import keep_sample
-from probes.masks import MaskOf, fitting, mask_finder
+from probes.masks import Masks, fitting
 from probes.rows import reads_after_blocks, rows_by_arithmetic, unhooked_rows
 from probes.scaling import half_precision
 from probes.sites import Place, Sites
@@ -24,9 +25,6 @@ from probes.statistics import DEPTH_METRICS, add_moments, add_nonfinite, token_m
 from probes.tally import ACTIVATIONS, Tally
 
 OFF, VECTORS, MATRICES = 0, 1, 2
-
-# The gradient tapped last, its version, its mask and what was summed up of it.
-_NO_GRADIENT = (None, None, None, None)
 
 
 class Taps:
@@ -36,27 +34,21 @@ class Taps:
     what was counted in this step.
     """
 
-    def __init__(self, sites: Sites, mask: str | MaskOf | None = None, faults: Faults | None = None):
+    def __init__(self, sites: Sites, masks: Masks | None = None, faults: Faults | None = None):
         self._mode = OFF
         # Booleans, for the compiler would make a number that changes a symbol, and compile graphs for it.
         self._looking = self._matrices = False
         self.seen = False  # a training forward has begun since the last optimizer step
-        self.seconds = 0.0  # host time inside eager taps
+        self._seconds = 0.0  # host time inside eager taps of forwards
         self.half = False  # a training forward ran under float16 autocast
-        self.gradient_arrives: Callable[[], None] = lambda: (
-            None
-        )  # told of each tapped gradient, in eager passes
-        self.odd_mask = False  # a mask was there, but not one of [B, T]
         self._live = False  # inside a training forward that is looked at
         self._embedded = False  # this forward's embedding has been seen
         self._sites = sites
         self._faults = faults or Faults(strict=True)
-        self._mask_of = mask_finder(mask, sites.root)
-        self._mask_is_usual = mask is None
+        self.masks = masks or Masks(None, sites)
+        self.gradients = GradientTaps(self._faults)
         self._mask: Tensor | None = None
         self._parameter = next(sites.root.parameters())
-        self._owing = False  # a row's gradient is to be tapped in a recomputation
-        self._owed: set[tuple[str, int]] = set()
         self._recomputing = False
         self._tally_up()
         self._mean_squares: dict[int, tuple[Tensor, Tensor]] = {}
@@ -64,7 +56,6 @@ class Taps:
         self._unhooked = unhooked_rows(sites)
         # By row, where an output is a difference of states or a state a sum.
         self._states: dict[int, Tensor] = {}
-        self._newest_gradient = _NO_GRADIENT
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             self._attach()
@@ -81,6 +72,11 @@ class Taps:
         self._mode = mode
         self._looking = mode != OFF
         self._matrices = mode == MATRICES
+
+    @property
+    def seconds(self) -> float:
+        """Host time spent inside eager taps in this step."""
+        return self._seconds + self.gradients.seconds
 
     @property
     def nbytes(self) -> int:
@@ -110,15 +106,15 @@ class Taps:
             self._tally_up()
 
     def commit(self) -> None:
-        self._newest_gradient = _NO_GRADIENT
+        self.gradients.forget_newest()
         self._passes.commit()
 
     def drop(self) -> None:
-        self._newest_gradient = _NO_GRADIENT
+        self.gradients.forget_newest()
         self._passes.drop()
 
     def forget_gradients(self) -> None:
-        self._newest_gradient = _NO_GRADIENT
+        self.gradients.forget_newest()
         self._passes.forget_gradients()
 
     def restart(self) -> None:
@@ -131,10 +127,8 @@ class Taps:
         return [site.layer.name for row, site in enumerate(self._sites.layers, 1) if row in rows]
 
     def reset(self) -> None:
-        self.seconds = 0.0
-        self._owing = False
-        self._owed.clear()
-        self._newest_gradient = _NO_GRADIENT
+        self._seconds = 0.0
+        self.gradients.reset()
         self._tally.reset()
         if self._matrices:
             self._sample.reset()
@@ -158,12 +152,8 @@ class Taps:
         self._handles.append(sites.root.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
         if sites.reads:
             self._before(sites.reads[0], lambda args, kwargs: self._tap_embedding(args[0][0]))
-        if self._mask_is_usual:
-            for holder in sites.holders:
-                find = mask_finder(None, holder)
-                self._before(
-                    holder, lambda args, kwargs, find=find: self._mask_inside(find(args, kwargs, ...))
-                )
+        for holder, find in self.masks.inside:
+            self._before(holder, lambda args, kwargs, find=find: self._mask_inside(find(args, kwargs, ...)))
         for row, site in enumerate(sites.layers):
             if site.state is not None:
                 self._at(site.state, lambda x, row=row: self._state(x, row))
@@ -232,15 +222,9 @@ class Taps:
 
     def _find_mask(self, args: tuple, kwargs: dict) -> Tensor | None:
         """Which tokens count, [B, T], not zero; None: all."""
-        mask = self._mask_of(args, kwargs)
-        if mask is None:
-            return None
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            self.odd_mask = True
-            return None
-        if torch.compiler.is_compiling():
-            # The compiler may take this hook for a function of its own: no operation here, or it is one more
-            # graph.
+        mask = self.masks.of_model(args, kwargs)
+        # The compiler may take this hook for a function of its own: no operation here, or it is one more graph.
+        if mask is None or torch.compiler.is_compiling():
             return mask
         self._passes.now.mask = mask != 0
         return self._passes.now.mask
@@ -279,7 +263,7 @@ class Taps:
         first time lacked (reentrant activation checkpointing)."""
         if self._live or torch.compiler.is_compiling():
             return self._live
-        self._recomputing = self._owing and torch.is_grad_enabled() and in_backward()
+        self._recomputing = self.gradients.owing and torch.is_grad_enabled() and in_backward()
         return self._recomputing
 
     def _timed(self, action: Callable, *values) -> None:
@@ -289,7 +273,7 @@ class Taps:
         started = time.perf_counter()
         # What an action does not know by itself could be anything.
         self._eagerly(lambda: action(*values), *ACTIVATIONS)
-        self.seconds += time.perf_counter() - started
+        self._seconds += time.perf_counter() - started
         self._recomputing = False
 
     def _eagerly(self, action: Callable, *metrics: str) -> None:
@@ -343,9 +327,8 @@ class Taps:
             self._passes.now.calls[place, row] += 1
             mask = fitting(self._passes.now.mask, x)
             if mask is None and self._passes.now.mask is not None and place == "state":
-                self.odd_mask = (
-                    True  # it may be that of another stack, or leave out tokens that the model adds
-                )
+                # It may be that of another stack, or leave out tokens that the model adds.
+                self.masks.odd = True
             self._eagerly(
                 lambda: self._add_values(x, place, row, mask), *self._tally.metrics_of(place, "rms")
             )
@@ -359,52 +342,16 @@ class Taps:
             add_nonfinite(x, self._nonfinite, row, mask)
 
     def _gradient(self, x: Tensor, place: str, row: int) -> None:
-        if torch.compiler.is_compiling():
-            self._tap_gradient(x, place, row, fitting(self._mask, x))
-        else:
-            mask = fitting(self._passes.now.mask, x)
-            self._eagerly(
-                lambda: self._tap_gradient(x, place, row, mask), *self._tally.metrics_of(place, "grad_rms")
-            )
-
-    def _tap_gradient(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
         sums = self._backward[place].rows[row]
         if torch.compiler.is_compiling():
             if x.requires_grad:
-                tap_gradient_in_graph(x, sums, mask)
+                tap_gradient_in_graph(x, sums, fitting(self._mask, x))
             return
-        if not x.requires_grad:
-            if not torch.is_grad_enabled():
-                self._owing = True
-                self._owed.add((place, row))
-            return
-        if self._recomputing and (place, row) not in self._owed:
-            return
-        this = self._passes.now
-        this.watched = True
-
-        def tap(gradient: Tensor) -> None:
-            started = time.perf_counter()
-            self.gradient_arrives()
-            # A recomputation that follows is this pass's.
-            self._passes.now, this.reached = this, True
-            self._eagerly(
-                lambda: sums.add_(self._moments_of(gradient, mask)),
-                *self._tally.metrics_of(place, "grad_rms"),
-            )
-            self.seconds += time.perf_counter() - started
-
-        x.register_hook(tap)
-
-    def _moments_of(self, gradient: Tensor, mask: Tensor | None) -> Tensor:
-        """[squares, count] of a gradient. In a plain residual a layer's output and the state after it have one and the
-        same, which is read once."""
-        newest, version, its_mask, moments = self._newest_gradient
-        if gradient is not newest or gradient._version != version or mask is not its_mask:
-            moments = torch.zeros(2, device=gradient.device)
-            add_moments(gradient.detach(), moments[0], moments[1], mask)
-            self._newest_gradient = gradient, gradient._version, mask, moments
-        return moments
+        metrics = self._tally.metrics_of(place, "grad_rms")
+        with self._faults.guard(*metrics):
+            mask = fitting(self._passes.now.mask, x)
+            if not self._recomputing or self.gradients.owes(place, row):
+                self.gradients.tap(x, sums, mask, self._passes, (place, row), metrics)
 
     def _tap_embedding(self, x: Tensor) -> None:
         # Where a stack is run through several times, only the first time starts at the embedding.
@@ -415,7 +362,7 @@ class Taps:
         elif not self._embedded and not self._recomputing:
             self._embedded = True
             self._tap(x, "output", 0)
-        elif self._recomputing and ("output", 0) in self._owed:
+        elif self._recomputing and self.gradients.owes("output", 0):
             self._tap(x, "output", 0)
 
     def _read(self, row: int, sources: list[Tensor], weight: Tensor) -> None:

@@ -43,7 +43,7 @@ def test_somebody_elses_app_is_named(folder, monkeypatch):
     other = ModuleType("app")
     other.__file__ = "/home/me/app.py"
     monkeypatch.setitem(sys.modules, "app", other)
-    with pytest.raises(ImportError, match="/home/me/app.py is not depthscope's app"):
+    with pytest.raises(ImportError, match=r"/home/me/app\.py is not depthscope's app"):
         open_run(folder / "full").plot  # noqa: B018
 
 
