@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from probes import Run
-from probes.attempts import Attempt
 from probes.manifest import RANK_FOLDER
 from probes.shard import ShardError, read_shard, shard_steps
 
@@ -29,7 +28,7 @@ class Glance:
 
 
 class Unread(Run):
-    """A run whose shards stay unread: its manifest, its attempts, its status and nothing else."""
+    """A run whose shards stay unread: its manifests, its status and nothing else."""
 
     def refresh(self) -> bool:
         """Looks for attempts only."""
@@ -46,57 +45,50 @@ def glance(path: Path, stamp: int) -> Glance:
     """How the run at `path` is now; `stamp` tells apart runs that were recorded there. Raises RunError."""
     run = unread(path, stamp)
     run.refresh()
-    shards = [shard for attempt in run.attempts for shard in _shards(attempt)]
-    return Glance(
-        run.status,
-        run.status_reason,
-        run.last_seen.timestamp(),
-        max((shard.last for shard in shards), default=-1),
-        _loss(tuple(shards)),
-        sum(shard.size for shard in shards),
-    )
+    last, loss, size = -1, None, 0
+    for attempt in run.attempts:
+        shards = _shards(attempt.folder / RANK_FOLDER)
+        size += sum(each for _, each, _ in shards)
+        if shards:
+            end = shard_steps(shards[-1][0])[1]
+            last = max(last, end if attempt.hidden_from is None else min(end, attempt.hidden_from - 1))
+            found = _loss(attempt.folder / RANK_FOLDER, tuple(shards), attempt.hidden_from)
+            loss = loss if found is None else found
+    return Glance(run.status, run.status_reason, run.last_seen.timestamp(), last, loss, size)
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """A shard, its last step that is shown, its bytes and the time of its last change."""
-
-    path: Path
-    last: int
-    size: int
-    changed: int
-
-
-def _shards(attempt: Attempt) -> list[_Shard]:
-    """Those that show something, in order of their steps."""
+def _shards(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each shard, in order of their steps."""
     found = []
     try:
-        with os.scandir(attempt.folder / RANK_FOLDER) as entries:
+        with os.scandir(folder) as entries:
             for entry in entries:
-                first, last = shard_steps(entry.name) or (0, -1)
-                if attempt.hidden_from is not None:
-                    last = min(last, attempt.hidden_from - 1)
-                if first <= last:
-                    told = entry.stat()
-                    found.append(_Shard(Path(entry.path), last, told.st_size, told.st_mtime_ns))
+                if shard_steps(entry.name) is not None:
+                    told = entry.stat(follow_symlinks=False)
+                    found.append((entry.name, told.st_size, told.st_mtime_ns))
     except OSError:  # not begun, or deleted while we looked
         pass
-    return sorted(found, key=lambda shard: shard.path.name)
+    return sorted(found, key=lambda shard: shard_steps(shard[0])[::-1])
 
 
 _NEWEST = 8  # shards looked through for a loss: it may be logged more rarely than shards are sealed
 
 
 @functools.lru_cache(4096)
-def _loss(shards: tuple[_Shard, ...]) -> float | None:
-    """The last logged loss in the newest shards that can be read. Read again only when a shard was added or changed."""
-    for shard in reversed(shards[-_NEWEST:]):
+def _loss(folder: Path, shards: tuple[tuple[str, int, int], ...], below: int | None) -> float | None:
+    """The last loss logged, at a step below `below`, in the newest shards that can be read.
+
+    Read again only when a shard was added or changed.
+    """
+    for name, _, _ in reversed(shards[-_NEWEST:]):
         try:
-            tensors = read_shard(shard.path).tensors
+            tensors = read_shard(folder / name).tensors
         except (ShardError, OSError):
             continue
-        steps = tensors.get(f"{LOSS}.step")
-        values = tensors[LOSS][steps <= shard.last] if LOSS in tensors and steps is not None else ()
+        values, steps = tensors.get(LOSS), tensors.get(f"{LOSS}.step")
+        if values is None or steps is None or values.shape != steps.shape:
+            continue
+        values = values if below is None else values[steps < below]
         if len(values):
             return float(values[-1])
     return None

@@ -1,5 +1,6 @@
 """Open a run and read it: metrics as numpy arrays, while it grows or long after. Needs no torch."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -111,6 +112,23 @@ class Run:
     def problems(self) -> list[str]:
         """A sentence for each gap, and for each attempt that cannot be read."""
         return [*self._left_out.values(), *map(str, self.gaps)]
+
+    # How it looks
+
+    @property
+    def plot(self):
+        """Its charts, for a notebook: `run.plot.dilution()` is an `alt.Chart`; `app.notebook.Plot` has them all.
+
+        Several runs in one chart: `app.plot([run, other]).dilution()`. Raises ImportError without the dashboard.
+        """
+        # By its name, when it is asked for: reading knows nothing of charts, and needs none of their libraries.
+        app = importlib.import_module("app")
+        if not getattr(app, "__depthscope__", False):
+            raise ImportError(
+                f"{getattr(app, '__file__', None) or 'The module app'} is not depthscope's app: rename it, or leave "
+                "its folder, to draw."
+            )
+        return app.plot(self)
 
     # What it recorded
 
