@@ -76,6 +76,12 @@ class Sites:
     holders: tuple[nn.Module, ...] = ()  # modules between the root and the stack, outermost first
     outputs: tuple[nn.Module, ...] = ()  # modules called with the plain output of layer `depth_output`
     norm: nn.Module | None = None  # the norm after the stack, where one was found: it runs once in a forward
+    inner: nn.Module | None = None  # the child that a training step calls instead of the root
+
+    @property
+    def called(self) -> nn.Module:
+        """The module whose forward is a forward of the model."""
+        return self.root if self.inner is None else self.inner
 
     @property
     def is_plain(self) -> bool:
