@@ -1,6 +1,7 @@
-"""Gaps: steps that the schedule names and nobody recorded, since recording paused, or was killed and resumed.
+"""Gaps: steps that the schedule names and nobody recorded, since recording paused, or a shard is broken.
 
-Lines are not drawn across them and a heatmap leaves them empty.
+Lines are not drawn across them and a heatmap leaves them empty. `run.gaps` knows the cause of those that the recorder
+saw; steps that were due and are in no shard are seen here.
 """
 
 from dataclasses import dataclass
@@ -56,8 +57,10 @@ def segments(run: Run, steps: np.ndarray) -> np.ndarray:
 
 
 def sentence(run: Run, most: int = 3) -> str:
-    """ "Nothing was recorded between steps 120 and 200." Empty where there is no gap."""
-    found = gaps(run)
+    """ "Nothing was recorded between steps 120 and 200." Empty where there is no gap but those that `run.gaps` explains."""
+    found = [
+        gap for gap in gaps(run) if not any(known.first <= gap.missing <= known.last for known in run.gaps)
+    ]
     if not found:
         return ""
     told = [f"{words.step(gap.after)} and {words.step(gap.until)}" for gap in found[:most]]

@@ -28,11 +28,11 @@ class Glance:
 
 
 class Unread(Run):
-    """A run whose shards stay unread: its manifest, its status and nothing else."""
+    """A run whose shards stay unread: its manifests, its status and nothing else."""
 
     def refresh(self) -> bool:
-        """Reads nothing."""
-        return False
+        """Looks for attempts only."""
+        return self._look_for_attempts()
 
 
 @functools.lru_cache(4096)
@@ -44,42 +44,51 @@ def unread(path: Path, stamp: int) -> Unread:
 def glance(path: Path, stamp: int) -> Glance:
     """How the run at `path` is now; `stamp` tells apart runs that were recorded there. Raises RunError."""
     run = unread(path, stamp)
-    shards = _shards(path)
-    return Glance(
-        run.status,
-        run.status_reason,
-        run.last_seen.timestamp(),
-        max((shard_steps(name)[1] for name, _, _ in shards), default=-1),
-        _loss(path, tuple(shards)),
-        sum(size for _, size, _ in shards),
-    )
+    run.refresh()
+    last, loss, size = -1, None, 0
+    for attempt in run.attempts:
+        shards = _shards(attempt.folder / RANK_FOLDER)
+        size += sum(each for _, each, _ in shards)
+        if shards:
+            end = shard_steps(shards[-1][0])[1]
+            last = max(last, end if attempt.hidden_from is None else min(end, attempt.hidden_from - 1))
+            found = _loss(attempt.folder / RANK_FOLDER, tuple(shards), attempt.hidden_from)
+            loss = loss if found is None else found
+    return Glance(run.status, run.status_reason, run.last_seen.timestamp(), last, loss, size)
 
 
-def _shards(path: Path) -> list[tuple[str, int, int]]:
+def _shards(folder: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of change of each shard, in order of their steps."""
     found = []
     try:
-        with os.scandir(path / RANK_FOLDER) as entries:
+        with os.scandir(folder) as entries:
             for entry in entries:
                 if shard_steps(entry.name) is not None:
-                    told = entry.stat()
+                    told = entry.stat(follow_symlinks=False)
                     found.append((entry.name, told.st_size, told.st_mtime_ns))
     except OSError:  # not begun, or deleted while we looked
         pass
-    return sorted(found)
+    return sorted(found, key=lambda shard: shard_steps(shard[0])[::-1])
 
 
 _NEWEST = 8  # shards looked through for a loss: it may be logged more rarely than shards are sealed
 
 
 @functools.lru_cache(4096)
-def _loss(path: Path, shards: tuple[tuple[str, int, int], ...]) -> float | None:
-    """The last logged loss in the newest shards that can be read. Read again only when a shard was added or changed."""
+def _loss(folder: Path, shards: tuple[tuple[str, int, int], ...], below: int | None) -> float | None:
+    """The last loss logged, at a step below `below`, in the newest shards that can be read.
+
+    Read again only when a shard was added or changed.
+    """
     for name, _, _ in reversed(shards[-_NEWEST:]):
         try:
-            values = read_shard(path / RANK_FOLDER / name).get(LOSS)
+            tensors = read_shard(folder / name).tensors
         except (ShardError, OSError):
             continue
-        if values is not None and len(values):
+        values, steps = tensors.get(LOSS), tensors.get(f"{LOSS}.step")
+        if values is None or steps is None or values.shape != steps.shape:
+            continue
+        values = values if below is None else values[steps < below]
+        if len(values):
             return float(values[-1])
     return None

@@ -40,7 +40,6 @@ page = st.navigation(pages, position="hidden")
 with st.sidebar:
     menu.place(pages)
 room.sidebar()
-menu.follow()
 with st.sidebar:  # before the page: the browser reads the library while the page is made
     browser.load()
 page.run()

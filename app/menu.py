@@ -6,20 +6,17 @@ import streamlit as st
 
 from app import view
 
-_SLOTS, _CARRIED = "menu", "menu carries"
+_PLACE, _PAGES = "menu", "menu's pages"
 
 
 def place(pages: Sequence) -> None:
-    """Where the links stand, one for each `st.Page`; `follow` draws them."""
-    st.session_state[_SLOTS] = [(page, st.empty()) for page in pages]
-    st.session_state[_CARRIED] = None
+    """Where the links to each `st.Page` stand; `show` draws them."""
+    st.session_state[_PLACE], st.session_state[_PAGES] = st.container(), pages
 
 
-def follow() -> None:
-    """Let the links carry the view as it is now; call whenever it may have changed, in a fragment too."""
+def show() -> None:
+    """Draw the links with the view as it is now. Call in the page's fragment, in every run of it: the view changes there."""
     params = view.current().params()
-    if st.session_state[_CARRIED] == params:
-        return
-    st.session_state[_CARRIED] = params
-    for page, slot in st.session_state[_SLOTS]:
-        slot.page_link(page, query_params=params, width="stretch")
+    with st.session_state[_PLACE]:
+        for page in st.session_state[_PAGES]:
+            st.page_link(page, query_params=params, width="stretch")

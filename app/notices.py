@@ -18,8 +18,8 @@ def warnings(run: Run) -> list[str]:
 
 
 def remarks(run: Run) -> list[str]:
-    """What one should know beside the numbers: steps that the loss scaler skipped, gaps in the recording."""
-    return [told for told in (_skipped(run), gaps.sentence(run)) if told]
+    """What one should know beside the numbers: skipped steps, gaps in the recording, what could not be measured."""
+    return [told for told in (_resumed(run), _skipped(run), gaps.sentence(run), *_unmeasured(run)) if told]
 
 
 def _states(run: Run) -> str:
@@ -78,6 +78,23 @@ def _skipped(run: Run) -> str:
     total = int(np.nansum(counts))
     many = f"{total:,} attempts, the last" if total > 1 else "one attempt,"
     return f"The loss scaler skipped {many} at step {last}, because gradients were not finite."
+
+
+def _resumed(run: Run) -> str:
+    begun = [words.step(attempt.step) for attempt in run.attempts[1:]]
+    return f"Continued from step {words.joined(begun)}." if begun else ""
+
+
+def _unmeasured(run: Run) -> list[str]:
+    """Metrics that the recorder gave up, by their cause."""
+    causes: dict[str, list[str]] = {}
+    for attempt in run.attempts:
+        missing = attempt.told.get("missing")
+        for name, told in missing.items() if isinstance(missing, dict) else ():
+            if isinstance(told, dict):
+                what = words.small(metric(str(name)).title)
+                causes.setdefault(f"from step {told.get('step')} on: {told.get('cause')}", []).append(what)
+    return [f"Could not be measured {cause}: {words.joined(names)}." for cause, names in causes.items()]
 
 
 def _state(run: Run, row: int) -> str:

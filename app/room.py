@@ -58,6 +58,7 @@ def enter(question: str, answer: str, draw: Callable[[list[Shown]], None], watch
 
     @st.fragment(run_every=seconds)
     def body() -> None:
+        menu.show()
         if st.session_state.pop(_AGAIN, False):
             st.rerun()
         if seconds and [e.name for e in opener.find(opener.folders())] != [e.name for e in entries]:
@@ -77,7 +78,6 @@ def enter(question: str, answer: str, draw: Callable[[list[Shown]], None], watch
         with schemapi.debug_mode(False):
             draw(shown)
         _problems(entries)
-        menu.follow()
 
     body()
 

@@ -2,25 +2,39 @@
 
 import copy
 import threading
+from datetime import datetime
 from pathlib import Path
 
 from probes import Run
+from probes.attempts import Attempt
 
 
 class Snapshot(Run):
     """A run as it was: it never looks at the disk again. Several threads may read it at once."""
 
-    def __init__(self, run: Run, state: tuple[str, str]):
-        # Nothing is opened: it shares what `run` has read. A series is put together at the first who asks for it.
-        self.__dict__.update(run.__dict__)
-        self._then = state
+    def __init__(self, run: Run, status: str, reason: str, seen: datetime):
+        # Nothing is opened. A series is put together by the first who asks for it, for all snapshots until the run
+        # grows: then `run` begins another table of them.
+        self.__dict__.update(vars(run))
+        self.attempts = [_as_it_is(attempt) for attempt in run.attempts]
+        self._left_out = dict(run._left_out)
+        self._state = status, reason, seen
+
+    @property
+    def status(self) -> str:
+        return self._state[0]
+
+    @property
+    def status_reason(self) -> str:
+        return self._state[1]
+
+    @property
+    def last_seen(self) -> datetime:
+        return self._state[2]
 
     def refresh(self) -> bool:
         """Nothing is ever new here."""
         return False
-
-    def _state(self) -> tuple[str, str]:
-        return self._then
 
 
 class Followed:
@@ -29,23 +43,19 @@ class Followed:
     def __init__(self, path: Path):
         self._turn = threading.Lock()
         self._run = Run(path)
-        self._kept = _kept(self._run)
 
     def look(self) -> Snapshot:
-        """What is there now; between two looks without a new shard nothing is read or copied."""
+        """What is there now; between two looks without a new shard nothing is read."""
         with self._turn:
             # Before the shards: a run that has ended by now has sealed them all.
-            state = self._run.status, self._run.status_reason
-            if self._run.refresh():
-                self._kept = _kept(self._run)
-            return Snapshot(self._kept, state)
+            state = self._run.status, self._run.status_reason, self._run.last_seen
+            self._run.refresh()
+            return Snapshot(self._run, *state)
 
 
-def _kept(run: Run) -> Run:
-    """The run as it is, untouched by what it reads later: its own lists and tables, the arrays in common."""
-    kept = copy.copy(run)
-    for name, value in vars(run).items():
-        if isinstance(value, dict):
-            value = {key: copy.copy(part) if isinstance(part, list) else part for key, part in value.items()}
-        setattr(kept, name, copy.copy(value) if isinstance(value, list | set) else value)
+def _as_it_is(attempt: Attempt) -> Attempt:
+    """The attempt, untouched by what is read later; the arrays in common."""
+    kept = copy.copy(attempt)
+    kept.parts = {name: list(parts) for name, parts in attempt.parts.items()}
+    kept.sealed, kept.broken = dict(attempt.sealed), dict(attempt.broken)
     return kept

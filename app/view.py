@@ -23,7 +23,7 @@ class View:
     step: int | None = None
     scalar: str = "loss"
     along: str = "step"
-    smooth: str = "1"
+    smooth: str = "auto"
     curve_scale: str = "linear"
     search: str = ""
     settings: str = "differing"

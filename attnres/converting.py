@@ -3,18 +3,15 @@
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from attnres.carrying import attach, depth_outputs
+from attnres.carrying import Enter, attach, depth_outputs
 from attnres.checks import check_count, check_is, check_not_negative
 from attnres.joining import check_sequential
 from attnres.residual import Block, Full
 from attnres.verifying import verify
 from attnres.watching import ConversionError, WatchedBlock, watch
-
-NAME = "attnres"
-EPS = "eps_bits"
+from attnres.weights import EPS, NAME, check_eps, saved_reads, take
 
 
 def convert(
@@ -41,6 +38,11 @@ def convert(
     check_is("model", model, nn.Module)
     if hasattr(model, NAME):
         raise ValueError(f"The model has {NAME!r} already: revert it before you convert it again.")
+    if any(isinstance(hook, Enter) for part in model.modules() for hook in part._forward_pre_hooks.values()):
+        raise ValueError(
+            f"The model was converted already, by {_converted_part(model) or 'a module that holds it'}: revert that before you "
+            "convert it again."
+        )
     if residual not in ("full", "block"):
         raise ValueError(f'residual must be "full" or "block", not {residual!r}.')
     if residual == "full" and layers_per_block is not None:
@@ -49,7 +51,7 @@ def convert(
         check_count("layers_per_block", layers_per_block)
     if weights is not None and not isinstance(weights, str | Path):
         raise ValueError(f"weights must be a folder that save_pretrained made, not {weights!r}.")
-    saved = _saved(Path(weights)) if weights is not None else {}
+    saved = saved_reads(Path(weights)) if weights is not None else {}
     if eps is None:
         eps = saved[EPS].view(torch.float64).item() if EPS in saved else 1e-6
     check_not_negative("eps", eps)
@@ -80,7 +82,8 @@ def convert(
         EPS, torch.tensor(eps, dtype=torch.float64, device=_device(model)).view(torch.int64)
     )
     if weights is not None:
-        _load(reads, saved, weights)
+        take(reads, saved, weights)
+    reads.register_load_state_dict_pre_hook(check_eps)
     model.add_module(NAME, reads)
     reads.outputs = depth_outputs(layers)
     reads.handles = attach(model, blocks, size, reads.reads, reads.outputs)
@@ -94,11 +97,22 @@ def revert(model: nn.Module) -> nn.Module:
     """
     reads = getattr(model, NAME, None)
     if not hasattr(reads, "handles"):
-        raise ValueError("The model was not converted: pass the module that attnres.convert was given.")
+        part = _converted_part(model) if isinstance(model, nn.Module) else None
+        raise ValueError(
+            f"The model was not converted{f', but its part {part} was' if part else ''}: pass the module that attnres.convert "
+            "was given."
+        )
     for handle in reads.handles:
         handle.remove()
     delattr(model, NAME)
     return model
+
+
+def _converted_part(model: nn.Module) -> str | None:
+    """The name of the submodule that was converted."""
+    return next(
+        (name for name, part in model.named_modules() if hasattr(getattr(part, NAME, None), "handles")), None
+    )
 
 
 def _inputs(model: nn.Module, example: dict | tuple | Tensor | None) -> tuple[tuple, dict]:
@@ -133,33 +147,3 @@ def _residual(
         Full(width, layers, eps) if layers_per_block is None else Block(width, layers, layers_per_block, eps)
     )
     return made.to(like.device, like.dtype)
-
-
-def _load(reads: Full | Block, saved: dict[str, Tensor], folder: str | Path) -> None:
-    """Take the parameters saved in a folder; ValueError where they are not those of such reads, or of this eps."""
-    expected = reads.state_dict()
-    saved = {EPS: expected[EPS]} | saved  # the first versions did not save it
-    if saved[EPS].item() != expected[EPS].item():
-        eps = saved[EPS].view(torch.float64).item()
-        raise ValueError(f"weights: {str(folder)!r} was saved with eps={eps:g}: give the same eps, or none.")
-    shapes, wanted = ({name: tuple(x.shape) for name, x in each.items()} for each in (saved, expected))
-    if shapes != wanted:
-        raise ValueError(
-            f"weights: {str(folder)!r} holds the reads of a model of another depth, width or residual: convert the model "
-            "that was saved."
-        )
-    reads.load_state_dict(saved)
-
-
-def _saved(folder: Path) -> dict[str, Tensor]:
-    """The reads' parameters in a folder of safetensors files; ValueError where there are none."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(f"{NAME}.")]  # noqa: SIM118
-            found |= {name.removeprefix(f"{NAME}."): file.get_tensor(name) for name in names}
-    if not found:
-        raise ValueError(
-            f"weights: no safetensors file in {str(folder)!r} holds parameters of a converted model."
-        )
-    return found

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from probes import manifest as files
-from probes.careful import is_folder
+from probes.careful import is_folder, printable
 from probes.layout import Layout
 from probes.life import Life
 from probes.manifest import Manifest
-from probes.shard import SUFFIX, Shard, ShardError, read_shard, shard_steps
+from probes.shard import SUFFIX, Shard, ShardError, UnreadableShard, read_shard, shard_steps
 from probes.vocabulary import METRICS, MOST_STEP, TRIANGLES, metric
 
 QUARANTINE = "quarantine"
@@ -46,6 +46,7 @@ class Attempt:
         self.parts: dict[str, list[Part]] = {}
         self.sealed: dict[str, tuple[int | None, int, int]] = {}  # sound shards: number, first and last step
         self.broken: dict[str, tuple[int, int, str]] = {}  # first and last step, and what is wrong
+        self.unreadable: set[str] = set()  # those of them that may be sound
         self.quarantined: dict[str, tuple[int, int]] = {}
         self.told: dict = {}  # what it said last
         self.ended: tuple[str, str] = ("running", "")  # and how it was, when the shards were listed
@@ -98,36 +99,62 @@ class Attempt:
             if shown:
                 yield steps[:shown], values[:shown]
 
-    def refresh(self, layout: Layout, room: int) -> bool:
-        """Read the shards sealed since the last look, as far as there is `room` [bytes] in memory for their rows."""
+    def refresh(self, layout: Layout, room: int | None) -> bool:
+        """Read the shards sealed since the last look, as far as there is `room` [bytes] in memory for their rows.
+
+        With `room` None they are checked, and nothing is kept.
+        """
         # What it says first, and then what is there: in the other order a shard sealed between would be missed.
         self.ended, self.told = self._life.state(), self._life.told()
         folder, new = self.folder / files.RANK_FOLDER, False
         for name in shard_names(folder):
-            if name in self.sealed or name in self.broken:
+            if name in self.sealed or (name in self.broken and name not in self.unreadable):
                 continue
-            first, last = shard_steps(name)
             try:
                 shard = read_shard(folder / name)
-                rows = rows_of(name, shard, layout)
+                rows = self._rows(name, shard, layout)
                 held = sum(steps.nbytes + _unpacked(each, v, layout) for each, (steps, v) in rows.items())
-                if held > room:
-                    raise ShardError("is left out, for the run would not fit into this machine's memory")
+                if room is not None and held > room:
+                    raise UnreadableShard("is left out, for the run would not fit into this machine's memory")
             except FileNotFoundError:
                 continue
             except ShardError as error:
-                self.broken[name] = first, last, str(error)
-            else:
-                number = shard.metadata.get("shard", "")
-                self.sealed[name] = int(number) if re.fullmatch("[0-9]{1,9}", number) else None, first, last
-                self.size += shard.size
+                new |= name not in self.broken
+                self.broken[name] = *shard_steps(name), str(error)
+                if isinstance(error, UnreadableShard):
+                    self.unreadable.add(name)  # it may be read the next time
+                continue
+            self.broken.pop(name, None)
+            number = shard.metadata.get("shard", "")
+            self.sealed[name] = (
+                int(number) if re.fullmatch("[0-9]{1,9}", number) else None,
+                *shard_steps(name),
+            )
+            self.size += shard.size
+            if room is not None:
+                room -= held
                 self.held += held
-                for metric_name, part in rows.items():
-                    self.parts.setdefault(metric_name, []).append(part)
+                for each, part in rows.items():
+                    self.parts.setdefault(each, []).append(part)
             new = True
         kept = quarantine_folder(self._run, self.number)
         self.quarantined = {name: shard_steps(name) for name in shard_names(kept)}
         return new
+
+    def _rows(self, name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
+        place = {"rank": 0, "attempt": self.number}
+        for what, number in place.items():
+            if shard.metadata.get(what, str(number)) != str(number):
+                raise ShardError(f"is of {what} {printable(shard.metadata[what], 20)}, and was put here")
+        return rows_of(name, shard, layout)
+
+
+def hide(attempts: list[Attempt]) -> None:
+    """Let the rows of each attempt, given in order, end where a later one began."""
+    limit = None
+    for attempt in reversed(attempts):
+        attempt.hidden_from = limit
+        limit = attempt.step if limit is None else min(limit, attempt.step)
 
 
 def attempt_folder(run: Path, number: int) -> Path:
@@ -167,6 +194,8 @@ def rows_of(name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
     for each, values in shard.tensors.items():
         if each.endswith(_STEP):
             continue
+        if len(each) > _LONGEST or not each.isprintable():
+            raise ShardError("holds a metric with a name that nobody can read")
         if each not in METRICS and values.ndim != 1:
             continue  # of a later depthscope
         steps = shard.tensors.get(each + _STEP)
@@ -174,8 +203,6 @@ def rows_of(name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
             raise ShardError(f"has no steps for {each!r}")
         if values.dtype.kind != "f" or values.shape[1:] != row_shape(each, layout):
             raise ShardError(f"holds {each} in shape {list(values.shape)}, which does not fit run.json")
-        if len(each) > _LONGEST or not each.isprintable():
-            raise ShardError("holds a metric with a name that nobody can read")
         if (steps[1:] < steps[:-1]).any():
             order = np.argsort(steps, kind="stable")
             steps, values = steps[order], values[order]

@@ -1,4 +1,4 @@
-"""Read a file that a stranger may have made: a regular file of bounded size, or a refusal. Never waits, follows no link."""
+"""Read what a stranger may have made: regular files of bounded size, or a refusal. Never waits, follows no link."""
 
 import errno
 import os
@@ -35,3 +35,11 @@ def is_folder(path: Path) -> bool:
         return stat.S_ISDIR(os.lstat(path).st_mode)
     except (OSError, ValueError):
         return False
+
+
+def printable(text: object, most: int = 300) -> str:
+    """Somebody's text on one line, at most `most` characters, without what a terminal would obey."""
+    return "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}"
+        for character in str(text)[:most]
+    )

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from probes.attempts import Attempt
+from probes.careful import printable
 from probes.vocabulary import MOST_STEP
 
 
@@ -24,7 +25,7 @@ def gaps_of(attempts: Sequence[Attempt]) -> list[Gap]:
     found = []
     for attempt in attempts:
         limit = MOST_STEP + 1 if attempt.hidden_from is None else attempt.hidden_from
-        known = [*_broken(attempt), *_let_go(attempt), *_vanished(attempt)]
+        known = [*_broken(attempt), *_let_go(attempt), *vanished(attempt)]
         sealed = [last for _, _, last in attempt.sealed.values()]
         last = max([attempt.step - 1, *sealed, *(gap.last for gap in known)])
         for gap in (*known, *_after(attempt, last)):
@@ -47,10 +48,10 @@ def _let_go(attempt: Attempt) -> Iterator[Gap]:
     for entry in told if isinstance(told, list) else ():
         match entry:
             case {"first": int(first), "last": int(last), "cause": str(cause)} if first <= last <= MOST_STEP:
-                yield Gap(first, last, cause[:500])
+                yield Gap(first, last, printable(cause))
 
 
-def _vanished(attempt: Attempt) -> Iterator[Gap]:
+def vanished(attempt: Attempt) -> Iterator[Gap]:
     """Shards that were sealed and are not there: they are numbered from 0 on."""
     sound = list(attempt.sealed.values())
     if any(number is None for number, _, _ in sound):

@@ -11,13 +11,12 @@ from functools import cache
 from pathlib import Path
 
 from probes import manifest as files
-from probes.careful import read_bytes
+from probes.careful import printable, read_bytes
 from probes.jsonfile import MOST_BYTES, read_json, write_json
 
 log = logging.getLogger("depthscope")
 
 WATCH_SECONDS = 10.0  # several beats, and a network's file cache
-_LONGEST = 1000  # characters of a reason
 
 
 class Life:
@@ -37,7 +36,7 @@ class Life:
         end = read_json(self._folder / files.END)
         if end is not None:
             status = "finished" if end.get("status") == "finished" else "stopped"
-            return status, str(end.get("reason") or "")[:_LONGEST]
+            return status, printable(end.get("reason") or "")
         seen = self.seen
         if self._moves() or abs(time.time() - seen.timestamp()) <= files.SILENT_SECONDS:
             return "running", ""

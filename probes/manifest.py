@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from probes.careful import read_bytes
+from probes.careful import printable, read_bytes
 from probes.jsonfile import MOST_BYTES, parse_json
 from probes.layout import Layout
 from probes.schedule import Schedule, schedule
@@ -83,12 +83,12 @@ class Manifest:
             ) from None
         except (OSError, ValueError) as error:
             raise RunError(
-                f"The run at {folder} cannot be opened: its {name} is unreadable ({error})."
+                f"The run at {folder} cannot be opened: its {name} is unreadable ({printable(error)})."
             ) from error
         try:
-            if data["format"] > FORMAT_VERSION:
+            if int(data["format"]) > FORMAT_VERSION:
                 raise RunError(
-                    f"The run at {folder} has format {data['format']}, newer than this depthscope reads "
+                    f"The run at {folder} has format {int(data['format'])}, newer than this depthscope reads "
                     f"({FORMAT_VERSION}): upgrade depthscope to open it."
                 )
             datetime.fromtimestamp(data["created"], UTC)

@@ -39,6 +39,7 @@ from probes.statistics import DEPTH_METRICS
 from probes.tally import ACTIVATIONS
 from probes.taps import MATRICES, OFF, VECTORS, Taps
 from probes.vocabulary import GRADIENTS, METRICS
+from probes.wrapped import unwrap_optimizer
 from probes.writer import RunWriter
 
 log = logging.getLogger("depthscope")
@@ -95,13 +96,13 @@ def record(
     vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
     sites = find_sites(model, stack, layers, norms)
     created = time.time()
-    optimizers = _optimizers(optimizer)
+    optimizers, found = _optimizers(optimizer)
     path, step = Path(path), first_step(resume, optimizers, Path(path))
-    scale = LossScale(scaler)
+    scale = LossScale(found if scaler is None else scaler)
     masks = Masks(mask, sites)
     prepare_compiler(sites.root)
     try:
-        described = model_config(sites.root) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
+        described = model_config(sites.called) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise RunError(
             f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
@@ -155,7 +156,7 @@ class Recorder:
             hook
             for optimizer in optimizers
             for hook in (
-                optimizer.register_step_pre_hook(lambda it, *_: self._before_update(it)),
+                optimizer.register_step_pre_hook(self._before_update),
                 optimizer.register_step_post_hook(lambda it, *_: self._after_update(it)),
             )
         ]
@@ -244,11 +245,13 @@ class Recorder:
     def _step(self) -> int:
         return self._clock.step
 
-    def _before_update(self, optimizer: torch.optim.Optimizer) -> None:
+    def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if self._clock.again(optimizer):
             self.step()  # the other optimizers stay out of that one
         if self._taps.mode == OFF or not self._taps.seen:
             return
+        if kwargs.get("closure") is not None or args[1:2] not in ((), (None,)):
+            return  # its backward pass is still to come, perhaps the last of several
         with self._faults.guard("clip_factor"):
             now = self._scale.at_step(optimizer)
             if self._backwards.counts:
@@ -395,15 +398,20 @@ class Recorder:
         self._handed += taken and bool(sampled)
 
 
-def _optimizers(given: Optimizers | None) -> list[torch.optim.Optimizer]:
+def _optimizers(
+    given: Optimizers | None,
+) -> tuple[list[torch.optim.Optimizer], torch.amp.GradScaler | None]:
+    """Those that hooks are hung on, and the scaler that came with one of them."""
     optimizers = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    pairs = [unwrap_optimizer(each) for each in optimizers]
+    optimizers = [optimizer for optimizer, _ in pairs]
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise RunError(
                 f"A {type(optimizer).__name__} is not a torch.optim.Optimizer: leave `optimizer` out and call "
                 "recorder.step() after each update."
             )
-    return optimizers
+    return optimizers, next((scaler for _, scaler in pairs if scaler is not None), None)
 
 
 def schedule_of(name: str, given: Steps) -> Schedule:

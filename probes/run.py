@@ -1,5 +1,6 @@
 """Open a run and read it: metrics as numpy arrays, while it grows or long after. Needs no torch."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from probes import manifest as files
-from probes.attempts import Attempt, attempt_folder, claimed
+from probes.attempts import Attempt, attempt_folder, claimed, hide
 from probes.gaps import Gap, gaps_of
 from probes.layout import Layout, difference
 from probes.manifest import Manifest, RunError
@@ -112,6 +113,23 @@ class Run:
         """A sentence for each gap, and for each attempt that cannot be read."""
         return [*self._left_out.values(), *map(str, self.gaps)]
 
+    # How it looks
+
+    @property
+    def plot(self):
+        """Its charts, for a notebook: `run.plot.dilution()` is an `alt.Chart`; `app.notebook.Plot` has them all.
+
+        Several runs in one chart: `app.plot([run, other]).dilution()`. Raises ImportError without the dashboard.
+        """
+        # By its name, when it is asked for: reading knows nothing of charts, and needs none of their libraries.
+        app = importlib.import_module("app")
+        if not getattr(app, "__depthscope__", False):
+            raise ImportError(
+                f"{getattr(app, '__file__', None) or 'The module app'} is not depthscope's app: rename it, or leave "
+                "its folder, to draw."
+            )
+        return app.plot(self)
+
     # What it recorded
 
     @property
@@ -177,9 +195,7 @@ class Run:
                 continue
             begun.append(Attempt(self.path, number, manifest))
         self.attempts = sorted([*self.attempts, *begun], key=lambda attempt: attempt.number)
-        for attempt, later in zip(self.attempts[-2::-1], self.attempts[:0:-1], strict=True):
-            limits = (later.step, later.hidden_from)
-            attempt.hidden_from = min(limit for limit in limits if limit is not None)
+        hide(self.attempts)
         return bool(begun)
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-from probes.careful import read_bytes
+from probes.careful import printable, read_bytes
 
 SUFFIX = ".safetensors"
 MOST_BYTES = 1 << 30  # a writer seals far less at once
+_MOST_HEADER = 16 << 20
 
 _NAME = re.compile(r"([0-9]{12,16})-([0-9]{12,16})\.safetensors")
 _TYPES = {
@@ -30,6 +31,10 @@ _TYPES = {
 
 class ShardError(Exception):
     """A shard that cannot be trusted; the message says why in one clause."""
+
+
+class UnreadableShard(ShardError):
+    """A shard that may well be sound, but cannot be read now."""
 
 
 def shard_name(first: int, last: int) -> str:
@@ -85,11 +90,16 @@ def read_shard(path: Path) -> Shard:
     except ValueError as error:
         raise ShardError(str(error)) from error
     except OSError as error:
-        raise ShardError(f"cannot be read ({error.strerror or error})") from error
+        raise UnreadableShard(f"cannot be read ({error.strerror or error})") from error
+    return parse_shard(data)
+
+
+def parse_shard(data: bytes) -> Shard:
+    """A shard from the bytes of its file. Raises ShardError."""
     try:
         tensors, metadata = _parse(data)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ShardError(f"is not a complete safetensors file ({error})") from error
+        raise ShardError(f"is not a complete safetensors file ({printable(error)})") from error
     claimed = metadata.pop("crc32", None)
     if claimed is None:
         raise ShardError("has no checksum, so depthscope did not write it")
@@ -103,7 +113,7 @@ def _parse(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     start = 8 + int.from_bytes(data[:8], "little")
     if len(data) < 8 or start > len(data):
         raise ValueError("it ends within its header")
-    if data[8:9] != b"{":
+    if start > _MOST_HEADER or data[8:9] != b"{":
         raise ValueError("its header is not JSON")
     header = json.loads(data[8:start].decode(), object_pairs_hook=_distinct)
     metadata = header.pop("__metadata__", {})

@@ -38,10 +38,14 @@ def title(text: str) -> alt.TitleParams:
     return alt.TitleParams(text)
 
 
+INCOMPARABLE = ("hidden_grad_rms", "block_grad_rms")  # between residual types: every picture of them says so
+
+
 def measure(name: str) -> str:
     """ "Output RMS (activation units)"."""
     row = metric(name)
-    return f"{row.title} ({row.unit})" if row.unit else row.title
+    more = "; not comparable between residual types" if name in INCOMPARABLE else ""
+    return f"{row.title} ({row.unit}{more})" if row.unit else row.title
 
 
 def steps() -> alt.Axis:

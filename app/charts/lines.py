@@ -43,7 +43,7 @@ def lines(
     layers = []
     if "low" in frame and (frame["low"] < frame["high"]).any():
         low = alt.Y("low:Q", scale=y["scale"], axis=y["axis"])
-        layers.append(base.mark_area(opacity=0.18).encode(y=low, y2="high:Q"))
+        layers.append(base.mark_area(opacity=0.13).encode(y=low, y2="high:Q"))
     layers.append(base.mark_line(strokeWidth=1.8).encode(y=y))
     few = frame.groupby("run").size().max() <= FEW if len(frame) else True
     # Invisible points carry the tooltip where visible ones would blur the line. A value, not another chart: a run
@@ -61,6 +61,11 @@ def lines(
                 alt.Tooltip("run:N", title="Run"),
                 alt.Tooltip("step:Q", title="Step", format=",d"),
                 alt.Tooltip(f"{column}:Q", title=label, format=".4~g"),
+                *(
+                    alt.Tooltip(f"{end}:Q", title=told, format=".4~g")
+                    for end, told in (("low", "Lowest here"), ("high", "Highest here"))
+                    if end in frame
+                ),
             ],
         )
     )

@@ -14,9 +14,10 @@ NOT_THE_COMPUTE_ADVANTAGE = (
     "cannot show it."
 )
 ALONG = {"step": "Step", "tokens": "Tokens", "wall_time": "Wall time"}
-SMOOTH = {"1": "None", "10": "10 points", "50": "50 points", "200": "200 points"}
+SMOOTH = {"auto": "Automatic", "1": "None", "10": "10 points", "50": "50 points", "200": "200 points"}
 SMOOTHING = (
-    "A running mean; the band keeps the lowest and highest value of its window, so that a spike is not lost."
+    "A running mean, automatically of a fiftieth of the points; the band keeps the lowest and highest value of its "
+    "window, so that a spike is not lost."
 )
 SCALES = {"linear": "Linear", "y": "Log y", "x": "Log x", "xy": "Log both"}
 
@@ -34,7 +35,7 @@ def body(shown: list[room.Shown]) -> None:
         window = pick.one("smooth", "Smoothing", SMOOTH, where=smooth, help=SMOOTHING)
         axis = pick.choice("curve_scale", "Axes", SCALES, where=scale)
         with picture:
-            _curves(shown, name, x, int(window), axis)
+            _curves(shown, name, x, None if window == "auto" else int(window), axis)
     elif shown:
         picture.info("Nothing was logged yet: `recorder.log(loss=loss)` draws the loss here.")
     if len({one.attnres for one in shown}) == 2:
@@ -44,7 +45,7 @@ def body(shown: list[room.Shown]) -> None:
     room.explain(names or ["loss"])
 
 
-def _curves(shown: list[room.Shown], name: str, x: str, window: int, axis: str) -> None:
+def _curves(shown: list[room.Shown], name: str, x: str, window: int | None, axis: str) -> None:
     have = room.recorded(shown, name)
     if x != "step":
         have = room.recorded(have, x)
