@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from probes.manifest import HEARTBEAT, RANK_FOLDER, Manifest
 from probes.shard import read_shard
 from probes.writer import RunWriter
 from tests.app import made
-from tests.app.test_pages import opened
+from tests.app.test_pages import opened, said
 
 
 @pytest.mark.parametrize("name", ["full", "few steps", "nothing yet", "missing metrics"])
@@ -101,3 +102,17 @@ def test_a_manifest_is_read_again_when_another_run_takes_the_place(tmp_path):
     told = Manifest.read(tmp_path / "run").to_json()
     (tmp_path / "run" / "run.json").write_text(json.dumps(told | {"config": {"residual": "block"}}))
     assert opener.find([tmp_path])[0].residual == "block"
+
+
+def test_a_resumed_run_is_glanced_at_as_it_is_read(tmp_path):
+    told = made.manifest("full", 2)
+    for begun, last in ((0, 40), (30, 60)):
+        writer = RunWriter(tmp_path / "run", replace(told, step=begun), resume=begun > 0)
+        rows = [("loss", step, np.float32(begun + step)) for step in range(begun, last, 10)]
+        writer.put(lambda rows=rows: rows, last)
+        writer.close("stopped" if begun == 0 else "finished", "preempted")
+    (entry,) = opener.find([tmp_path])
+    run, now = open_run(entry.path), opener.glanced(entry)
+    assert (now.status, now.last_step, now.loss) == ("finished", run.last_step, float(run["loss"][-1]))
+    assert now.size == run.size
+    assert "Continued from step 30." in said(opened(tmp_path))
