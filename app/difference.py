@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from app import cells as pictures
 from app import frames, match, reads, words
 from probes import Run
 from probes.vocabulary import OUTPUT, STATE, metric
@@ -67,7 +68,7 @@ def answer(measures: dict, a: Run, b: Run, step: int, way: str) -> int | None:
 
 def cells(a: Run, b: Run, first: int, second: int) -> pd.DataFrame:
     """The cells of a with `difference`, b's depth weight less a's; empty where the two have other reads or sources."""
-    one, other = frames.cells(a, first), frames.cells(b, second)
+    one, other = pictures.cells(a, first), pictures.cells(b, second)
     if one.empty or other.empty or [s.label for s in a.sources] != [s.label for s in b.sources]:
         return pd.DataFrame()
     if len(one) != len(other):

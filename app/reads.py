@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from app import words
+from app import cells, words
 from app.frames import nearest, series
 from probes import Run
 
@@ -27,25 +27,32 @@ MEANING = (
     "gets at least one and a half even shares from three quarters of its readers; *ballast* gets less than half an "
     "even share from every reader. Both need three readers for whom the source is not the newest."
 )
+SHARES = ("depth_weight", "mixing_share")  # each read's values sum to one: even shares have a meaning
 READERS, SINK, MOST, BALLAST = 3, 1.5, 0.75, 0.5
 
 
-def over_training(run: Run, label: str, kind: str = "all") -> pd.DataFrame:
-    """run, step, newest, embedding, distance, entropy: one row a recorded matrix; `kind` keeps those reads."""
-    steps, values = series(run, "depth_weight")
-    rows = [r for r, read in enumerate(run.reads) if read.sources > 2 and _of(kind, read.kind)]
+def over_training(run: Run, label: str, kind: str = "all", name: str = "depth_weight") -> pd.DataFrame:
+    """run, step, newest, embedding, distance, entropy: one row a recorded matrix; `kind` keeps those reads.
+
+    What was not measured (blank cells) is left out of the mean; a distance needs a whole row.
+    """
+    steps, values = series(run, name)
+    counts = cells.exists(run, name).sum(axis=1)
+    rows = [row for row in cells.rows(run, kind) if counts[row] > 2]
     if not len(steps) or not rows:
         return pd.DataFrame(columns=["run", "step", *MEASURES])
-    weight = np.nan_to_num(values[:, rows].astype(np.float64))
-    count = np.array([run.reads[r].sources for r in rows])
+    weight = values[:, rows].astype(np.float64)
+    count = counts[rows]
+    real = np.arange(weight.shape[2])[None, :] < count[:, None]
+    whole = np.isfinite(np.where(real, weight, 0)).all(axis=2)
     back = np.maximum(count[:, None] - 1 - np.arange(weight.shape[2])[None, :], 0)
     told = {
-        "newest": np.take_along_axis(weight, (count - 1)[None, :, None], axis=2).mean(axis=(1, 2)),
-        "embedding": weight[:, :, 0].mean(axis=1),
-        "distance": (weight * back).sum(axis=2).mean(axis=1),
-        "entropy": _entropy(run, steps, rows),
+        "newest": np.take_along_axis(weight, (count - 1)[None, :, None], axis=2)[:, :, 0],
+        "embedding": weight[:, :, 0],
+        "distance": np.where(whole, np.nansum(np.where(real, weight * back, 0), axis=2), np.nan),
     }
-    return pd.DataFrame({"run": label, "step": steps, **told})
+    told = {measure: _mean(part) for measure, part in told.items()}
+    return pd.DataFrame({"run": label, "step": steps, **told, "entropy": _entropy(run, steps, rows)})
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Roles:
     ballast: list[str]
 
     def sentence(self) -> str:
-        """ "Everybody reads the embedding (sink); nobody reads layer 5 (attention) (ballast)."."""
+        """ "Sinks, which most reads lean on: embedding. Ballast, which no read leans on: layer 5 (attention)."."""
         parts = []
         for verb, labels in (
             ("Sinks, which most reads lean on", self.sinks),
@@ -68,29 +75,47 @@ class Roles:
         return " ".join(parts)
 
 
-def roles(run: Run, step: int, kind: str = "all") -> Roles | None:
-    """Sinks and ballast at the last recorded matrix up to `step`; None before the first."""
-    steps, values = series(run, "depth_weight")
+def readership(run: Run, step: int, kind: str = "all", name: str = "depth_weight") -> pd.DataFrame:
+    """source, from, readers, least, mean, most, role: what each source gets from its readers, in even shares.
+
+    Readers are the reads of three sources or more for whom it is not the newest; `role` is "sink", "ballast", "read",
+    or "few readers", of whom nothing can be said. Empty before the first recorded matrix.
+    """
+    steps, values = series(run, name)
     index = nearest(steps, step)
+    fields = ["source", "from", "readers", "least", "mean", "most", "role"]
     if index is None:
-        return None
-    sinks, ballast = [], []
-    for column, source in enumerate(run.sources):
-        shares = np.array(
-            [
-                values[index, r, column] * read.sources
-                for r, read in enumerate(run.reads)
-                if read.sources > 2 and column < read.sources - 1 and _of(kind, read.kind)
-            ]
-        )
+        return pd.DataFrame(columns=fields)
+    counts = cells.exists(run, name).sum(axis=1)
+    rows = np.array([row for row in cells.rows(run, kind) if counts[row] > 2], int)
+    found = []
+    for column, label in enumerate(cells.columns(run, name)):
+        readers = rows[column < counts[rows] - 1]
+        shares = values[index, readers, column] * counts[readers]
         shares = shares[np.isfinite(shares)]
-        if len(shares) < READERS:
+        if not len(shares):
             continue
-        if (shares >= SINK).mean() >= MOST:
-            sinks.append(source.label)
+        role = "read"
+        if len(shares) < READERS:
+            role = "few readers"
+        elif (shares >= SINK).mean() >= MOST:
+            role = "sink"
         elif shares.max() < BALLAST:
-            ballast.append(source.label)
-    return Roles(sinks, ballast)
+            role = "ballast"
+        found.append((column, label, len(shares), shares.min(), shares.mean(), shares.max(), role))
+    return pd.DataFrame(found, columns=fields)
+
+
+def roles(run: Run, step: int, kind: str = "all", name: str = "depth_weight") -> Roles | None:
+    """Sinks and ballast at the last recorded matrix up to `step`; None before the first."""
+    if nearest(series(run, name)[0], step) is None:
+        return None
+    return named(readership(run, step, kind, name))
+
+
+def named(frame: pd.DataFrame) -> Roles:
+    """The sinks and the ballast of a readership."""
+    return Roles(*(frame.loc[frame["role"] == role, "from"].tolist() for role in ("sink", "ballast")))
 
 
 def finding(frame: pd.DataFrame, name: str) -> str:
@@ -102,6 +127,12 @@ def finding(frame: pd.DataFrame, name: str) -> str:
     return f"{MEASURES[name]}: {words.joined(told) if told else 'not recorded'}"
 
 
+def _mean(part: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is not blank; blank where all is."""
+    known = np.isfinite(part).sum(axis=1)
+    return np.nansum(part, axis=1) / np.where(known, known, np.nan)
+
+
 def _entropy(run: Run, steps: np.ndarray, rows: list[int]) -> np.ndarray:
     """Mean depth entropy of the rows at exactly these steps, blank where it was not recorded."""
     known, values = series(run, "depth_entropy")
@@ -111,7 +142,3 @@ def _entropy(run: Run, steps: np.ndarray, rows: list[int]) -> np.ndarray:
         same = known[at] == steps
         found[same] = values[at[same]][:, rows].mean(axis=1)
     return found
-
-
-def _of(kind: str, own: str) -> bool:
-    return kind == "all" or own in (kind, "final")

@@ -5,7 +5,8 @@ import math
 import altair as alt
 import pandas as pd
 
-from probes.vocabulary import BLOCK, LAYER, OUTPUT, READ, STATE, metric
+from app.derived import metric
+from probes.vocabulary import BLOCK, LAYER, OUTPUT, READ, STATE
 
 STEP = "Training step"
 
