@@ -27,6 +27,7 @@ from probes.flush import start_copy
 from probes.gradients import NORMS, GradientNorms
 from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, mask_finder
+from probes.mixing import MIXING_METRICS, of_sample
 from probes.provenance import model_config, versions
 from probes.scalars import Scalars
 from probes.scaling import LossScale
@@ -40,6 +41,8 @@ from probes.vocabulary import GRADIENTS, METRICS
 from probes.writer import RunWriter
 
 log = logging.getLogger("depthscope")
+
+_WAITING = 2**28  # bytes of samples that may wait for the writer's thread
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -123,6 +126,7 @@ class Recorder:
         self._retry = OFF  # a look was in vain, for the update was skipped on the device
         self._closed = False
         self._selfcheck = SelfCheck(sites)
+        self._handed = self._solved = 0  # samples given to the writer's thread, and taken up by it
         self._owed = False  # the writer waits to hear that the recorded step is complete
         self._process = os.getpid()
         self._scalars = Scalars()
@@ -167,7 +171,7 @@ class Recorder:
         with self._faults.guard(*METRICS):
             if self._taps.mode != OFF and self._taps.seen:
                 self._keep_own(now)
-                self._put(self._measured(), self._taps.counts())
+                self._put(self._measured(), self._taps.counts(), self._sampled())
                 self._owed = True
             elif self._owed or self._scalars.due(now):
                 self._put()
@@ -305,9 +309,24 @@ class Recorder:
         left_out = self._scalars.logged | self._faults.now | (set() if known else set(GRADIENTS))
         return {name: value for name, value in metrics.items() if name not in left_out}
 
-    def _put(self, metrics: dict | None = None, counts: dict | None = None) -> None:
-        """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed."""
+    def _sampled(self) -> dict[str, torch.Tensor]:
+        """The sample of this step; nothing where the mixing cannot be solved from it, or not in time."""
+        if self._faults.now & set(MIXING_METRICS):
+            return {}
+        sampled = self._taps.sampled()
+        waiting = (self._handed - self._solved) * sum(value.nbytes for value in sampled.values())
+        if waiting > _WAITING:
+            self._writer.dropped += 1
+            return {}
+        return sampled
+
+    def _put(
+        self, metrics: dict | None = None, counts: dict | None = None, sampled: dict | None = None
+    ) -> None:
+        """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed, and `sampled` what
+        the mixing is solved from."""
         now, mode, metrics, counts = self._clock.now, self._taps.mode, metrics or {}, counts or {}
+        sampled = sampled or {}
         vain = self._clock.vain()
         pending = self._scalars.take()
         logged = {
@@ -317,13 +336,15 @@ class Recorder:
         skips = {("skips", m.attempt): m.skips for m in moments if m.skips is not None}
         skips |= {} if vain is None else {("vain",): vain}
         seen = {("count", name): count for name, count in counts.items()}
+        parts = {("sample", name): part for name, part in sampled.items()}
         try:
-            fetch = start_copy(logged | metrics | skips | seen)
+            fetch = start_copy(logged | metrics | skips | seen | parts)
         except Exception as error:
             self._faults.caught(error, *metrics, *(name for name, _, _ in pending))
             return
 
         def rows():
+            self._solved += bool(sampled)  # or will be, before the next
             values = fetch()
             seen = {name: values["count", name] for name in counts}
             lost = int(values.get(("vain",), 0))
@@ -345,9 +366,16 @@ class Recorder:
                 if name not in seen or seen[name].any():
                     yield name, step_of(now), values[name]
             self._selfcheck.rows(seen)
+            if sampled:
+                with self._faults.guard(*MIXING_METRICS):
+                    kept = {name: values["sample", name] for name in sampled}
+                    mixing = of_sample(kept, self._sites.layout, [site.given for site in self._sites.layers])
+                    for name, value in mixing.items():
+                        yield name, step_of(now), value
 
         # Rows of this very step may still be logged until the next forward.
-        self._writer.put(rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
+        taken = self._writer.put(rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
+        self._handed += taken and bool(sampled)
 
 
 def _optimizers(given: Optimizers | None) -> list[torch.optim.Optimizer]:

@@ -13,7 +13,7 @@ from probes import manifest as files
 from probes.layout import Layout
 from probes.manifest import Manifest, RunError
 from probes.shard import SUFFIX, ShardError, read_shard, shard_steps
-from probes.vocabulary import TRIANGLE, metric
+from probes.vocabulary import TRIANGLES, metric
 
 _STEP = ".step"
 
@@ -138,8 +138,8 @@ class Run:
             parts = self._parts[name]
             steps = np.concatenate([part[0] for part in parts])
             values = np.concatenate([part[1] for part in parts]).astype(np.float32, copy=False)
-            if metric(name).axes == TRIANGLE:
-                values = self.layout.unpack(values)
+            if (axes := metric(name).axes) in TRIANGLES:
+                values = self.layout.unpack(values, axes)
             order = np.argsort(steps, kind="stable")
             steps, values = steps[order], values[order]
             steps.flags.writeable = values.flags.writeable = False
@@ -190,8 +190,8 @@ class Run:
 def row_shape(name: str, layout: Layout) -> tuple[int, ...]:
     """Stored shape of one recorded step of a metric: triangles packed to one axis."""
     axes = metric(name).axes
-    if axes == TRIANGLE:
-        return (int(layout.triangle().sum()),)
+    if axes in TRIANGLES:
+        return (int(layout.triangle(axes).sum()),)
     return tuple(layout.length(axis) for axis in axes)
 
 

@@ -15,8 +15,8 @@ from probes import marks
 from probes.backwards import in_backward
 from probes.faults import Faults
 from probes.hooks import Hook, tap_gradient_in_graph
-from probes.identity import keep_sample
 from probes.masks import MaskOf, fitting, mask_finder
+from probes.mixing import MIXING_METRICS
 from probes.rows import reads_after_blocks, rows_by_arithmetic, unhooked_rows
 from probes.scaling import half_precision
 from probes.sites import Place, Sites
@@ -142,6 +142,10 @@ class Taps:
     def finish(self) -> dict[str, Tensor]:
         """Metrics of the step just taken, float32 on the device, by name of the vocabulary."""
         return self._tally.finish(self._matrices)
+
+    def sampled(self) -> dict[str, Tensor]:
+        """What the mixing of this step is solved from, by name; nothing where no matrices are recorded."""
+        return self._tally.sampled() if self._matrices else {}
 
     def counts(self) -> dict[str, Tensor]:
         """How much each row of the metrics of `finish` has seen, by name; zero for a row that saw nothing."""
@@ -338,7 +342,9 @@ class Taps:
 
     def _values(self, x: Tensor, place: str, row: int) -> None:
         if torch.compiler.is_compiling():
-            self._add_values(x, place, row, fitting(self._mask, x))
+            mask = fitting(self._mask, x)
+            self._add_values(x, place, row, mask)
+            self._keep(x, place, row, mask)
         elif not self._recomputing:
             self._passes.now.calls[place, row] += 1
             mask = fitting(self._passes.now.mask, x)
@@ -349,12 +355,15 @@ class Taps:
             self._eagerly(
                 lambda: self._add_values(x, place, row, mask), *self._tally.metrics_of(place, "rms")
             )
+            self._eagerly(lambda: self._keep(x, place, row, mask), "identity_error", *MIXING_METRICS)
+
+    def _keep(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
+        if self._matrices and place != "block":
+            self._sample.keep(x, place, row, mask)
 
     def _add_values(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
         forward = self._forward[place]
         add_moments(x, forward.squares[row], forward.count[row], mask)
-        if self._matrices and place != "block":
-            keep_sample(x, self._sample.of(place), row)
         if self._matrices and place == "state":
             add_nonfinite(x, self._nonfinite, row, mask)
 

@@ -56,9 +56,9 @@ class RunWriter:
         self._thread = threading.Thread(target=self._work, name=f"depthscope writer {path.name}", daemon=True)
         self._thread.start()
 
-    def put(self, fetch: Fetch, complete: int | Callable[[], int]) -> None:
+    def put(self, fetch: Fetch, complete: int | Callable[[], int]) -> bool:
         """Hand over rows, the last ones of steps up to `complete` (a function is asked when they have come).
-        Never blocks: a full queue drops."""
+        Never blocks: a full queue drops, and False is returned."""
 
         def take() -> Iterable[Row]:
             yield from fetch()
@@ -66,8 +66,9 @@ class RunWriter:
 
         if self._queue.qsize() < _QUEUE:
             self._queue.put(take)
-        else:
-            self.dropped += 1
+            return True
+        self.dropped += 1
+        return False
 
     def close(self, status: str, reason: str = "") -> None:
         """Seal everything handed over and mark the end. Waits for the thread, but not for ever."""

@@ -71,10 +71,13 @@ def read(folder: Path) -> dict[str, list[tuple[int, list[float]]]]:
 
 def unpacked(cells: list[float], manifest: dict) -> list[list[float]]:
     """A packed triangle as rows of sources, blank where there is none."""
-    cells, columns = iter(cells), len(manifest["layout"]["sources"])
+    return rows_of(cells, [read["sources"] for read in manifest["layout"]["reads"]])
+
+
+def rows_of(cells: list[float], lengths: list[int]) -> list[list[float]]:
+    cells = iter(cells)
     return [
-        [next(cells) if column < read["sources"] else math.nan for column in range(columns)]
-        for read in manifest["layout"]["reads"]
+        [next(cells) if column < length else math.nan for column in range(max(lengths))] for length in lengths
     ]
 
 
@@ -94,6 +97,9 @@ def test_an_independent_reader_agrees(kind, tmp_path):
         values = [row for _, row in rows]
         if name in ("depth_weight", "depth_weight_std", "contribution_rms"):
             values = [unpacked(cells, manifest) for cells in values]
+        if name in ("mixing_weight", "mixing_share"):
+            states = range(1, len(manifest["layout"]["layers"]) + 2)
+            values = [rows_of(cells, list(states)) for cells in values]
         ours = run[name]
         np.testing.assert_array_equal(np.array(values, np.float32).reshape(ours.shape), ours)
     assert run.steps("loss").tolist() == list(range(7))
