@@ -25,7 +25,7 @@ DERIVED = {
             FINAL_SHARE,
             OUTPUT,
             "Share of the final state",
-            "share",
+            "",
             "What each source makes up of the final state: the last row of the mixing share. The shares sum to one; "
             "a negative one works against the state.",
         ),

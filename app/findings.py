@@ -28,6 +28,18 @@ def growth(frame: pd.DataFrame, name: str) -> str:
     return f"{words.capital(_noun(name))} {ends} {when}: {told}"
 
 
+def composition(frame: pd.DataFrame, name: str) -> str:
+    """Which source makes up most of the final state, run by run."""
+    parts = [(run, part.dropna(subset=["value"])) for run, part in by_run(frame)]
+    tops = [(run, part.loc[part["value"].idxmax()]) for run, part in parts if len(part)]
+    if not tops:
+        return f"{metric(name).title}: nothing recorded yet"
+    told = words.joined(
+        f"{words.the(str(top['place']))} in {run} ({words.percent(top['value'])})" for run, top in tops
+    )
+    return f"Most of the final state {_when(frame)} is {told}"
+
+
 def unevenness(frame: pd.DataFrame, name: str) -> str:
     """How far apart the largest and the smallest value over depth are, run by run (embedding left out)."""
     ratios = []

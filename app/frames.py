@@ -117,6 +117,14 @@ def profile(run: Run, label: str, name: str, step: int) -> pd.DataFrame:
     )
 
 
+def of_source(run: Run, label: str, name: str, position: int) -> pd.DataFrame:
+    """run, step, value: one entry of a metric over depth, at every recorded step."""
+    steps, values = series(run, name)
+    if not len(steps):
+        return pd.DataFrame(columns=["run", "step", "value"])
+    return pd.DataFrame({"run": label, "step": steps, "value": finite(values[:, position])})
+
+
 def played(stops: list[int], rows: int) -> list[int]:
     """The stops a playback of so many rows shows: all, or as many as can be sent along, ends kept."""
     most = max(2, PLAYED // max(rows, 1))

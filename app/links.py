@@ -35,9 +35,10 @@ class Link:
         if name == "depth_attribution":
             return f"Without {source} in {words.the(self.read)} the loss changes by {self.value:+.2g}{told}"
         if name == "mixing_weight":
-            return f"{read} gets {source} with weight {self.value:.2f}{told}"
+            return f"{read} receives {source} with weight {self.value:.2f}{told}"
         if name == "mixing_share":
-            return f"{read} is made of {source} to {words.percent(self.value)}{told}"
+            state = "The final state" if self.read == "final read" else f"The state into {self.read}"
+            return f"{state} is {words.percent(self.value)} {self.source}{told}"
         return f"{read} reads {source} with {self.value:.2f}{told}"
 
 

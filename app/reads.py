@@ -15,6 +15,11 @@ MEASURES = {
     "distance": "Mean distance of what is read",
     "entropy": "Depth entropy",
 }
+SHARED = MEASURES | {
+    "newest": "Share of the newest source",
+    "embedding": "Share of the embedding",
+    "distance": "Mean distance of what a state is made of",
+}
 UNITS = {
     "newest": "share",
     "embedding": "share",
@@ -118,13 +123,13 @@ def named(frame: pd.DataFrame) -> Roles:
     return Roles(*(frame.loc[frame["role"] == role, "from"].tolist() for role in ("sink", "ballast")))
 
 
-def finding(frame: pd.DataFrame, name: str) -> str:
+def finding(frame: pd.DataFrame, name: str, titles: dict[str, str] = MEASURES) -> str:
     """The last value of a measure, run by run."""
     told = []
     for run, part in frame.dropna(subset=[name]).groupby("run", sort=False):
         value = float(part[name].iloc[-1])
         told.append(f"{words.percent(value) if name in ('newest', 'embedding') else f'{value:.2f}'} in {run}")
-    return f"{MEASURES[name]}: {words.joined(told) if told else 'not recorded'}"
+    return f"{titles[name]}: {words.joined(told) if told else 'not recorded'}"
 
 
 def _mean(part: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ def title(text: str) -> alt.TitleParams:
 def measure(name: str) -> str:
     """ "Output RMS (activation units)"."""
     row = metric(name)
-    return f"{row.title} ({row.unit})" if row.unit else row.title
+    return f"{row.title} ({row.unit})" if row.unit and row.unit not in row.title.lower() else row.title
 
 
 def steps() -> alt.Axis:

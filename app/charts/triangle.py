@@ -113,7 +113,7 @@ def _corner(cells: pd.DataFrame) -> bool:
 def _room(reads: int, corner: bool) -> dict:
     """As high as the window leaves it, and three pixels a row at least as far as one screen goes."""
     taken = TAKEN if corner else TAKEN + 60
-    return {"taken": taken, "least": max(300, min(620, 3 * reads)), "most": 1100}
+    return {"taken": taken, "least": max(300, min(620, 3 * reads)), "most": 900}
 
 
 def outline(cells: pd.DataFrame, read: int | None, source: int | None) -> pd.DataFrame:

@@ -78,7 +78,9 @@ def _who_reads_whom(picture, drawn: dict[room.Shown, str | None], name: str, kin
     across = 1 if alone and wide else 2
     for start in range(0, len(panels), across):
         columns = picture.columns(
-            [9, 5] if alone and not wide else across, gap="medium", vertical_alignment="bottom"
+            [9, 5] if alone and not wide else across,
+            gap="medium",
+            vertical_alignment="top" if alone else "bottom",
         )
         for (one, part), column in zip(panels[start : start + across], columns, strict=False):
             with column:
@@ -120,7 +122,9 @@ def _notes(
     for one, frame in shown.items():
         own = drawn[one]
         if own != name:
-            told.append(f"{one.name} chooses no weights: shown is {words.small(metric(own).title)}.")
+            told.append(
+                f"{one.name} chooses no weights: its {words.small(metric(own).title)} is shown instead."
+            )
         if own in cells.RECOVERED and len(frame):
             told.append(_trusted(one, frame, own))
     told = " ".join(part for part in told if part)
@@ -133,7 +137,8 @@ def _trusted(one: room.Shown, frame: pd.DataFrame, name: str) -> str:
     told = ""
     if cells.R2 in frame and frame[cells.R2].notna().any():
         worst = frame.loc[frame[cells.R2].idxmin()]
-        told = f"In {one.name} the sources explain at least {worst[cells.R2]:.1%} of every state."
+        part = "all" if worst[cells.R2] > 0.9995 else f"at least {worst[cells.R2]:.1%}"
+        told = f"In {one.name} the sources explain {part} of every state."
     blank = int(frame[name].isna().sum())
     if blank:
         told += f" {blank} of {len(frame)} cells are striped: they could not be told apart from the tokens sampled."
@@ -226,17 +231,18 @@ def _routing(drawn: dict[room.Shown, str | None], kind: str) -> None:
         return
     frame = pd.concat(parts, ignore_index=True)
     st.subheader("How far back do they look?", anchor=False)
+    titles = reads.SHARED if "mixing_share" in have.values() else reads.MEASURES
     names = [name for name in reads.MEASURES if np.isfinite(frame[name].to_numpy(float)).any()]
     for start in range(0, len(names), 2):
         for name, place in zip(names[start : start + 2], st.columns(2, gap="medium"), strict=False):
-            label = f"{reads.MEASURES[name]} ({reads.UNITS[name]})"
+            label = f"{titles[name]} ({reads.UNITS[name]})"
             with place:
                 chart = lines(
                     frame,
                     name,
                     label,
                     room.colours(list(have)),
-                    reads.finding(frame, name),
+                    reads.finding(frame, name, titles),
                     zero=True,
                     height=210,
                 )

@@ -9,8 +9,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import probes
-from probes.mixing import MIXING_METRICS
 from probes.masks import fitting
+from probes.mixing import MIXING_METRICS
 from probes.statistics import DepthSums, Moments, add_moments, add_nonfinite, token_mean_square
 from tests.probes import zoo
 from tests.probes.models import batches, decoder, loss_of, sgd
