@@ -28,6 +28,17 @@ def growth(frame: pd.DataFrame, name: str) -> str:
     return f"{words.capital(_noun(name))} {ends} {when}: {told}"
 
 
+def side_by_side(frame: pd.DataFrame, name: str) -> str:
+    """A metric at the end of the depth, run by run, each at its own step."""
+    ends = [(run, part.iloc[-1]) for run, part in by_run(frame)]
+    told = words.joined(
+        f"{words.number(end['value'])} in {run.strip()}"
+        + ("" if "step" in run else f" at step {words.step(int(end['step']))}")
+        for run, end in ends
+    )
+    return f"{metric(name).title} {_place(str(ends[0][1]['place']))}: {told}"
+
+
 def composition(frame: pd.DataFrame, name: str) -> str:
     """Which source makes up most of the final state, run by run."""
     parts = [(run, part.dropna(subset=["value"])) for run, part in by_run(frame)]

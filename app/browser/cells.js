@@ -73,12 +73,16 @@ class Cells {
     const [x, y] = [this.view.scale("x"), this.view.scale("y")];
     const ends = (one, other, most, scale) => {
       const [a, b] = [side(one, scale, most), side(other, scale, most)];
-      const seam = (gap) => (gap >= 9 * ratio ? Math.max(1, Math.round(ratio / 2)) : 0);
-      const low = a.map((value, i) => Math.min(value, b[i]));
-      return [low, a.map((value, i) => Math.max(value, b[i]) - seam(Math.abs(value - b[i])))];
+      return [a.map((value, i) => Math.min(value, b[i])), a.map((value, i) => Math.max(value, b[i]))];
     };
     const [left, right] = ends("left", "right", width, x);
     const [top, bottom] = ends("top", "bottom", height, y);
+    const seam = Math.max(1, Math.round(ratio / 2));
+    for (let i = 0; i < left.length; i++) {
+      if (Math.min(right[i] - left[i], bottom[i] - top[i]) < 8 * ratio) continue;
+      right[i] -= seam;
+      bottom[i] -= seam;
+    }
     this.edges = { left, right, top, bottom };
     this.ratio = ratio;
   }

@@ -24,11 +24,13 @@ def triangle(
     domain: tuple[float, float],
     focus: tuple[int | None, int | None] = (None, None),
     height: int = 540,
+    legend: str = "",
 ) -> alt.LayerChart:
     """Rows row, number, read, source, from and metrics, as of app.cells.cells; `name` is the one drawn.
 
     `focus` frames the row of a read (its number) and the column of a source. A `domain` from zero colours on a
-    square-root scale, so that small weights stay apart from none; one from below zero is centred there.
+    square-root scale, so that small weights stay apart from none; one from below zero is centred there. `legend` replaces
+    the metric's name there.
     """
     reads = dict(zip(cells["row"].astype(int), cells["read"].astype(str), strict=True))
     sources = dict(zip(cells["source"].astype(int), cells["from"].astype(str), strict=True))
@@ -64,7 +66,7 @@ def triangle(
                 axis=alt.Axis(title="Read of layer", **_labels(reads, _short_read, ODD), **axes.FLAT),
             ),
             y2="bottom:Q",
-            color=_colour(name, domain, _corner(cells)),
+            color=_colour(name, domain, _corner(cells), legend),
             tooltip=[
                 alt.Tooltip("read:N", title="Read"),
                 alt.Tooltip("from:N", title="Source"),
@@ -94,8 +96,8 @@ def triangle(
     return alt.layer(grid, frame).properties(title=axes.title(title), height=height, usermeta=painted)
 
 
-def _colour(name: str, domain: tuple[float, float], corner: bool) -> alt.Color:
-    legend = palette.gradient(axes.measure(name))
+def _colour(name: str, domain: tuple[float, float], corner: bool, title: str) -> alt.Color:
+    legend = palette.gradient(title or axes.measure(name))
     if corner:
         legend.orient, legend.offset = "top-right", 4
         legend.gradientLength = 170

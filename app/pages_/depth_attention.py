@@ -56,7 +56,7 @@ def body(shown: list[room.Shown]) -> None:
             _readership(drawn, both, step)
             _routing(drawn, both)
             _entropy(pair, both, step)
-    _without([one for one in shown if one not in able])
+    _without([one for one in shown if WEIGHT not in one.run], able)
     room.explain([name for name in EXPLAINED if any(name in one.run for one in shown)], reads.MEANING)
 
 
@@ -266,9 +266,9 @@ def _of_kind(frame: pd.DataFrame, one: room.Shown, kind: str) -> pd.DataFrame:
     return frame[[kind == "all" or kinds[int(depth) - 1] in (kind, "final") for depth in frame["depth"]]]
 
 
-def _without(shown: list[room.Shown]) -> None:
-    """One sentence for the runs that have nothing to show, and why."""
-    plain = [words.plain(one.name) for one in shown if not one.attnres]
+def _without(shown: list[room.Shown], able: list[room.Shown]) -> None:
+    """One sentence for the runs without depth weights that have nothing else to show either, and why."""
+    plain = [words.plain(one.name) for one in shown if not one.attnres and one not in able]
     young = [words.plain(one.name) for one in shown if one.attnres]
     if plain:
         has, it = (
