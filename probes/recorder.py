@@ -26,7 +26,7 @@ from probes.finding import find_sites
 from probes.flush import start_copy
 from probes.gradients import NORMS, GradientNorms
 from probes.manifest import Manifest, RunError
-from probes.masks import MaskOf, mask_finder
+from probes.masks import MaskOf, Masks
 from probes.mixing import MIXING_METRICS, of_sample
 from probes.provenance import model_config, versions
 from probes.scalars import Scalars
@@ -91,7 +91,7 @@ def record(
     created = time.time()
     optimizers = _optimizers(optimizer)
     scale = LossScale(scaler)
-    mask_finder(mask, sites.root)  # refuses what is none
+    masks = Masks(mask, sites)
     prepare_compiler(sites.root)
     try:
         described = model_config(sites.root) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
@@ -101,7 +101,9 @@ def record(
         ) from error
     tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
     manifest = Manifest(sites.layout, created, vectors, matrices, described, tags, versions(sites.root))
-    return Recorder(sites, RunWriter(Path(path), manifest), manifest, optimizers, scale, mask, Faults(strict))
+    return Recorder(
+        sites, RunWriter(Path(path), manifest), manifest, optimizers, scale, masks, Faults(strict)
+    )
 
 
 class Recorder:
@@ -114,7 +116,7 @@ class Recorder:
         manifest: Manifest,
         optimizers: list[torch.optim.Optimizer],
         scale: LossScale,
-        mask: str | MaskOf | None,
+        masks: Masks,
         faults: Faults,
     ):
         self._writer, self._manifest, self._optimizers = writer, manifest, optimizers
@@ -131,7 +133,7 @@ class Recorder:
         self._process = os.getpid()
         self._scalars = Scalars()
         self._stepped_at = time.perf_counter()
-        self._taps = Taps(sites, mask, faults)
+        self._taps = Taps(sites, masks, faults)
         self._skipped: torch.Tensor | None = None  # attempts at this step that the scaler skipped
         self._sites = sites
         self._watch_parameters()
@@ -253,7 +255,7 @@ class Recorder:
             self._backward_ended,
             self._taps.forget_gradients,
         )
-        self._taps.gradient_arrives = self._backwards.arrives
+        self._taps.gradients.arrives = self._backwards.arrives
 
     def _backward_ended(self, counts: bool) -> None:
         with self._faults.guard(*ACTIVATIONS, *DEPTH_METRICS):

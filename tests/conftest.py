@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import sys
 
 import pytest
 from hypothesis import settings
@@ -25,16 +24,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("browser"):
                 item.add_marker(skip)
-
-
-@pytest.fixture(autouse=True)
-def compiler_as_it_was():
-    """A recording of a compiled model changes torch's compiler for the whole process; the next test begins anew."""
-    yield
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and not dynamo.config.skip_nnmodule_hook_guards:
-        dynamo.config.skip_nnmodule_hook_guards = True
-        dynamo.reset()
 
 
 @pytest.fixture(scope="session")

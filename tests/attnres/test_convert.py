@@ -293,12 +293,12 @@ def test_compiled_gradients(name, kind, recomputes):
     checked(name, kind, lambda m: compiled(checkpointed(m) if recomputes else m, name, recomputes))
 
 
-def test_a_checkpointed_block_is_one_graph_where_the_compiler_is_told_that_it_may(monkeypatch):
-    setting = "skip_fwd_side_effects_in_bwd_under_checkpoint"
-    monkeypatch.setattr(torch._dynamo.config, setting, True)
+def test_a_checkpointed_block_is_one_graph_where_the_compiler_is_told_that_it_may():
     torch._dynamo.reset()
     whole = lambda model: torch.compile(checkpointed(model), backend="aot_eager", fullgraph=True)  # noqa: E731
-    checked("DiT", "block of 3, across transformer blocks", whole)
+    # pytest's monkeypatch would delete the setting afterwards.
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        checked("DiT", "block of 3, across transformer blocks", whole)
 
 
 @pytest.mark.long
