@@ -87,6 +87,7 @@ class Chart {
     if (this.view) await keep(this.view, view);
     if (next.fields.length) this.listen(view, next.fields);
     this.view?.finalize();
+    for (const drawn of box.querySelectorAll("canvas")) drawn.style.display = "block"; // inline ones leave a gap below
     this.box?.remove();
     this.cells?.close();
     box.style.cssText = "position:relative";

@@ -95,7 +95,7 @@ def _grid(a: room.Shown, b: room.Shown, name: str, way: str, at: match.Pair) -> 
         st.caption("There is no matched step at which both recorded this.")
         return
     draw.show(
-        charts.over_training(frame, name, against, title, HIGH + 24), key=f"difference {name}", data=frame
+        charts.over_training(frame, name, against, title, HIGH + 16), key=f"difference {name}", data=frame
     )
 
 
