@@ -51,6 +51,24 @@ def composition(frame: pd.DataFrame, name: str) -> str:
     return f"Most of the final state {_when(frame)} is {told}"
 
 
+def doubling(frame: pd.DataFrame) -> str:
+    """In which layer the state first is twice what the first layer received, run by run; "" where nothing is recorded."""
+    found: dict[str, list[str]] = {}
+    for run, part in by_run(frame.dropna(subset=["value"])):
+        layer = doubled(part)
+        found.setdefault(f"in {layer}" if layer else "nowhere", []).append(run)
+    told = words.joined(f"{where} of {words.joined(runs)}" for where, runs in found.items())
+    return f"The hidden state first doubles {told}." if told else ""
+
+
+def doubled(part: pd.DataFrame) -> str:
+    """The layer behind which the state of one run first is twice the first one; "" where it never is."""
+    ordered = part.sort_values("depth")
+    there = np.flatnonzero(ordered["value"].to_numpy(float) >= 2 * float(ordered["value"].iloc[0]))
+    # The state into a layer is what the layer before it has left.
+    return str(ordered["place"].iloc[there[0] - 1]).removeprefix("into ") if len(there) else ""
+
+
 def unevenness(frame: pd.DataFrame, name: str) -> str:
     """How far apart the largest and the smallest value over depth are, run by run (embedding left out)."""
     ratios = []

@@ -74,8 +74,10 @@ def _row(one: room.Shown, label: str, row: pd.DataFrame, name: str, source: int 
     table = _bars(row, name, "from", row["source"] == source)
     told = label
     if table["value"].notna().any():
-        top = table.loc[table["value"].idxmax()]
-        told = f"{words.capital(words.the(label))} reads {words.the(top['place'])} most"
+        ranked = table.dropna(subset=["value"]).sort_values("value", ascending=False)["place"].tolist()
+        told = f"{words.capital(words.the(label))} reads {words.the(ranked[0])} most"
+        if ranked[0] == table["place"].iloc[-1] and len(ranked) > 1:
+            told += f", and besides this neighbour {words.the(ranked[1])}"
     draw.show(bars(table, metric(name).title, "Source", told), key=f"row {one.name}", data=table)
 
 

@@ -37,15 +37,15 @@ READERS, SINK, MOST, BALLAST = 3, 1.5, 0.75, 0.5
 
 
 def over_training(run: Run, label: str, kind: str = "all", name: str = "depth_weight") -> pd.DataFrame:
-    """run, step, newest, embedding, distance, entropy: one row a recorded matrix; `kind` keeps those reads.
+    """run, step, newest, embedding, embedding_even (in even shares), distance, entropy: one row a recorded matrix.
 
-    What was not measured (blank cells) is left out of the mean; a distance needs a whole row.
+    `kind` keeps those reads. What was not measured (blank cells) is left out of the mean; a distance needs a whole row.
     """
     steps, values = series(run, name)
     counts = cells.exists(run, name).sum(axis=1)
     rows = [row for row in cells.rows(run, kind) if counts[row] > 2]
     if not len(steps) or not rows:
-        return pd.DataFrame(columns=["run", "step", *MEASURES])
+        return pd.DataFrame(columns=["run", "step", "embedding_even", *MEASURES])
     weight = values[:, rows].astype(np.float64)
     count = counts[rows]
     real = np.arange(weight.shape[2])[None, :] < count[:, None]
@@ -54,6 +54,7 @@ def over_training(run: Run, label: str, kind: str = "all", name: str = "depth_we
     told = {
         "newest": np.take_along_axis(weight, (count - 1)[None, :, None], axis=2)[:, :, 0],
         "embedding": weight[:, :, 0],
+        "embedding_even": weight[:, :, 0] * count,
         "distance": np.where(whole, np.nansum(np.where(real, weight * back, 0), axis=2), np.nan),
     }
     told = {measure: _mean(part) for measure, part in told.items()}
@@ -123,13 +124,29 @@ def named(frame: pd.DataFrame) -> Roles:
     return Roles(*(frame.loc[frame["role"] == role, "from"].tolist() for role in ("sink", "ballast")))
 
 
+def faded(frame: pd.DataFrame) -> int | None:
+    """The step from which on one run's embedding gets less than half an even share; None while it gets more."""
+    known = frame.dropna(subset=["embedding_even"])
+    kept = np.flatnonzero(known["embedding_even"].to_numpy() >= BALLAST)
+    after = int(kept[-1]) + 1 if len(kept) else 0
+    return int(known["step"].iloc[after]) if after < len(known) else None
+
+
 def finding(frame: pd.DataFrame, name: str, titles: dict[str, str] = MEASURES) -> str:
-    """The last value of a measure, run by run."""
+    """The last value of a measure, run by run; of the embedding also whether it still matters."""
     told = []
     for run, part in frame.dropna(subset=[name]).groupby("run", sort=False):
         value = float(part[name].iloc[-1])
-        told.append(f"{words.percent(value) if name in ('newest', 'embedding') else f'{value:.2f}'} in {run}")
+        written = words.percent(value) if name in ("newest", "embedding") else f"{value:.2f}"
+        told.append(f"{written} in {run}{_mattering(part) if name == 'embedding' else ''}")
     return f"{titles[name]}: {words.joined(told) if told else 'not recorded'}"
+
+
+def _mattering(part: pd.DataFrame) -> str:
+    since = faded(part)
+    if since is not None:
+        return f" (less than half an even share since step {words.step(since)})"
+    return f" ({part['embedding_even'].iloc[-1]:.1f} even shares)"
 
 
 def _mean(part: np.ndarray) -> np.ndarray:

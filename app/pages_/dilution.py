@@ -23,6 +23,8 @@ def body(shown: list[room.Shown]) -> None:
         ):
             with column:
                 over_depth.profiles(shown, name, step, scale, findings.growth)
+                if name == HIDDEN and step is not None:
+                    _doubling(shown, step)
     _growth(shown, step)
     _composition(shown, step)
     names = [name for name in MEASURES if any(name in one.run for one in shown)]
@@ -34,6 +36,14 @@ def body(shown: list[room.Shown]) -> None:
             over_depth.heatmaps(shown, name)
     shared = [FINAL_SHARE, "mixing_share"] if any(has(one.run, FINAL_SHARE) for one in shown) else []
     room.explain([*MEASURES, *shared], fits.MEANING)
+
+
+def _doubling(shown: list[room.Shown], step: int) -> None:
+    have = [one for one in shown if HIDDEN in one.run]
+    parts = [part for one in have if len(part := frames.profile(one.run, one.name, HIDDEN, step))]
+    told = findings.doubling(pd.concat(parts, ignore_index=True)) if parts else ""
+    if told:
+        st.caption(words.plain(told))
 
 
 def _growth(shown: list[room.Shown], step: int | None) -> None:
