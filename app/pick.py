@@ -100,11 +100,11 @@ def asked(recorded: Sequence[Run], names: Sequence[str], where=None) -> int | No
     return None if view.current().step is None else found
 
 
-def number(field: str, label: str, last: int, where=None) -> int:
-    """A whole number from 0 to `last`, which is also what nobody has chosen."""
+def number(field: str, label: str, last: int, start: int | None = None, where=None) -> int:
+    """A whole number from 0 to `last`; `start`, else `last`, until somebody chooses."""
     now = getattr(view.current(), field)
     key = f"pick {field}"
-    _set(key, last if now is None else min(now, last))
+    _set(key, (last if start is None else start) if now is None else min(now, last))
     (where or st).number_input(
         label, 0, max(last, 0), key=key, on_change=lambda: view.change(**{field: st.session_state[key]})
     )

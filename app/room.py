@@ -10,10 +10,10 @@ from altair.utils import schemapi
 
 from app import menu, notices, opener, pick, words
 from app.charts import palette
+from app.derived import has, metric
 from app.opener import Entry
 from app.snapshot import Snapshot
 from probes import RunError
-from probes.vocabulary import metric
 
 LIVE_SECONDS = 1.5
 IDLE_SECONDS = 5.0
@@ -98,13 +98,15 @@ def colours(shown: Sequence[Shown]) -> dict[str, str]:
 
 def recorded(shown: Sequence[Shown], name: str) -> list[Shown]:
     """The runs that recorded a metric; a sentence on the page for the others."""
-    have = [one for one in shown if one.name and name in one.run]
+    have = [one for one in shown if one.name and has(one.run, name)]
     what = f"{words.small(metric(name).title)} (`{name}`)"
     for running, verb, then in (
         (True, "has not recorded", " yet: the first numbers come within seconds of the first step"),
         (False, "did not record", ""),
     ):
-        lack = [one.name for one in shown if name not in one.run and (one.run.status == "running") == running]
+        lack = [
+            one.name for one in shown if not has(one.run, name) and (one.run.status == "running") == running
+        ]
         if lack:
             who = words.joined(f"**{words.plain(one)}**" for one in lack)
             st.caption(f"{who} {verb} {what}{then}.")

@@ -42,6 +42,7 @@ class View:
     by: str = "loss"
     compared: str = "hidden_rms"
     compare_scale: str = "linear"
+    matrix: str = "depth_weight"
     other: int | None = None
 
     @classmethod

@@ -5,7 +5,8 @@ import math
 import altair as alt
 import pandas as pd
 
-from probes.vocabulary import BLOCK, LAYER, OUTPUT, READ, STATE, metric
+from app.derived import metric
+from probes.vocabulary import BLOCK, LAYER, OUTPUT, READ, STATE
 
 STEP = "Training step"
 
@@ -45,7 +46,9 @@ def measure(name: str) -> str:
     """ "Output RMS (activation units)"."""
     row = metric(name)
     more = "; not comparable between residual types" if name in INCOMPARABLE else ""
-    return f"{row.title} ({row.unit}{more})" if row.unit else row.title
+    unit = row.unit if row.unit and row.unit not in row.title.lower() else ""
+    told = f"{unit}{more}" if unit else more.removeprefix("; ")
+    return f"{row.title} ({told})" if told else row.title
 
 
 def steps() -> alt.Axis:

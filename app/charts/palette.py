@@ -39,8 +39,18 @@ PAPER = {
     "view": {"stroke": None},
 }
 
-# Thousands of cells: drawn as pixels, not as elements of the page.
-CANVAS = {"embedOptions": {"renderer": "canvas"}}
+
+def painted(field: str, scale: str = "linear", room: dict | None = None, **edges: tuple[str, float]) -> dict:
+    """The usermeta of a chart whose cells, the rows of its first table, the browser paints as pixels.
+
+    `field` is coloured on a `scale`; `left`, `right`, `top` and `bottom` are columns and what to add to them. `room` asks
+    for the height that the window leaves: `taken` by other things, `least` and `most`, in pixels.
+    """
+    told = {
+        "embedOptions": {"renderer": "canvas"},
+        "cells": {"colour": field, "scale": scale, **{side: list(edge) for side, edge in edges.items()}},
+    }
+    return told | ({"room": room} if room else {})
 
 
 def assign(
@@ -76,6 +86,13 @@ def shape(colours: dict[str, str]) -> alt.Shape:
         scale=alt.Scale(domain=list(colours), range=shapes),
         legend=_legend(colours) if len(colours) > 1 else None,
     )
+
+
+def shades(domain: tuple[float, float]) -> alt.Scale:
+    """The colour scale of cells: logarithmic above zero, a square root from zero, and centred on zero from below it."""
+    if domain[0] < 0:
+        return alt.Scale(domain=list(domain), domainMid=0, range="diverging", clamp=True, nice=False)
+    return alt.Scale(type="log" if domain[0] > 0 else "sqrt", domain=list(domain), clamp=True, nice=False)
 
 
 def gradient(title: str, domain: tuple[float, float] | None = None) -> alt.Legend:

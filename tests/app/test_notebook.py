@@ -9,7 +9,7 @@ import altair as alt
 import pytest
 
 import app
-from app import draw
+from app import cells, draw
 from probes import open_run
 
 ROOT = Path(app.__file__).resolve().parents[1]
@@ -73,9 +73,7 @@ def test_pictures(folder, kind, magic):
 def test_numbers_come_back_from_parquet(folder, tmp_path):
     import pandas as pd
 
-    from app import frames
-
-    cells = frames.cells(open_run(folder / "full"), 200)
-    (tmp_path / "cells.parquet").write_bytes(draw.numbers(cells, "parquet"))
+    frame = cells.cells(open_run(folder / "full"), 200)
+    (tmp_path / "cells.parquet").write_bytes(draw.numbers(frame, "parquet"))
     read = pd.read_parquet(tmp_path / "cells.parquet")
-    assert read["depth_weight"].tolist() == cells["depth_weight"].tolist() and list(read) == list(cells)
+    assert read["depth_weight"].tolist() == frame["depth_weight"].tolist() and list(read) == list(frame)
