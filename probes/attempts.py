@@ -4,6 +4,7 @@ The first attempt's folder is the run's. Where a later attempt began, the rows o
 trained again.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from probes.layout import Layout
 from probes.life import Life
 from probes.manifest import Manifest
 from probes.shard import SUFFIX, Shard, ShardError, UnreadableShard, read_shard, shard_steps
-from probes.vocabulary import METRICS, MOST_STEP, TRIANGLE, metric
+from probes.vocabulary import METRICS, MOST_STEP, TRIANGLES, metric
 
 QUARANTINE = "quarantine"
 
@@ -217,12 +218,13 @@ def rows_of(name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
 def row_shape(name: str, layout: Layout) -> tuple[int, ...]:
     """Stored shape of one recorded step of a metric: triangles packed to one axis."""
     axes = metric(name).axes
-    if axes == TRIANGLE:
-        return (layout.cells,)
+    if axes in TRIANGLES:
+        return (layout.cells(axes),)
     return tuple(layout.length(axis) for axis in axes)
 
 
 def _unpacked(name: str, values: np.ndarray, layout: Layout) -> int:
     """Bytes of the rows of a metric as the reader gives them."""
-    count = len(layout.reads) * len(layout.sources) if metric(name).axes == TRIANGLE else 1
+    axes = metric(name).axes
+    count = math.prod(map(layout.length, axes)) if axes in TRIANGLES else 1
     return 4 * max(values.size, len(values) * count)

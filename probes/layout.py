@@ -1,14 +1,16 @@
 """The layout of a run: which layer, read and source every row and column of a metric stands for.
 
 Numbering (paper: a layer is one sublayer): layers 1..L; source 0 is the token embedding; read row l-1 belongs
-to layer l, the last row is the final read. A read x source triangle is stored packed: row by row, only the
-sources that exist for that read.
+to layer l, the last row is the final read. A triangle, of reads and sources or of states and outputs, is stored packed:
+row by row, only the cells that exist.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
+
+from probes.vocabulary import MIXING, TRIANGLE
 
 # What a stranger's run.json may say at most.
 _MOST = 4096
@@ -97,23 +99,25 @@ class Layout:
             "source": len(self.sources),
         }[axis]
 
-    @property
-    def cells(self) -> int:
-        """Number of existing cells of a read x source triangle."""
-        return sum(read.sources for read in self.reads)
+    def cells(self, axes: tuple[str, ...] = TRIANGLE) -> int:
+        """Number of existing cells of a triangle."""
+        count = len(self.layers) + 1
+        return count * (count + 1) // 2 if axes == MIXING else sum(read.sources for read in self.reads)
 
-    def triangle(self) -> np.ndarray:
-        """bool [R, S]: which source exists for which read."""
+    def triangle(self, axes: tuple[str, ...] = TRIANGLE) -> np.ndarray:
+        """bool, in the lengths of `axes`: which source exists for which read, or which output for which state."""
+        if axes == MIXING:
+            return np.tri(len(self.layers) + 1, dtype=bool)
         counts = np.array([read.sources for read in self.reads])[:, None]
         return np.arange(len(self.sources))[None, :] < counts
 
-    def pack(self, dense: np.ndarray) -> np.ndarray:
+    def pack(self, dense: np.ndarray, axes: tuple[str, ...] = TRIANGLE) -> np.ndarray:
         """[..., R, S] -> [..., cells]: the existing cells, row by row."""
-        return dense[..., self.triangle()]
+        return dense[..., self.triangle(axes)]
 
-    def unpack(self, packed: np.ndarray) -> np.ndarray:
-        """[..., cells] -> float32 [..., R, S], NaN where a source does not exist for a read."""
-        triangle = self.triangle()
+    def unpack(self, packed: np.ndarray, axes: tuple[str, ...] = TRIANGLE) -> np.ndarray:
+        """[..., cells] -> float32 [..., R, S], NaN where a cell does not exist."""
+        triangle = self.triangle(axes)
         dense = np.full((*packed.shape[:-1], *triangle.shape), np.nan, np.float32)
         dense[..., triangle] = packed
         return dense

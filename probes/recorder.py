@@ -27,6 +27,7 @@ from probes.flush import start_copy
 from probes.gradients import NORMS, GradientNorms
 from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, Masks
+from probes.mixing import MIXING_METRICS, of_sample
 from probes.provenance import model_config, versions
 from probes.resuming import first_step, seconds_before
 from probes.scalars import Scalars
@@ -38,9 +39,12 @@ from probes.statistics import DEPTH_METRICS
 from probes.tally import ACTIVATIONS
 from probes.taps import MATRICES, OFF, VECTORS, Taps
 from probes.vocabulary import GRADIENTS, METRICS
+from probes.wrapped import unwrap_optimizer
 from probes.writer import RunWriter
 
 log = logging.getLogger("depthscope")
+
+_WAITING = 2**28  # bytes of samples that may wait for the writer's thread
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -92,13 +96,13 @@ def record(
     vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
     sites = find_sites(model, stack, layers, norms)
     created = time.time()
-    optimizers = _optimizers(optimizer)
+    optimizers, found = _optimizers(optimizer)
     path, step = Path(path), first_step(resume, optimizers, Path(path))
-    scale = LossScale(scaler)
+    scale = LossScale(found if scaler is None else scaler)
     masks = Masks(mask, sites)
     prepare_compiler(sites.root)
     try:
-        described = model_config(sites.root) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
+        described = model_config(sites.called) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise RunError(
             f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
@@ -137,6 +141,7 @@ class Recorder:
         self._retry = OFF  # a look was in vain, for the update was skipped on the device
         self._closed = False
         self._selfcheck = SelfCheck(sites)
+        self._handed = self._solved = 0  # samples given to the writer's thread, and taken up by it
         self._owed = False  # the writer waits to hear that the recorded step is complete
         self._process = os.getpid()
         self._scalars = Scalars()
@@ -151,7 +156,7 @@ class Recorder:
             hook
             for optimizer in optimizers
             for hook in (
-                optimizer.register_step_pre_hook(lambda it, *_: self._before_update(it)),
+                optimizer.register_step_pre_hook(self._before_update),
                 optimizer.register_step_post_hook(lambda it, *_: self._after_update(it)),
             )
         ]
@@ -182,7 +187,7 @@ class Recorder:
         with self._faults.guard(*METRICS):
             if self._taps.mode != OFF and self._taps.seen:
                 self._keep_own(now)
-                self._put(self._measured(), self._taps.counts())
+                self._put(self._measured(), self._taps.counts(), self._sampled())
                 self._owed = True
             elif self._owed or self._scalars.due(now):
                 self._put()
@@ -240,11 +245,13 @@ class Recorder:
     def _step(self) -> int:
         return self._clock.step
 
-    def _before_update(self, optimizer: torch.optim.Optimizer) -> None:
+    def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if self._clock.again(optimizer):
             self.step()  # the other optimizers stay out of that one
         if self._taps.mode == OFF or not self._taps.seen:
             return
+        if kwargs.get("closure") is not None or args[1:2] not in ((), (None,)):
+            return  # its backward pass is still to come, perhaps the last of several
         with self._faults.guard("clip_factor"):
             now = self._scale.at_step(optimizer)
             if self._backwards.counts:
@@ -320,9 +327,26 @@ class Recorder:
         left_out = self._scalars.logged | self._faults.now | (set() if known else set(GRADIENTS))
         return {name: value for name, value in metrics.items() if name not in left_out}
 
-    def _put(self, metrics: dict | None = None, counts: dict | None = None) -> None:
-        """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed."""
+    def _sampled(self) -> dict[str, torch.Tensor]:
+        """The sample of this step; nothing where the mixing cannot be solved from it, or not in time."""
+        if self._faults.now & set(MIXING_METRICS):
+            return {}
+        sampled = self._taps.sampled()
+        waiting = (self._handed - self._solved) * sum(value.nbytes for value in sampled.values())
+        if waiting > _WAITING:
+            late = {"step": self._step, "cause": "samples before were not solved yet"}
+            for name in MIXING_METRICS:
+                self._faults.missing.setdefault(name, late)
+            return {}
+        return sampled
+
+    def _put(
+        self, metrics: dict | None = None, counts: dict | None = None, sampled: dict | None = None
+    ) -> None:
+        """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed, and `sampled` what
+        the mixing is solved from."""
         now, mode, metrics, counts = self._clock.now, self._taps.mode, metrics or {}, counts or {}
+        sampled = sampled or {}
         vain = self._clock.vain()
         pending = self._scalars.take()
         logged = {
@@ -332,13 +356,15 @@ class Recorder:
         skips = {("skips", m.attempt): m.skips for m in moments if m.skips is not None}
         skips |= {} if vain is None else {("vain",): vain}
         seen = {("count", name): count for name, count in counts.items()}
+        parts = {("sample", name): part for name, part in sampled.items()}
         try:
-            fetch = start_copy(logged | metrics | skips | seen)
+            fetch = start_copy(logged | metrics | skips | seen | parts)
         except Exception as error:
             self._faults.caught(error, *metrics, *(name for name, _, _ in pending))
             return
 
         def rows():
+            self._solved += bool(sampled)  # or will be, before the next
             values = fetch()
             seen = {name: values["count", name] for name in counts}
             lost = int(values.get(("vain",), 0))
@@ -360,20 +386,32 @@ class Recorder:
                 if name not in seen or seen[name].any():
                     yield name, step_of(now), values[name]
             self._selfcheck.rows(seen)
+            if sampled:
+                with self._faults.guard(*MIXING_METRICS):
+                    kept = {name: values["sample", name] for name in sampled}
+                    mixing = of_sample(kept, self._sites.layout, [site.given for site in self._sites.layers])
+                    for name, value in mixing.items():
+                        yield name, step_of(now), value
 
         # Rows of this very step may still be logged until the next forward.
-        self._writer.put(rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
+        taken = self._writer.put(rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
+        self._handed += taken and bool(sampled)
 
 
-def _optimizers(given: Optimizers | None) -> list[torch.optim.Optimizer]:
+def _optimizers(
+    given: Optimizers | None,
+) -> tuple[list[torch.optim.Optimizer], torch.amp.GradScaler | None]:
+    """Those that hooks are hung on, and the scaler that came with one of them."""
     optimizers = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    pairs = [unwrap_optimizer(each) for each in optimizers]
+    optimizers = [optimizer for optimizer, _ in pairs]
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise RunError(
                 f"A {type(optimizer).__name__} is not a torch.optim.Optimizer: leave `optimizer` out and call "
                 "recorder.step() after each update."
             )
-    return optimizers
+    return optimizers, next((scaler for _, scaler in pairs if scaler is not None), None)
 
 
 def schedule_of(name: str, given: Steps) -> Schedule:

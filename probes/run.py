@@ -1,5 +1,6 @@
 """Open a run and read it: metrics as numpy arrays, while it grows or long after. Needs no torch."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from probes.careful import is_folder
 from probes.gaps import Gap, gaps_of
 from probes.layout import Layout, difference
 from probes.manifest import Manifest, RunError
-from probes.vocabulary import TRIANGLE, metric
+from probes.vocabulary import TRIANGLES, metric
 
 _MOST_PROBLEMS = 30
 
@@ -119,6 +120,23 @@ class Run:
             [f"And {more} more like these: run depthscope check."] if more > 0 else []
         )
 
+    # How it looks
+
+    @property
+    def plot(self):
+        """Its charts, for a notebook: `run.plot.dilution()` is an `alt.Chart`; `app.notebook.Plot` has them all.
+
+        Several runs in one chart: `app.plot([run, other]).dilution()`. Raises ImportError without the dashboard.
+        """
+        # By its name, when it is asked for: reading knows nothing of charts, and needs none of their libraries.
+        app = importlib.import_module("app")
+        if not getattr(app, "__depthscope__", False):
+            raise ImportError(
+                f"{getattr(app, '__file__', None) or 'The module app'} is not depthscope's app: rename it, or leave "
+                "its folder, to draw."
+            )
+        return app.plot(self)
+
     # What it recorded
 
     @property
@@ -148,8 +166,8 @@ class Run:
                 raise KeyError(f"{self.name} did not record {name!r}; it has: {recorded}")
             steps = np.concatenate([part[0] for part in parts])
             values = np.concatenate([part[1] for part in parts]).astype(np.float32, copy=False)
-            if metric(name).axes == TRIANGLE:
-                values = self.layout.unpack(values)
+            if (axes := metric(name).axes) in TRIANGLES:
+                values = self.layout.unpack(values, axes)
             order = np.argsort(steps, kind="stable")
             steps, values = steps[order], values[order]
             steps.flags.writeable = values.flags.writeable = False

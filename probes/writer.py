@@ -72,9 +72,9 @@ class RunWriter:
     def dropped(self) -> int:
         return self._lost.count
 
-    def put(self, fetch: Fetch, complete: int | Callable[[], int]) -> None:
+    def put(self, fetch: Fetch, complete: int | Callable[[], int]) -> bool:
         """Hand over rows, the last ones of steps up to `complete` (a function is asked when they have come).
-        Never blocks: a full queue drops."""
+        Never blocks: a full queue drops, and False is returned."""
 
         def take() -> Iterable[Row]:
             try:
@@ -86,8 +86,9 @@ class RunWriter:
 
         if self._queue.qsize() < _QUEUE:
             self._queue.put(take)
-        else:
-            self._lost.add(_step(complete), "the writer could not keep up")
+            return True
+        self._lost.add(_step(complete), "the writer could not keep up")
+        return False
 
     def close(self, status: str, reason: str = "") -> None:
         """Seal everything handed over and mark the end. Waits for the thread, but not for ever."""

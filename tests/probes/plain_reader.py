@@ -8,6 +8,7 @@ import re
 import struct
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 CODES = {"F32": ("f", "float32"), "I64": ("q", "int64")}
@@ -94,8 +95,11 @@ def read(run: Path) -> dict[str, list[tuple[int, list[float]]]]:
 
 def unpacked(cells: list[float], manifest: dict) -> list[list[float]]:
     """A packed triangle as rows of sources, blank where there is none."""
-    cells, columns = iter(cells), len(manifest["layout"]["sources"])
+    return rows_of(cells, [read["sources"] for read in manifest["layout"]["reads"]])
+
+
+def rows_of(cells: list[float], lengths: Sequence[int]) -> list[list[float]]:
+    cells = iter(cells)
     return [
-        [next(cells) if column < read["sources"] else math.nan for column in range(columns)]
-        for read in manifest["layout"]["reads"]
+        [next(cells) if column < length else math.nan for column in range(max(lengths))] for length in lengths
     ]

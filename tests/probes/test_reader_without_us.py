@@ -11,7 +11,7 @@ import pytest
 import probes
 from tests.probes import plain_reader
 from tests.probes.models import decoder, sgd, train
-from tests.probes.plain_reader import Shard, unpacked
+from tests.probes.plain_reader import Shard, rows_of, unpacked
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "run-format.md"
 
@@ -26,6 +26,9 @@ def agree(path: Path) -> None:
         values = [row for _, row in rows]
         if name in ("depth_weight", "depth_weight_std", "contribution_rms"):
             values = [unpacked(cells, manifest) for cells in values]
+        if name in ("mixing_weight", "mixing_share"):
+            states = range(1, len(manifest["layout"]["layers"]) + 2)
+            values = [rows_of(cells, states) for cells in values]
         ours = run[name]
         np.testing.assert_array_equal(np.array(values, np.float32).reshape(ours.shape), ours)
 
