@@ -46,13 +46,16 @@ def of_sample(
 ) -> dict[str, np.ndarray]:
     """The mixing metrics of what sample.py kept, by name, triangles packed; those of which nothing is known are left
     out."""
-    about = sampled["about"]
-    tokens, width = (int(n) for n in about[:, :2].max(0))
+    of_states, of_outputs = sampled["about"]
+    tokens, width = (int(n) for n in of_states[:, :2].max(0))
     if not tokens * width:
         return {}
-    shape = len(about), tokens, width
+    shape = len(of_states), tokens, width
     states, outputs = (sampled[name][:, : tokens * width].reshape(shape) for name in ("states", "outputs"))
-    found = recover(states, outputs, np.array([*given, len(about)]), about[:, 2])
+    # What has another size is not of the same tokens.
+    outputs[(of_outputs[:, :2] != (tokens, width)).any(1)] = np.nan
+    states[(of_states[:, :2] != (tokens, width)).any(1)] = np.nan
+    found = recover(states, outputs, np.array([*given, len(states)]), of_states[:, 2])
     packed = {name: layout.pack(value, MIXING) if value.ndim == 2 else value for name, value in found.items()}
     return {name: value for name, value in packed.items() if not np.isnan(value).all()}
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import probes
+from probes import layout as layout_of
 from probes import recorder as recorder_module
-from probes.mixing import MIXING_METRICS, definition, recover
+from probes.mixing import MIXING_METRICS, definition, of_sample, recover
 from probes.sample import ELEMENTS, TOKENS, Sample
 from tests.attnres.families import FAMILIES, logits_of
 from tests.probes.models import batches, decoder, loss_of, sgd, train
@@ -143,7 +144,7 @@ def test_the_sample_is_of_evenly_spaced_tokens_that_count():
     sample = Sample(1, torch.device("cpu"))
     sample.keep(x, "state", 0)
     sample.keep(x, "output", 0)
-    assert sample.about.tolist() == [[TOKENS, 4, EPS]]
+    assert sample.about.tolist() == 2 * [[[TOKENS, 4, EPS]]]
     kept = sample.state[0, : TOKENS * 4].reshape(TOKENS, 4)[:, 0]
     assert torch.equal(kept, torch.arange(TOKENS) * 4000 // TOKENS)
     assert torch.equal(sample.state.nan_to_num(-1), sample.output.nan_to_num(-1))
@@ -158,7 +159,25 @@ def test_the_sample_is_of_evenly_spaced_tokens_that_count():
     assert kept[:2].tolist() == [1010, 2000] and kept[-1] > 3990 and (kept.diff() > 0).all()
     wide = torch.zeros(9, 2 * ELEMENTS)
     sample.keep(wide, "state", 0)
-    assert sample.about[0, 0] == 1
+    assert sample.about[0, 0, 0] == 1
+
+
+def test_what_has_another_size_is_not_compared():
+    sample = Sample(2, torch.device("cpu"))
+    x = torch.randn(4, 16)
+    for row in range(2):
+        sample.keep(x * (row + 1), "state", row)
+        sample.keep(torch.randn(4, 16) if row else x, "output", row)
+    layout = layout_of.Layout.build([layout_of.Layer(1, "mlp", 1, "mlp")])
+
+    def found():
+        sampled = {"states": sample.state, "outputs": sample.output, "about": sample.about}
+        kept = {name: value.numpy().copy() for name, value in sampled.items()}
+        return of_sample(kept, layout, [1])["mixing_r2"]
+
+    assert np.isfinite(found()).tolist() == [True, True]
+    sample.keep(torch.randn(4, 8), "output", 1)
+    assert np.isfinite(found()).tolist() == [True, False]
 
 
 # Models
@@ -313,14 +332,38 @@ class HyperBlock(nn.Module):
         return x
 
 
+class Reading(nn.Module):
+    """The same, reading by itself, for streams that are added to and not mixed."""
+
+    def __init__(self, streams: int, width: int):
+        super().__init__()
+        self.inner = Connection(streams, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pre, post, _ = self.inner(x)
+        return post, (pre.unsqueeze(-1) * x).sum(2)
+
+
+class Adding(HyperBlock):
+    def __init__(self, streams: int, width: int):
+        super().__init__(streams, width)
+        self.attn_hc, self.mlp_hc = Reading(streams, width), Reading(streams, width)
+
+    def forward(self, x):
+        post, h = self.attn_hc(x)
+        x = x + post.unsqueeze(-1) * self.attn(self.attn_norm(h)).unsqueeze(2)
+        post, h = self.mlp_hc(x)
+        return x + post.unsqueeze(-1) * self.mlp(self.mlp_norm(h)).unsqueeze(2)
+
+
 class Hyper(nn.Module):
     """Hyper-connections in the manner of DeepSeek-V4."""
 
-    def __init__(self, blocks: int = 2, streams: int = 3, width: int = 64):
+    def __init__(self, block=HyperBlock, blocks: int = 2, streams: int = 3, width: int = 64):
         super().__init__()
         self.streams = streams
         self.words, self.head = nn.Embedding(WORDS, width), nn.Linear(width, WORDS)
-        self.blocks = nn.ModuleList(HyperBlock(streams, width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(block(streams, width) for _ in range(blocks))
         self.last_hc, self.last = Connection(streams, width), nn.RMSNorm(width)
 
     def forward(self, tokens):
@@ -349,10 +392,18 @@ BY_NAME = {
 }
 
 
-@pytest.mark.parametrize("options, compiled", [({}, False), ({}, True), (BY_NAME, False)])
-def test_hyper_connections_against_their_own_coefficients(options, compiled, tmp_path, caplog):
+@pytest.mark.parametrize(
+    "block, options, compiled",
+    [
+        (HyperBlock, {}, False),
+        pytest.param(HyperBlock, {}, True, marks=pytest.mark.long),
+        (HyperBlock, BY_NAME, False),
+        (Adding, {}, False),
+    ],
+)
+def test_hyper_connections_against_their_own_coefficients(block, options, compiled, tmp_path, caplog):
     torch.manual_seed(0)
-    model = Hyper(blocks=1 if compiled else 2)
+    model = Hyper(block, blocks=1 if compiled else 2)
     (tokens,) = batches(0, [(2, 8)])
     seen = []
     hooks = [
@@ -374,6 +425,8 @@ def test_hyper_connections_against_their_own_coefficients(options, compiled, tmp
     with probes.record(model, tmp_path / "run", optimizer=optimizer, **options):
         train(trained, optimizer, 1)
     run = probes.open_run(tmp_path / "run")
+    if block is Adding:
+        seen = [(pre, post, torch.eye(model.streams).expand_as(comb)) for pre, post, comb in seen]
     assert_recovers(run, coefficients(seen))
     # Source 0 is the embedding, not the first state; its gradient is that of all streams.
     np.testing.assert_allclose(run["output_rms"][0, 0], embedding.square().mean().sqrt().item(), rtol=1e-5)
