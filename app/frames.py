@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from app import gaps
 from app.derived import DERIVED, metric
 from probes import Run
 from probes.layout import Layout
@@ -67,35 +68,58 @@ def places(layout: Layout, axes: tuple[str, ...]) -> list[tuple[int, str]]:
     raise ValueError(f"{axes} is not an axis over depth")
 
 
-def scalar(run: Run, label: str, name: str, x: str = "step", window: int = 1) -> pd.DataFrame:
-    """run, step, x, low, value, high: one row per recorded step, or minimum, mean and maximum of equal bins.
+def scalar(
+    run: Run, label: str, name: str, x: str = "step", window: int | None = 1, most: int = POINTS
+) -> pd.DataFrame:
+    """run, step, x, low, value, high, segment: one row per recorded step, or minimum, mean and maximum of `most` bins.
 
-    `x` "tokens" or "wall_time" gives what was logged of it by that step. `window` recorded points are averaged; low
-    and high are then the extremes within the window, so that a spike stays in the band.
+    `x` "tokens" or "wall_time" gives what was logged of it by that step. `window` recorded points are averaged, None
+    for a fiftieth of them; low and high are then the extremes within the window, so that a spike stays in the band.
+    `segment` counts the gaps.
     """
     steps, values = series(run, name)
     values = finite(values).astype(np.float64)
+    segment = gaps.segments(run, steps)
     low, high = values, values
+    window = len(values) // 50 if window is None else window
     if window > 1 and len(values):
-        values, low, high = _smooth(values, window)
+        values, low, high = _smooth(values, window, segment)
     along = steps.astype(np.float64)
     if x != "step":
         known, told = series(run, x)
         along = np.interp(steps, known, told) if len(known) else np.full(len(steps), np.nan)
-    if len(steps) > POINTS:
-        starts = np.unique(np.linspace(0, len(steps), POINTS, endpoint=False).astype(int))
+    if len(steps) > most:
+        starts = _bins(len(steps), most, segment)
         low, high = np.fmin.reduceat(low, starts), np.fmax.reduceat(high, starts)
         counts = np.add.reduceat(np.isfinite(values).astype(np.float64), starts)
         total = np.add.reduceat(np.nan_to_num(values), starts)
         values = np.divide(total, counts, out=np.full_like(total, np.nan), where=counts > 0)
-        steps, along = steps[starts], along[starts]
-    frame = pd.DataFrame({"run": label, "step": steps, "x": along, "low": low, "value": values, "high": high})
+        steps, along, segment = steps[starts], along[starts], segment[starts]
+    frame = pd.DataFrame(
+        {
+            "run": label,
+            "step": steps,
+            "x": along,
+            "low": low,
+            "value": values,
+            "high": high,
+            "segment": segment,
+        }
+    )
     return frame if x == "step" else frame.dropna(subset=["x"])
 
 
-def _smooth(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, minimum and maximum of the last `window` values at each point, blanks left out."""
-    rolling = pd.Series(values).rolling(window, min_periods=1)
+def _bins(count: int, most: int, segment: np.ndarray) -> np.ndarray:
+    """Where each of about `most` equal bins begins; none reaches across a gap."""
+    even = np.linspace(0, count, most, endpoint=False).astype(int)
+    return np.union1d(even, np.flatnonzero(np.diff(segment)) + 1)
+
+
+def _smooth(
+    values: np.ndarray, window: int, segment: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, minimum and maximum of the last `window` values at each point, blanks left out; begins anew after a gap."""
+    rolling = pd.Series(values).groupby(segment).rolling(window, min_periods=1)
     return rolling.mean().to_numpy(), rolling.min().to_numpy(), rolling.max().to_numpy()
 
 
@@ -152,7 +176,8 @@ def over_training(run: Run, name: str) -> pd.DataFrame:
     if not len(steps):
         return pd.DataFrame(columns=["step", "until", "depth", "value", "place"])
     columns = min(len(steps), COLUMNS, max(1, CELLS // values.shape[1]))
-    starts = np.unique(np.linspace(0, len(steps), columns, endpoint=False).astype(int))
+    segment = gaps.segments(run, steps)
+    starts = _bins(len(steps), columns, segment)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a bin of blanks stays blank
         groups = np.split(finite(values), starts[1:])
@@ -160,6 +185,8 @@ def over_training(run: Run, name: str) -> pd.DataFrame:
     first = steps[starts]
     spacing = int(np.median(np.diff(steps))) if len(steps) > 1 else max(1, run.manifest.every)
     until = np.append(first[1:], steps[-1] + spacing)
+    before_gap = np.flatnonzero(np.diff(segment[starts]))
+    until[before_gap] = steps[starts[before_gap + 1] - 1] + spacing
     depths, labels = zip(*places(run.layout, metric(name).axes), strict=True)
     return pd.DataFrame(
         {
@@ -173,10 +200,10 @@ def over_training(run: Run, name: str) -> pd.DataFrame:
 
 
 def evenness(run: Run, label: str, name: str) -> pd.DataFrame:
-    """run, step, cv, ratio, gini over depth, embedding left out, per recorded step."""
+    """run, step, cv, ratio, gini over depth, embedding left out, per recorded step; segment counts the gaps."""
     steps, values = series(run, name)
     if not len(steps):
-        return pd.DataFrame(columns=["run", "step", "cv", "ratio", "gini"])
+        return pd.DataFrame(columns=["run", "step", "cv", "ratio", "gini", "segment"])
     values = finite(values.astype(np.float64))
     if metric(name).axes == OUTPUT:
         values = values[:, 1:]
@@ -185,7 +212,7 @@ def evenness(run: Run, label: str, name: str) -> pd.DataFrame:
         cv = np.nanstd(values, axis=1) / np.nanmean(values, axis=1)
         ratio = np.nanmax(values, axis=1) / np.nanmin(values, axis=1)
     told = {"cv": finite(cv), "ratio": finite(ratio), "gini": gini(values)}
-    frame = pd.DataFrame({"run": label, "step": steps, **told})
+    frame = pd.DataFrame({"run": label, "step": steps, **told, "segment": gaps.segments(run, steps)})
     if len(frame) > POINTS:
         frame = frame.iloc[np.unique(np.linspace(0, len(frame) - 1, POINTS).astype(int))]
     return frame.reset_index(drop=True)

@@ -30,8 +30,8 @@ class Plot:
         }
         self._colours = palette.assign(list(self._runs), list(self._runs))
 
-    def loss(self, name: str = "loss", *, smooth: int = 1, scale: str = "linear") -> alt.LayerChart:
-        """A scalar over training; `smooth` recorded points are averaged."""
+    def loss(self, name: str = "loss", *, smooth: int | None = 1, scale: str = "linear") -> alt.LayerChart:
+        """A scalar over training; `smooth` recorded points are averaged, None for a fiftieth of them."""
         frame = self._all(lambda run, label: frames.scalar(run, label, name, window=smooth), name)
         title = findings.losses(frame, name)
         return self._ready(lines(frame, "value", axes.measure(name), self._colours, title, scale))

@@ -23,9 +23,10 @@ class View:
     step: int | None = None
     scalar: str = "loss"
     along: str = "step"
-    smooth: str = "1"
+    smooth: str = "auto"
     curve_scale: str = "linear"
     search: str = ""
+    settings: str = "differing"
     depth: str = "hidden_rms"
     depth_scale: str = "linear"
     gradient: str = "output_grad_rms"

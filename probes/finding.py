@@ -1,7 +1,7 @@
 """Find the sites of a model by itself, or where the user says they are."""
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import nn
 
@@ -60,7 +60,7 @@ def find_sites(
         module for module in root.modules() if isinstance(getattr(module, "depth_output", None), int)
     )
     holders = tuple(module for name, module in _above(root, found.path) if name)
-    return Sites(
+    sites = Sites(
         root,
         list(found.layers),
         found.final,
@@ -71,6 +71,22 @@ def find_sites(
         found.entry,
         norm and norm.module,
     )
+    return _called(sites)
+
+
+def _called(sites: Sites) -> Sites:
+    """The same with the module that training calls. Lightning calls the training step of its module, and no forward but
+    that of the model inside."""
+    if not hasattr(sites.root, "training_step"):
+        return sites
+    places = [sites.final, *(each for s in sites.layers for each in (s.state, s.output, s.after))]
+    seen = {place.module for place in places if place is not None} | {*sites.reads, *sites.outputs}
+    for child in sites.root.children():
+        if seen <= set(child.modules()):
+            inner = unwrap(child)
+            holders = tuple(m for m in sites.holders if m not in (child, inner))
+            return dataclasses.replace(sites, inner=inner, holders=holders)
+    return sites
 
 
 def _only_stack(root: nn.Module) -> Stack:
@@ -116,7 +132,7 @@ def _joined(root: nn.Module, stacks: list[Stack]) -> Stack:
             f"{type(root).__name__} has layers in {first.path!r} but no norm after them, so the final state cannot "
             f"be seen: {_BY_HAND}."
         )
-    return replace(first, final=final)
+    return dataclasses.replace(first, final=final)
 
 
 def _moved(site: LayerSite, layers: int, blocks: int) -> LayerSite:

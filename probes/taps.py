@@ -154,7 +154,7 @@ class Taps:
     def _attach(self) -> None:
         sites = self._sites
         marks.listen(self)
-        self._handles.append(sites.root.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
+        self._handles.append(sites.called.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
         if sites.reads:
             self._before(sites.reads[0], lambda args, kwargs: self._tap_embedding(args[0][0]))
         for holder, find in self.masks.inside:
@@ -180,7 +180,7 @@ class Taps:
             for block, read in enumerate(reads_after_blocks(sites)):
                 # The newest source of the read after a transformer block is the partial sum the block left.
                 self._before(read, lambda args, kwargs, block=block: self._tap(args[0][-1], "block", block))
-        self._handles.append(sites.root.register_forward_hook(Hook(self._end)))
+        self._handles.append(sites.called.register_forward_hook(Hook(self._end)))
 
     def _passed(self) -> None:
         if torch.compiler.is_compiling():

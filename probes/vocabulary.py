@@ -6,7 +6,8 @@ else. It imports nothing.
 
 from dataclasses import dataclass
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MOST_STEP = 10**15  # no training gets there, and every reader can count that far
 
 # Axes. "layer" is one sublayer; a triangle axis pair is stored packed (see layout.py).
 SCALAR: tuple[str, ...] = ()
@@ -225,7 +226,8 @@ _ROWS = [
         SCALAR,
         "Wall time",
         "s",
-        "Seconds from the start of the recording to the end of the step.",
+        "Seconds of recording up to the end of the step. Time between attempts does not count, nor do steps that were "
+        "trained again.",
     ),
     Metric("tokens", SCALAR, "Training tokens", "tokens", "Training tokens seen so far, as logged."),
     Metric("step_time", SCALAR, "Step time", "s", "Wall time from one optimizer step to the next."),

@@ -1,6 +1,6 @@
 """Colours and print settings. Run colours are Okabe and Ito's, apart for every common colour blindness."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import altair as alt
 
@@ -53,12 +53,15 @@ def painted(field: str, scale: str = "linear", room: dict | None = None, **edges
     return told | ({"room": room} if room else {})
 
 
-def assign(everyone: Sequence[str], selected: Sequence[str]) -> dict[str, str]:
-    """A colour for each selected run: its place among all runs decides, the next free one settles a tie."""
+def assign(
+    everyone: Sequence[str], selected: Sequence[str], before: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """A colour for each selected run: the one it had `before`, else by its place among all runs, else the next free one."""
+    before = before or {}
     place = {run: index for index, run in enumerate(everyone)}
     taken: dict[str, str] = {}
-    for run in sorted(selected, key=lambda run: place.get(run, len(place))):
-        want = place.get(run, len(place))
+    for run in sorted(selected, key=lambda run: run not in before):
+        want = RUNS.index(before[run]) if run in before else place.get(run, len(place))
         order = [RUNS[(want + shift) % len(RUNS)] for shift in range(len(RUNS))]
         taken[run] = next((colour for colour in order if colour not in taken.values()), order[0])
     return {run: taken[run] for run in selected}

@@ -1,6 +1,12 @@
 """Folders of made runs, written once."""
 
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +16,8 @@ from probes import open_run
 from probes.manifest import RANK_FOLDER, Manifest
 from probes.writer import RunWriter
 from tests.app import made
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +47,35 @@ def folders(tmp_path_factory, folder) -> dict[str, Path]:
     shutil.copytree(folder, root / "unreadable manifest")
     (root / "unreadable manifest" / "block" / "run.json").write_text("{")
     return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory):
+    """serve(folder) starts the real command on a free port and returns its address."""
+    started = []
+
+    def start(folder: Path) -> str:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "app.cli", "dash", str(folder), "--port", str(port), "--no-browser"]
+        log = tmp_path_factory.mktemp("server") / "log"
+        with log.open("wb") as out:
+            started.append(subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT))
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{address}/_stcore/health", timeout=1)
+                return address
+            except (urllib.error.URLError, OSError):
+                assert started[-1].poll() is None, log.read_text()
+                time.sleep(0.1)
+        raise AssertionError(log.read_text())
+
+    yield start
+    for server in started:
+        server.terminate()
+        server.wait(20)
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,7 @@ def test_missing_metrics_are_named(folders):
 
 
 def test_a_stopped_run_says_why(folders):
-    assert "stopped: KeyboardInterrupt" in said(opened(folders["few steps"]))
+    assert "Stopped: KeyboardInterrupt" in said(opened(folders["few steps"]))
 
 
 def test_a_plain_residual_has_nothing_to_read(folders):
