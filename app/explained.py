@@ -48,7 +48,10 @@ TOLD: dict[str, tuple[str, str]] = {
         "A layer that stays far below its neighbours learns hardly anything; a spike in one layer is where a training "
         "becomes unstable first.",
     ),
-    "param_norm": (r"\lVert \theta_l \rVert_2", "Slow growth is usual; beside the gradient norm it gives the update ratio."),
+    "param_norm": (
+        r"\lVert \theta_l \rVert_2",
+        "Slow growth is usual; beside the gradient norm it gives the update ratio.",
+    ),
     "depth_weight": (
         r"\alpha_{l,i} = \langle \mathrm{softmax}_i(q_l \cdot \mathrm{RMSNorm}(v_i)) \rangle_t",
         "A dark diagonal reads its neighbour, a dark column is a sink that everybody reads, a pale column is ballast. An "
@@ -100,7 +103,10 @@ TOLD: dict[str, tuple[str, str]] = {
         "To first order: how the loss would change without that source in that read. Positive helps.",
     ),
     "nonfinite": ("", "Anything above zero is the beginning of the end: look where it starts."),
-    "identity_error": ("", "Near zero for a plain residual; of the order of one where the stream is mixed otherwise."),
+    "identity_error": (
+        "",
+        "Near zero for a plain residual; of the order of one where the stream is mixed otherwise.",
+    ),
 }
 
 
