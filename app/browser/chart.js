@@ -87,10 +87,9 @@ class Chart {
     if (this.view) await keep(this.view, view);
     if (next.fields.length) this.listen(view, next.fields);
     this.view?.finalize();
-    for (const drawn of box.querySelectorAll("canvas")) drawn.style.display = "block"; // inline ones leave a gap below
     this.box?.remove();
     this.cells?.close();
-    box.style.cssText = "position:relative";
+    box.style.cssText = "position:relative;display:block"; // inline, it leaves a gap below
     [this.view, this.box, this.room, this.ink] = [view, box, spec.usermeta?.room, look.ink];
     this.cells = spec.usermeta?.cells ? new Cells(this.home, spec.usermeta.cells, next.tables[0]) : null;
     this.cells?.take(next[next.tables[0]]);
