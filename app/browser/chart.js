@@ -89,7 +89,9 @@ class Chart {
     this.view?.finalize();
     this.box?.remove();
     this.cells?.close();
-    box.style.cssText = "position:relative;display:block"; // inline, it leaves a gap below
+    // Inline, a canvas and its box would each leave a gap below.
+    box.style.cssText = "position:relative;display:block";
+    for (const drawn of box.querySelectorAll("canvas")) drawn.style.display = "block";
     [this.view, this.box, this.room, this.ink] = [view, box, spec.usermeta?.room, look.ink];
     this.cells = spec.usermeta?.cells ? new Cells(this.home, spec.usermeta.cells, next.tables[0]) : null;
     this.cells?.take(next[next.tables[0]]);
