@@ -109,7 +109,8 @@ def test_every_curve_knows_its_gaps(tmp_path, page):
     curves = [
         frame
         for spec, (frame, *_) in plotted(opened(tmp_path, f"pages_/{page}.py"))
-        if any(layer.get("mark", {}).get("type") == "line" for layer in spec.get("layer", [])) and "step" in frame
+        if any(layer.get("mark", {}).get("type") == "line" for layer in spec.get("layer", []))
+        and "step" in frame
         if frame["step"].nunique() > 1
     ]
     assert curves and all(frame["segment"].nunique() == 2 for frame in curves)
