@@ -62,6 +62,11 @@ def test_several_runs_share_a_chart(folder):
     }
 
 
+def test_smoothing_does_not_change_what_the_title_says(folder):
+    plots = app.plot(open_run(folder / "full"))
+    assert plots.loss(smooth=15).to_dict()["title"] == plots.loss().to_dict()["title"]
+
+
 def test_what_was_not_recorded_is_named(folder):
     with pytest.raises(KeyError, match="prenorm did not record 'depth_weight'"):
         app.plot(open_run(folder / "prenorm")).depth_attention()
