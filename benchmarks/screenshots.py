@@ -19,7 +19,6 @@ from dashboard import CHART, PAGES, ROOT, served
 
 SIZES = ("1280x800", "1920x1080")
 SCHEMES = ("light", "dark")
-COLOURS = 256  # a third of the bytes; the rare colours of lines are kept as they are
 TALLEST = 6000
 
 # The pictures of README and docs: name, page and view, theme, height.
@@ -75,8 +74,8 @@ def _take(
         tall = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
         page.set_viewport_size({"width": width, "height": min(max(tall, height), TALLEST)})
         _settle(page)
-    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+    # All colours are kept: with a palette, the thin coloured lines, or the greys around them, come out wrong.
+    Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(path, optimize=True)
     print(f"{path}  {path.stat().st_size / 1000:.0f} KB")
 
 
