@@ -1,8 +1,13 @@
 """`depthscope bench module:function`: what recording costs on one's own model and machine."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from app.choosing import about_a_model
+
+if TYPE_CHECKING:
+    from probes.target import Target
 
 
 @click.command()
@@ -21,35 +26,26 @@ from app.choosing import about_a_model
     help="Recorded and unrecorded steps to compare.",
 )
 @click.option("--compile", "compiled", is_flag=True, help="Run the model through torch.compile.")
-def bench(target: str, every: int, matrices_every: int, pairs: int, compiled: bool, **choice) -> None:
+def bench(found: "Target", every: int, matrices_every: int, pairs: int, compiled: bool, **choice) -> None:
     """Measure what recording costs a model, beside the same steps unrecorded.
 
     FUNCTION takes no arguments and returns (model, batch): the batch is a tensor, a tuple of positional or a dict of
     keyword arguments, on the model's device. Or it returns a dict with model, batch and, as far as wanted, loss (a
     function of the model's output) and optimizer. MODULE is looked for in the current directory first.
     """
-    try:
-        from probes import RunError, benching
-        from probes import target as targets
-    except ModuleNotFoundError as error:
-        raise click.ClickException(
-            f'bench needs {error.name}, and only the viewer is installed: pip install "depthscope[probes]".'
-        ) from error
-    try:
-        found = targets.load(target)
-        if found.args is None:
-            raise RunError(f"{target} gave a model without a batch: return (model, batch).")
-        cost = benching.bench(
-            found.model,
-            found.kwargs or found.args,
-            optimizer=found.optimizer,
-            loss=found.loss,
-            every=every,
-            matrices_every=matrices_every,
-            compile=compiled,
-            pairs=pairs,
-            **choice,
-        )
-    except RunError as error:
-        raise click.ClickException(str(error)) from error
+    from probes import RunError, benching
+
+    if found.args is None:
+        raise RunError(f"{found.name} gave a model without a batch: return (model, batch).")
+    cost = benching.bench(
+        found.model,
+        found.kwargs or found.args,
+        optimizer=found.optimizer,
+        loss=found.loss,
+        every=every,
+        matrices_every=matrices_every,
+        compile=compiled,
+        pairs=pairs,
+        **choice,
+    )
     click.echo(cost)

@@ -1,12 +1,29 @@
 """The model a command is about, and which of its layers: what `depthscope describe` and `bench` ask alike."""
 
+import functools
 from collections.abc import Callable
 
 import click
 
 
 def about_a_model(command: Callable) -> Callable:
-    """Give a command the argument `target` and the options `stack`, `layers` and `norms`, None where not given."""
+    """A command given a `probes.target.Target` and the options `stack`, `layers` and `norms`, None where not given."""
+
+    @functools.wraps(command)
+    def run(target: str, **options) -> None:
+        try:
+            from probes import RunError
+            from probes import target as targets
+        except ModuleNotFoundError as error:
+            raise click.ClickException(
+                f"{command.__name__} needs {error.name}, and only the viewer is installed: "
+                'pip install "depthscope[probes]".'
+            ) from error
+        try:
+            command(targets.load(target), **options)
+        except RunError as error:
+            raise click.ClickException(str(error)) from error
+
     for add in (
         click.option(
             "--norms",
@@ -28,8 +45,8 @@ def about_a_model(command: Callable) -> Callable:
         ),
         click.argument("target", metavar="MODULE:FUNCTION"),
     ):
-        command = add(command)
-    return command
+        run = add(run)
+    return run
 
 
 def _given(context: click.Context, option: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...] | None:

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from types import UnionType
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -31,10 +33,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_is(name: str, value: object, kind: type) -> None:
-    """An instance of this class."""
+def check_is(name: str, value: object, kind: type | UnionType) -> None:
+    """An instance of this class, or of one of these."""
     if not isinstance(value, kind):
-        raise ValueError(f"{name} must be a {kind.__name__}, not {described(value)}.")
+        kinds = " or a ".join(each.__name__ for each in get_args(kind) or (kind,))
+        raise ValueError(f"{name} must be a {kinds}, not {described(value)}.")
 
 
 def check_tokens(tokens: object) -> None:

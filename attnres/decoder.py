@@ -76,17 +76,18 @@ class Decoder(nn.Module):
             check_same_decoder(self.config, state_dict)
         return super().load_state_dict(state_dict, strict, assign)
 
-    def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Two groups for an optimizer: matrices decay; vectors (queries and gains too) and embeddings do not.
 
-        Decay would pull the queries to zero, that is every read to uniform weights.
-        """
-        embeddings = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
-        decays = {p: p.ndim >= 2 and id(p) not in embeddings for p in self.parameters()}
-        return [
-            {"params": [p for p, decay in decays.items() if decay], "weight_decay": weight_decay},
-            {"params": [p for p, decay in decays.items() if not decay], "weight_decay": 0.0},
-        ]
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups for an optimizer: matrices decay; vectors (queries and gains too) and embeddings do not.
+
+    Decay would pull the queries to zero, that is every read to uniform weights.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decays = {p: p.ndim >= 2 and id(p) not in embeddings for p in model.parameters()}
+    return [
+        {"params": [p for p, decay in decays.items() if decay], "weight_decay": weight_decay},
+        {"params": [p for p, decay in decays.items() if not decay], "weight_decay": 0.0},
+    ]
 
 
 def build_residual(config: DecoderConfig) -> Residual:

@@ -11,10 +11,7 @@ other workloads. `--smoke` takes seconds and proves nothing.
 import argparse
 import json
 import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +25,7 @@ try:
     from attnres import Decoder, DecoderConfig, generate
     from attnres.fused import fused_read
     from attnres.schedules import SCHEDULES
+    from benchmarks import provenance
 except ImportError as error:
     raise SystemExit(
         f"Run this from the repository's root as `python -m benchmarks.attnres` ({error})."
@@ -238,10 +236,9 @@ def save(title: str, table: list[dict], options: argparse.Namespace, arguments: 
     path = RESULTS / f"{options.save}.json"
     path.parent.mkdir(exist_ok=True)
     kept = json.loads(path.read_text()) if path.exists() else {}
-    given = sys.argv[1:] if arguments is None else arguments
     kept[title] = {
-        "command": shlex.join(["python", "-m", "benchmarks.attnres", *given]),
-        "commit": commit(),
+        "command": provenance.command("attnres", arguments),
+        "commit": provenance.commit(),
         "machine": machine(options),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
         "rounds": options.rounds,
@@ -257,20 +254,10 @@ def save(title: str, table: list[dict], options: argparse.Namespace, arguments: 
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
 
 
-def commit() -> str:
-    """The commit that runs, and whether files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
-
-
 def machine(options: argparse.Namespace) -> str:
     if options.device.startswith("cuda"):
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {options.threads} threads"
+    return f"{provenance.processor()}, {options.threads} threads"
 
 
 if __name__ == "__main__":

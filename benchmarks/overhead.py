@@ -25,9 +25,6 @@ import logging
 import os
 import platform
 import random
-import shlex
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -36,12 +33,11 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 try:
     import probes
-    from attnres import Decoder, DecoderConfig
+    from benchmarks import provenance
+    from benchmarks.contenders import OWN, WAYS, compiled, decoder, loss_of, nothing, ours, tokens_for
     from probes.benching import machine
     from probes.cost import Cost, Spread
     from probes.stopwatch import timed
@@ -52,7 +48,6 @@ except ImportError as error:
 
 SMOKE = {"pairs": 2, "blocks": 2, "width": 32, "batch": 1, "context": 16}
 BASE, AGAIN = "none", "none, again"
-NEVER = range(1)  # step 0 alone
 # Whose step takes so many times the unwatched one takes part in the first rounds alone: its quartiles lie close enough.
 SLOW, FEW = 3, 5
 
@@ -123,141 +118,6 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     if options.smoke:
         vars(options).update(SMOKE)
     return options
-
-
-# The contenders
-
-
-def decoder(residual: str, options: argparse.Namespace) -> Decoder:
-    torch.manual_seed(0)
-    more = {"layers_per_block": 4} if residual == "block" else {}
-    config = DecoderConfig(
-        width=options.width, blocks=options.blocks, context=options.context, residual=residual, **more
-    )
-    return Decoder(config).to(options.device, getattr(torch, options.dtype))
-
-
-def tokens_for(options: argparse.Namespace) -> Tensor:
-    return torch.randint(256, (options.batch, options.context), device=options.device)
-
-
-def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-
-
-def compiled(model: nn.Module, mode: str, whole: bool = True) -> nn.Module:
-    """`whole` asks for one graph, which hooks that read numbers back do not leave."""
-    if mode == "eager":
-        return model
-    return torch.compile(
-        model, fullgraph=whole, dynamic=False, mode="reduce-overhead" if mode == "reduce-overhead" else None
-    )
-
-
-def stepper(run: nn.Module, optimizer, options: argparse.Namespace, after: Callable = lambda loss: None):
-    """A training step; `after(loss)` is what a contender does between the backward pass and the update."""
-    tokens = tokens_for(options)
-
-    def step() -> None:
-        torch.compiler.cudagraph_mark_step_begin()
-        loss = loss_of(run(tokens), tokens)
-        loss.backward()
-        after(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-5)
-
-
-@contextlib.contextmanager
-def nothing(mode: str, folder: Path, options: argparse.Namespace) -> Iterator[Callable]:
-    model = decoder("prenorm", options)
-    yield stepper(compiled(model, mode), adamw(model), options)
-
-
-@contextlib.contextmanager
-def ours(mode: str, folder: Path, options: argparse.Namespace) -> Iterator[Callable]:
-    """Vectors at every step."""
-    model = decoder("prenorm", options)
-    optimizer = adamw(model)
-    with probes.record(model, folder / "run", optimizer=optimizer, every=1, matrices_every=NEVER):
-        yield stepper(compiled(model, mode), optimizer, options)
-
-
-@contextlib.contextmanager
-def item_hooks(mode: str, folder: Path, options: argparse.Namespace) -> Iterator[Callable]:
-    """The same numbers by hooks that read each one back, as they are commonly written."""
-    model = decoder("prenorm", options)
-    seen: dict[str, float] = {}
-
-    def watch(name: str, x: Tensor) -> None:
-        seen[name] = x.float().pow(2).mean().sqrt().item()
-
-    def hook(name: str):
-        def after(module, args, output):
-            x = output[0] if isinstance(output, tuple) else output
-            for place, tensor in (("state", args[0]), ("output", x)):
-                watch(f"{name} {place}", tensor.detach())
-                if tensor.requires_grad:
-                    tensor.register_hook(lambda g, place=place: watch(f"{name} {place} gradient", g))
-
-        return after
-
-    for name, module in model.named_modules():
-        if name.endswith((".attention", ".mlp")):
-            module.register_forward_hook(hook(name))
-
-    def norms(loss: Tensor) -> None:
-        for name, p in model.named_parameters():
-            seen[name] = p.grad.norm().item()
-
-    yield stepper(compiled(model, mode, whole=False), adamw(model), options, norms)
-    if len(seen) < 4 * 2 * options.blocks:
-        raise RuntimeError(f"the hooks saw {len(seen)} numbers only")
-
-
-@contextlib.contextmanager
-def wandb_watch(mode: str, folder: Path, options: argparse.Namespace) -> Iterator[Callable]:
-    """wandb.watch(log="all", log_freq=1), offline."""
-    import wandb
-
-    os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}
-    model = decoder("prenorm", options)
-    with wandb.init(project="overhead", mode="offline", dir=str(folder)) as run:
-        run.watch(model, log="all", log_freq=1)
-        yield stepper(
-            compiled(model, mode, whole=False),
-            adamw(model),
-            options,
-            lambda loss: run.log({"loss": loss.item()}),
-        )
-
-
-@contextlib.contextmanager
-def torchinstruments(mode: str, folder: Path, options: argparse.Namespace) -> Iterator[Callable]:
-    """An observer that samples every forward."""
-    from torchinstruments import inject_observer, remove_observer
-    from torchinstruments.sampling import AlwaysSampler
-
-    model = decoder("prenorm", options)
-    inject_observer(model, sampler=AlwaysSampler(), output_dir=folder / "stats")
-    try:
-        yield stepper(compiled(model, mode, whole=False), adamw(model), options)
-    finally:
-        remove_observer(model)
-
-
-WAYS = {
-    "depthscope": ("depthscope, vectors at every step", ours),
-    "item": ("hooks with .item()", item_hooks),
-    "wandb": ('wandb.watch(log="all", log_freq=1)', wandb_watch),
-    "torchinstruments": ("TorchInstruments, every forward", torchinstruments),
-}
-OWN = (nothing, ours)
 
 
 # Measuring
@@ -350,11 +210,10 @@ def own(mode: str, residual: str, options: argparse.Namespace) -> Cost:
 
 
 def header(arguments: list[str] | None, options: argparse.Namespace) -> dict:
-    given = sys.argv[1:] if arguments is None else arguments
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.overhead", *given]),
-        "commit": commit(),
-        "hardware": f"{machine(torch.device(options.device))}, {processor()}",
+        "command": provenance.command("overhead", arguments),
+        "commit": provenance.commit(),
+        "hardware": f"{machine(torch.device(options.device))}, {provenance.processor()}",
         "versions": {
             name: version
             for name in ("torch", "wandb", "torchinstruments", "numpy")
@@ -365,23 +224,6 @@ def header(arguments: list[str] | None, options: argparse.Namespace) -> dict:
         "modes": {},
         "bench": [],
     }
-
-
-def commit() -> str:
-    def git(*words: str) -> str:
-        root = Path(__file__).resolve().parent
-        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + (", with changes" if changed else "")
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def installed(package: str) -> str | None:

@@ -10,80 +10,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
-from probes.symbols import Recording, Untraceable, argument
-
-_ADDING = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_SCALING = {
-    operator.mul,
-    operator.imul,
-    operator.truediv,
-    operator.itruediv,
-    torch.mul,
-    torch.div,
-    "mul",
-    "div",
-}
-_CASTING = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
-_KEEPING = {
-    torch.clone,
-    torch.reshape,
-    "contiguous",
-    "clone",
-    "view",
-    "view_as",
-    "reshape",
-    "reshape_as",
-} | _CASTING
-_DROPPING = {F.dropout, torch.dropout}
-_NORMALISING = {F.layer_norm, F.rms_norm, torch.layer_norm, torch.rms_norm}
+from probes.flow import Call, Flow, Term
+from probes.nodes import ancestors, has_matrix, is_sum, keeps, normalises, scales
+from probes.symbols import Recording, Untraceable
 
 _OPENED = 16  # children opened at most where the forward hands them the stream to add to
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a child, `name` below the traced module; `key` and `keyword` say which argument carried the tensor
-    (position or name), or `key` which element of its output it is."""
-
-    name: str
-    module: nn.Module
-    key: int = 0
-    keyword: str | None = None
-
-
-@dataclass(frozen=True)
-class Term:
-    """What one layer adds to the stream.
-
-    `calls` made it, first to last, with `parameters` used beside them. `state` is the call that receives the state it
-    is made from (None: no call does, or it is the traced module's own input), which sums the input and the first
-    `given` terms. `tail` is the call whose output is added as it is; None when something comes between, as a gate does.
-    `after` is a call that receives the stream with this term just added.
-    """
-
-    calls: tuple[Call, ...]
-    parameters: tuple[nn.Parameter, ...]
-    state: Call | None
-    given: int
-    tail: Call | None
-    after: Call | None
-
-
-@dataclass(frozen=True)
-class Flow:
-    """The stream through one forward: the name of the argument that carries it, what is added in order, and what else
-    happens to it (`change`, empty for a plain sum). `norm` is a last call that only normalises what is handed on. Of
-    several results the stream is number `result`."""
-
-    argument: str
-    terms: tuple[Term, ...]
-    change: str
-    norm: Call | None
-    result: int = 0
 
 
 def follow_within(module: nn.Module) -> Flow:
@@ -96,7 +29,7 @@ def follow(module: nn.Module) -> Flow:
     """The stream through `module.forward`, which is its first argument. Untraceable where it cannot be followed."""
     flow = _followed(module, optional=False)
     called = {child for term in flow.terms for call in term.calls for child in call.module.modules()}
-    if any(child not in called and _has_matrix(child, recurse=False) for child in module.modules()):
+    if any(child not in called and has_matrix(child, recurse=False) for child in module.modules()):
         # Cross-attention, say, runs only where the optional argument that it attends to is given.
         with suppress(Untraceable):
             other = _followed(module, optional=True)
@@ -166,7 +99,7 @@ class _Reading:
 
     def flow_within(self) -> Flow:
         """From wherever a chain of sums begins to its end."""
-        sums = [node for node in self._recording.graph.nodes if _is_sum(node)]
+        sums = [node for node in self._recording.graph.nodes if is_sum(node)]
         chains = [(self._chain(node), node) for node in sums]
         chain, last = max(chains, key=lambda each: len(each[0]), default=([], None))
         if not chain:
@@ -175,7 +108,7 @@ class _Reading:
         path = self._path(last)
         terms = self._terms(path)
         receiver = self._receiver(last)
-        norm = receiver if receiver is not None and not _has_matrix(receiver.module) else None
+        norm = receiver if receiver is not None and not has_matrix(receiver.module) else None
         return Flow(self._recording.argument, tuple(terms), "; ".join(dict.fromkeys(path.changes)), norm)
 
     def may_add(self) -> set[nn.Module]:
@@ -187,9 +120,9 @@ class _Reading:
     def _chain(self, node: fx.Node) -> list[fx.Node]:
         """From a sum backwards, always to the addend that another addend was made from."""
         chain: list[fx.Node] = []
-        while _is_sum(node):
+        while is_sum(node):
             addends = [self._stripped(addend) for addend in self._addends(node)]
-            made_from = set().union(*map(_ancestors, addends))
+            made_from = set().union(*map(ancestors, addends))
             node = next((addend for addend in addends if addend in made_from), None)
             if node is None:
                 break
@@ -222,11 +155,11 @@ class _Reading:
         node = self._stripped(node)
         if node is self._recording.stream:
             return _Path([node])
-        if _is_sum(node):
+        if is_sum(node):
             return self._sum_path(node)
-        if node.op == "call_function" and node.target in _NORMALISING:
+        if normalises(node):
             return self._changed(node, node.args[0], "normalised", None)
-        if node.op in ("call_function", "call_method") and node.target in (_SCALING | _DROPPING):
+        if scales(node):
             inputs = [n for n in node.all_input_nodes if self._attempted(n) is not None]
             return self._changed(node, inputs[0], "scaled", None) if inputs else None
         call = node.args[0] if node.op == "call_function" and node.target is operator.getitem else node
@@ -266,7 +199,7 @@ class _Reading:
         for each in node.all_input_nodes:
             inner = self._stripped(each)
             used_once = len(inner.users) == len(each.users) == 1
-            found += self._addends(inner) if _is_sum(inner) and used_once else [each]
+            found += self._addends(inner) if is_sum(inner) and used_once else [each]
         return found
 
     def _call_path(self, node: fx.Node) -> _Path | None:
@@ -277,7 +210,7 @@ class _Reading:
             for each in node.all_input_nodes:
                 self._path(each)
             return None
-        if not _has_matrix(module):
+        if not has_matrix(module):
             if len(node.all_input_nodes) > 1 and module not in self._recording.opened:
                 raise _Closed(Call(node.target, module))  # it may be what adds
             norm = node if next(module.parameters(), None) is not None else None
@@ -290,18 +223,9 @@ class _Reading:
 
     def _stripped(self, node: fx.Node) -> fx.Node:
         """The node behind operations that leave the values as they are."""
-        while True:
-            inputs = node.all_input_nodes
-            if not inputs:
-                return node
-            if node.op in ("call_function", "call_method"):
-                keeps = node.target in _KEEPING
-                keeps |= node.target in _DROPPING and argument(node, 1, "p", 0.5) == 0.0
-            else:
-                keeps = node.op == "call_module" and _keeps(self._module[node.target])
-            if not keeps:
-                return node
-            node = inputs[0]
+        while node.all_input_nodes and keeps(node, self._module):
+            node = node.all_input_nodes[0]
+        return node
 
     # The terms
 
@@ -331,11 +255,11 @@ class _Reading:
 
     def _is_state(self, node: fx.Node) -> bool:
         node = self._stripped(node)
-        if node in self._trunk or not _is_sum(node):
+        if node in self._trunk or not is_sum(node):
             return node in self._trunk
         # The same sum may be written twice; what only looks like one, as a shift after a norm, has left the stream.
         path = self._attempted(node)
-        return path is not None and all(each in self._trunk or _is_sum(each) for each in path.trunk)
+        return path is not None and all(each in self._trunk or is_sum(each) for each in path.trunk)
 
     def _term(self, node: fx.Node, back: "_Back") -> Term:
         inside = [n for n in self._recording.graph.nodes if n in back.nodes]
@@ -384,36 +308,3 @@ class _Back:
     nodes: set[fx.Node] = field(default_factory=set)
     states: list[fx.Node] = field(default_factory=list)
     included: set[fx.Node] = field(default_factory=set)
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """What a node was made from, near and far."""
-    found, waiting = set(), list(node.all_input_nodes)
-    while waiting:
-        each = waiting.pop()
-        if each not in found:
-            found.add(each)
-            waiting += each.all_input_nodes
-    return found
-
-
-def _is_sum(node: fx.Node) -> bool:
-    return (
-        node.op in ("call_function", "call_method")
-        and node.target in _ADDING
-        and len(node.all_input_nodes) > 1
-        and "alpha" not in node.kwargs
-    )
-
-
-def _has_matrix(module: nn.Module, recurse: bool = True) -> bool:
-    return any(parameter.ndim > 1 for parameter in module.parameters(recurse))
-
-
-def _keeps(module: nn.Module) -> bool:
-    """Whether a module hands on what it is given: an identity, or a dropout that drops nothing."""
-    if next(module.parameters(), None) is not None or next(module.children(), None) is not None:
-        return False
-    return isinstance(module, nn.Identity) or (
-        isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0.0
-    )

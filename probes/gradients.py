@@ -24,6 +24,7 @@ class GradientNorms:
         others = [p for p in sites.root.parameters() if p not in inside]
         self._groups = [*layers, others]
         self._parameters = [p for group in self._groups for p in group]
+        self._unknown = [row for row, group in enumerate(layers) if not group]
         self._place = {p: i for i, p in enumerate(self._parameters)}
         self._row = torch.tensor([row for row, group in enumerate(self._groups) for _ in group])
         self.reset()
@@ -113,9 +114,8 @@ class GradientNorms:
 
     def _blank(self, norms: Tensor) -> Tensor:
         """Norms of the layers, NaN where it is not known which parameters are a layer's (marks.py)."""
-        for row, group in enumerate(self._groups[:-1]):
-            if not group:
-                norms[row] = torch.nan
+        for row in self._unknown:
+            norms[row] = torch.nan
         return norms
 
     def _by_group(self, squares: Tensor) -> Tensor:

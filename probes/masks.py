@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.manifest import RunError
+from probes.sites import Sites
 
 # What Hugging Face models call their padding mask: 1 for a token, 0 for padding.
 _USUAL = "attention_mask"
@@ -14,35 +15,47 @@ _USUAL = "attention_mask"
 MaskOf = Callable[[tuple, dict], object]
 
 
-def mask_finder(mask: str | MaskOf | None, root: nn.Module) -> MaskOf:
-    """A function from the arguments of `root`'s forward, (args, kwargs), to its mask [B, T] or None.
+class Masks:
+    """Where the mask of a forward is found: in the arguments of the model, or of a module `inside` it that is given
+    one of its own.
 
-    `mask` is the name of an argument or such a function; by default the argument `attention_mask`. Where the call gives
-    none, a function that was made from a name returns its third argument, `missing`.
-    Raises RunError where the forward has no argument of that name.
+    `mask` is the name of an argument of the model's forward, or a function of its (args, kwargs); by default the
+    argument `attention_mask`. Raises RunError where the forward has no argument of that name.
     """
-    if callable(mask):
-        return mask
+
+    def __init__(self, mask: str | MaskOf | None, sites: Sites):
+        self.odd = False  # a mask was there, but not one of [B, T]
+        self._of_model = mask if callable(mask) else _finder(mask, sites.called)
+        self.inside = [(holder, _finder(None, holder)) for holder in sites.holders] if mask is None else []
+
+    def of_model(self, args: tuple, kwargs: dict) -> Tensor | None:
+        """[B, T], zero where a token does not count; None: all count."""
+        mask = self._of_model(args, kwargs)
+        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+            return mask
+        self.odd = True
+        return None
+
+
+def _finder(mask: str | None, module: nn.Module) -> MaskOf:
+    """A function that takes an argument by name out of (args, kwargs). Where the call gives none it returns its third
+    argument, `missing`."""
     if mask is not None and not isinstance(mask, str):
         raise RunError(
             "mask must be the name of an argument of the model's forward, or a function of (args, kwargs) "
             f"that gives the mask [B, T]; it is {mask!r}."
         )
     name = mask or _USUAL
-    parameters = inspect.signature(root.forward).parameters
-    # Its place among the positional arguments; a catch-all **kwargs may take any name.
+    parameters = inspect.signature(module.forward).parameters
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    if mask is not None and name not in parameters and not takes_any:
+        raise RunError(
+            f"The forward of {type(module).__name__} has no argument {name!r} for the mask: it takes "
+            f"{', '.join(parameters) or 'nothing'}."
+        )
     positions = [
         key for key, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    if (
-        mask is not None
-        and name not in parameters
-        and not any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    ):
-        raise RunError(
-            f"The forward of {type(root).__name__} has no argument {name!r} for the mask: it takes "
-            f"{', '.join(parameters) or 'nothing'}."
-        )
     position = positions.index(name) if name in positions else None
 
     def find(args: tuple, kwargs: dict, missing: object = None):

@@ -32,7 +32,7 @@ class SelfCheck:
         if not taps.seen:
             self._rows_checked = True
             self._say(f"depthscope saw no forward of {self._name} in training mode before a step. {BEFORE}")
-        if taps.odd_mask:
+        if taps.masks.odd:
             self._say("depthscope takes masks of [B, T] only; here every token counts: pass mask=.")
         if taps.repeated:
             names = ", ".join(taps.repeated)

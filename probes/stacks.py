@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from probes.dataflow import Call, Flow, Term, follow, follow_within
+from probes.dataflow import follow, follow_within
+from probes.feeding import feeding
+from probes.flow import Call, Flow, Term
 from probes.layout import Layer
+from probes.nodes import has_matrix
 from probes.sites import LayerSite, Place
-from probes.symbols import Untraceable
+from probes.symbols import Untraceable, undisturbed
 
 _ATTENTION = (
     "attn",
@@ -54,6 +57,7 @@ class Stack:
     layers: tuple[LayerSite, ...]
     final: Place | None
     change: str = ""
+    entry: Place | None = None  # where the embedding is seen, if that is not the first state
 
     def __str__(self) -> str:
         return f"{self.path!r} ({self.blocks} blocks)"
@@ -70,14 +74,15 @@ def find_stacks(root: nn.Module) -> tuple[list[Stack], list[str]]:
         try:
             stack = stack_at(root, path, container)
         except Untraceable as error:
-            reasons.append(f"{path}: {error}")
+            reasons.append(f"{path} ({error})")
             if any(isinstance(member, _UNCALLED) for member in container.children()):
                 done.append(path)  # the lists within are its blocks, not stacks
         else:
             if stack is not None:
                 stacks.append(stack)
                 done.append(path)
-    return stacks, reasons
+    adding = [stack for stack in stacks if stack.entry is None]
+    return adding or stacks, reasons
 
 
 def stack_at(root: nn.Module, path: str, container: nn.Module) -> Stack | None:
@@ -90,26 +95,20 @@ def stack_at(root: nn.Module, path: str, container: nn.Module) -> Stack | None:
     try:
         flows = {name: follow(member) for name, member in members.items()}
     except Untraceable as error:
-        paired = _paired(path, members)
-        if paired is None and not _is_module_list_of_leaves(members):
+        paired = _paired(path, members) or _fed(path, members)
+        if paired is None and any(list(member.children()) for member in members.values()):
             raise Untraceable(str(error)) from error
         return paired
+    if all(_reads_streams(member, flows[name]) for name, member in members.items()):
+        return _fed(path, members)
     layers: list[LayerSite] = []
     for block, (name, member) in enumerate(members.items(), 1):
         layers += _layers(name, member, flows[name], len(layers), lambda term, block=block: block)
     change = next((flow.change for flow in flows.values() if flow.change), "")
-    change = change or next((_norm_words(flow.norm) for flow in flows.values() if flow.norm), "")
+    change = change or next((f"changed by {flow.norm.name}" for flow in flows.values() if flow.norm), "")
     last = next(reversed(members))
     final = Place(last, members[last], is_input=False, key=flows[last].result)
     return Stack(path, len(members), tuple(layers), final, change)
-
-
-def _is_module_list_of_leaves(members: dict[str, nn.Module]) -> bool:
-    return all(next(member.children(), None) is None for member in members.values())
-
-
-def _norm_words(norm: Call) -> str:
-    return f"changed by {norm.name}"
 
 
 def _followed_from_above(root: nn.Module, path: str, members: dict[str, nn.Module]) -> Stack:
@@ -176,8 +175,12 @@ def _sublayer(term: Term) -> list[Call]:
     """The calls that do a layer's work: those with matrices, downstream of where the state comes in."""
     names = [call.name for call in term.calls]
     start = names.index(term.state.name) if term.state is not None else 0
-    working = [call for call in term.calls[start:] if any(p.ndim > 1 for p in call.module.parameters())]
-    return working or list(term.calls)
+    return _working(term.calls[start:]) or list(term.calls)
+
+
+def _working(calls: Sequence[Call]) -> list[Call]:
+    """Those with matrices."""
+    return [call for call in calls if has_matrix(call.module)]
 
 
 def _named(path: str, calls: Sequence[Call]) -> str:
@@ -193,26 +196,36 @@ def kind_by_name(name: str) -> str | None:
 
 
 def _kind(calls: Sequence[Call]) -> str:
-    """ "attention" for a layer that mixes tokens, else "mlp": by name where that says it, otherwise by trying."""
+    """ "attention" for a layer that mixes tokens, "mlp" for one that does not: by name where that says it, otherwise by
+    trying; "layer" where neither tells."""
     by_name = kind_by_name(" ".join(call.name for call in calls))
-    if by_name is None and len(calls) == 1 and _mixes_tokens(calls[0].module):
-        return "attention"
-    return by_name or "mlp"
+    if by_name is not None or len(calls) > 1:
+        return by_name or "layer"
+    return {True: "attention", False: "mlp", None: "layer"}[_mixes_tokens(calls[0].module)]
 
 
-def _mixes_tokens(module: nn.Module) -> bool:
-    """Whether one token's output depends on another token. A module that needs more than a state is taken for one."""
+def _mixes_tokens(module: nn.Module) -> bool | None:
+    """Whether one token's output depends on another token; None for a module that needs more than a state."""
     matrix = next(parameter for parameter in module.parameters() if parameter.ndim > 1)
-    with torch.random.fork_rng(), torch.no_grad():
+    with undisturbed(set(module.modules())):
         state = torch.randn(1, 4, matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         other = state.clone()
         other[:, 0] += 1
+        # The same random numbers for both, or dropout would look like a change.
         try:
-            one, two = (module.forward(x) for x in (state, other))
-            one, two = (x[0] if isinstance(x, tuple | list) else x for x in (one, two))
+            one, two = (_first(_seeded(module, x)) for x in (state, other))
             return not torch.equal(one[:, 1:], two[:, 1:])
         except Exception:
-            return True
+            return None
+
+
+def _seeded(module: nn.Module, x: torch.Tensor) -> object:
+    torch.manual_seed(0)
+    return module.forward(x)
+
+
+def _first(result: object) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple | list) else result
 
 
 # Where a forward cannot be followed
@@ -228,11 +241,45 @@ def _paired(path: str, members: dict[str, nn.Module]) -> Stack | None:
         for norm_name, norm, child_name, child in pairs:
             state = Place(f"{name}.{norm_name}", norm, is_input=True)
             output = Place(f"{name}.{child_name}", child, is_input=False)
-            kind = kind_by_name(child_name) or "mlp"
+            kind = _kind([Call(child_name, child)])
             index = len(layers) + 1
             layer = Layer(index, kind, block, f"{name}.{child_name}")
             layers.append(LayerSite(layer, state, output, None, index, (child, norm)))
-    return Stack(path, len(members), tuple(layers), None)
+    return Stack(path, len(members), tuple(layers), None, entry=entry_of(*next(iter(members.items()))))
+
+
+def _fed(path: str, members: dict[str, nn.Module]) -> Stack | None:
+    """Blocks that mix several streams: what their norms receive and their sublayers return. None where they do not."""
+    layers: list[LayerSite] = []
+    try:
+        feedings = {name: feeding(member) for name, member in members.items()}
+    except Untraceable:
+        return None
+    for block, (name, each) in enumerate(feedings.items(), 1):
+        for fed in each.layers:
+            index, working = len(layers) + 1, _working(fed.fed)
+            layer = Layer(index, _kind(working), block, _named(name, working))
+            state, output = _place(name, fed.norm, is_input=True), _place(name, fed.fed[-1], is_input=False)
+            modules = tuple(call.module for call in (fed.norm, *fed.fed))
+            layers.append(LayerSite(layer, state, output, None, index, modules))
+    entry = entry_of(*next(iter(members.items())))
+    return Stack(path, len(members), tuple(layers), None, "mixed by its blocks", entry)
+
+
+def _reads_streams(block: nn.Module, flow: Flow) -> bool:
+    """Whether a block adds to several streams, of which its layers read one."""
+    try:
+        return feeding(block).reads([term.state for term in flow.terms])
+    except Untraceable:
+        return False
+
+
+def entry_of(name: str, block: nn.Module) -> Place | None:
+    """Where the first block is given the embedding, if it is known to mix it with what its sublayers make."""
+    try:
+        return Place(name, block, is_input=True, keyword=feeding(block).argument)
+    except Untraceable:
+        return None
 
 
 def _pairs(block: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:

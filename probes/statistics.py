@@ -111,10 +111,6 @@ class DepthSums:
     def tensors(self) -> list[Tensor]:
         return [self.centred, self.squared, self.contribution, self.entropy, self.tokens]
 
-    def reset(self) -> None:
-        for sums in self.tensors():
-            sums.zero_()
-
     def add(self, row: int, weight: Tensor, mean_squares: list[Tensor], mask: Tensor | None = None) -> None:
         """Add one read: weight [S, B, T] and the mean square over channels of each source, S times [B, T].
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import fx, nn
 
+from probes.nodes import argument
+
 _SPLITTING = {torch.chunk, torch.tensor_split, "chunk", "tensor_split"}
 
 
@@ -14,18 +16,29 @@ class Untraceable(Exception):
     """The forward does not say what it adds to the stream; the message says where it was lost."""
 
 
-class _Symbol(fx.Proxy):
-    """Some tensor [B, T, D]; its sizes are made up."""
+TOKENS = torch.Size((2, 8, 64))
+STREAMS = torch.Size((2, 8, 4, 64))
+"""Of blocks that are given several streams, [B, T, n, D]."""
 
-    shape = torch.Size((2, 8, 64))
-    ndim = 3
+
+class _Symbol(fx.Proxy):
+    """Some tensor; its sizes are made up."""
+
     dtype = torch.float32
     device = torch.device("cpu")
     is_nested = False
     is_cuda = False
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.tracer.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
     def dim(self) -> int:
-        return 3
+        return self.ndim
 
     def size(self, axis: int | None = None):
         return self.shape if axis is None else self.shape[axis]
@@ -34,9 +47,10 @@ class _Symbol(fx.Proxy):
 class Recording(fx.Tracer):
     """The record of one forward: `graph`, and by node the module called."""
 
-    def __init__(self, module: nn.Module, opened: set[nn.Module], optional: bool):
-        """`optional` says whether arguments that may be left out (None) are given."""
+    def __init__(self, module: nn.Module, opened: set[nn.Module], optional: bool, shape: torch.Size = TOKENS):
+        """`optional` says whether arguments that may be left out (None) are given, `shape` what size tensors claim."""
         super().__init__()
+        self.shape = shape
         self.root = module
         self.graph = fx.Graph(tracer_cls=type(self))
         self.tensor_attrs: dict = {}
@@ -54,7 +68,7 @@ class Recording(fx.Tracer):
         positional = [symbols[p] for p in given if p.kind is p.POSITIONAL_ONLY]
         named = {p.name: symbols[p] for p in given if p.kind is not p.POSITIONAL_ONLY}
         self.stream = symbols[plain[0]].node
-        with self._calls_recorded(), _undisturbed(opened):
+        with self._calls_recorded(), undisturbed(opened):
             try:
                 result = module.forward(*positional, **named)
                 self.results = self._results(result)
@@ -111,20 +125,20 @@ class Recording(fx.Tracer):
 
 
 @contextmanager
-def _undisturbed(opened: set[nn.Module]) -> Iterator[None]:
+def undisturbed(opened: set[nn.Module]) -> Iterator[None]:
     """Whatever the forward keeps on the modules it runs in is put back, and so are random numbers."""
-    kept = [(module, dict(vars(module))) for module in opened]
-    buffers = [(b, b.clone()) for module in opened for b in module.buffers(recurse=False) if not b.is_meta]
-    with torch.random.fork_rng(), torch.no_grad():
+    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in opened]
+    buffers = [b for module in opened for b in module.buffers(recurse=False) if not b.is_meta]
+    before = [b.clone() for b in buffers]
+    devices = {p.device for module in opened for p in module.parameters(recurse=False) if p.is_cuda}
+    with torch.random.fork_rng(sorted(devices, key=str)), torch.no_grad():
         try:
             yield
         finally:
-            for module, attributes in kept:
+            for module, attributes, own in kept:
                 vars(module).clear()
                 vars(module).update(attributes)
-            for buffer, before in buffers:
-                buffer.copy_(before)
-
-
-def argument(node: fx.Node, position: int, name: str, default: object) -> object:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+                module._buffers.clear()
+                module._buffers.update(own)
+            for buffer, values in zip(buffers, before, strict=True):
+                buffer.copy_(values)

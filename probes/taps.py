@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from probes import marks
 from probes.backwards import in_backward
 from probes.faults import Faults
+from probes.gradient_taps import GradientTaps
 from probes.hooks import Hook, tap_gradient_in_graph
-from probes.identity import keep_sample
-from probes.masks import MaskOf, fitting, mask_finder
+from probes.masks import Masks, fitting
+from probes.mixing import MIXING_METRICS
 from probes.rows import reads_after_blocks, rows_by_arithmetic, unhooked_rows
 from probes.scaling import half_precision
 from probes.sites import Place, Sites
@@ -24,9 +25,6 @@ from probes.statistics import DEPTH_METRICS, add_moments, add_nonfinite, token_m
 from probes.tally import ACTIVATIONS, Tally
 
 OFF, VECTORS, MATRICES = 0, 1, 2
-
-# The gradient tapped last, its version, its mask and what was summed up of it.
-_NO_GRADIENT = (None, None, None, None)
 
 
 class Taps:
@@ -36,27 +34,22 @@ class Taps:
     what was counted in this step.
     """
 
-    def __init__(self, sites: Sites, mask: str | MaskOf | None = None, faults: Faults | None = None):
+    def __init__(self, sites: Sites, masks: Masks | None = None, faults: Faults | None = None):
         self._mode = OFF
         # Booleans, for the compiler would make a number that changes a symbol, and compile graphs for it.
         self._looking = self._matrices = False
         self.seen = False  # a training forward has begun since the last optimizer step
-        self.seconds = 0.0  # host time inside eager taps
+        self._seconds = 0.0  # host time inside eager taps of forwards
         self.half = False  # a training forward ran under float16 autocast
-        self.gradient_arrives: Callable[[], None] = lambda: (
-            None
-        )  # told of each tapped gradient, in eager passes
-        self.odd_mask = False  # a mask was there, but not one of [B, T]
         self._live = False  # inside a training forward that is looked at
         self._embedded = False  # this forward's embedding has been seen
+        self._tokens: torch.Size | None = None  # [B, T] of this forward, where there are streams to be told
         self._sites = sites
         self._faults = faults or Faults(strict=True)
-        self._mask_of = mask_finder(mask, sites.root)
-        self._mask_is_usual = mask is None
+        self.masks = masks or Masks(None, sites)
+        self.gradients = GradientTaps(self._faults)
         self._mask: Tensor | None = None
         self._parameter = next(sites.root.parameters())
-        self._owing = False  # a row's gradient is to be tapped in a recomputation
-        self._owed: set[tuple[str, int]] = set()
         self._recomputing = False
         self._tally_up()
         self._mean_squares: dict[int, tuple[Tensor, Tensor]] = {}
@@ -64,7 +57,6 @@ class Taps:
         self._unhooked = unhooked_rows(sites)
         # By row, where an output is a difference of states or a state a sum.
         self._states: dict[int, Tensor] = {}
-        self._newest_gradient = _NO_GRADIENT
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             self._attach()
@@ -81,6 +73,11 @@ class Taps:
         self._mode = mode
         self._looking = mode != OFF
         self._matrices = mode == MATRICES
+
+    @property
+    def seconds(self) -> float:
+        """Host time spent inside eager taps in this step."""
+        return self._seconds + self.gradients.seconds
 
     @property
     def nbytes(self) -> int:
@@ -110,15 +107,15 @@ class Taps:
             self._tally_up()
 
     def commit(self) -> None:
-        self._newest_gradient = _NO_GRADIENT
+        self.gradients.forget_newest()
         self._passes.commit()
 
     def drop(self) -> None:
-        self._newest_gradient = _NO_GRADIENT
+        self.gradients.forget_newest()
         self._passes.drop()
 
     def forget_gradients(self) -> None:
-        self._newest_gradient = _NO_GRADIENT
+        self.gradients.forget_newest()
         self._passes.forget_gradients()
 
     def restart(self) -> None:
@@ -131,10 +128,8 @@ class Taps:
         return [site.layer.name for row, site in enumerate(self._sites.layers, 1) if row in rows]
 
     def reset(self) -> None:
-        self.seconds = 0.0
-        self._owing = False
-        self._owed.clear()
-        self._newest_gradient = _NO_GRADIENT
+        self._seconds = 0.0
+        self.gradients.reset()
         self._tally.reset()
         if self._matrices:
             self._sample.reset()
@@ -142,6 +137,10 @@ class Taps:
     def finish(self) -> dict[str, Tensor]:
         """Metrics of the step just taken, float32 on the device, by name of the vocabulary."""
         return self._tally.finish(self._matrices)
+
+    def sampled(self) -> dict[str, Tensor]:
+        """What the mixing of this step is solved from, by name; nothing where no matrices are recorded."""
+        return self._tally.sampled() if self._matrices else {}
 
     def counts(self) -> dict[str, Tensor]:
         """How much each row of the metrics of `finish` has seen, by name; zero for a row that saw nothing."""
@@ -155,15 +154,13 @@ class Taps:
     def _attach(self) -> None:
         sites = self._sites
         marks.listen(self)
-        self._handles.append(sites.root.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
+        self._handles.append(sites.called.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
         if sites.reads:
             self._before(sites.reads[0], lambda args, kwargs: self._tap_embedding(args[0][0]))
-        if self._mask_is_usual:
-            for holder in sites.holders:
-                find = mask_finder(None, holder)
-                self._before(
-                    holder, lambda args, kwargs, find=find: self._mask_inside(find(args, kwargs, ...))
-                )
+        for holder, find in self.masks.inside:
+            self._before(holder, lambda args, kwargs, find=find: self._mask_inside(find(args, kwargs, ...)))
+        if sites.entry is not None and not sites.reads:
+            self._at(sites.entry, self._entry)
         for row, site in enumerate(sites.layers):
             if site.state is not None:
                 self._at(site.state, lambda x, row=row: self._state(x, row))
@@ -183,7 +180,7 @@ class Taps:
             for block, read in enumerate(reads_after_blocks(sites)):
                 # The newest source of the read after a transformer block is the partial sum the block left.
                 self._before(read, lambda args, kwargs, block=block: self._tap(args[0][-1], "block", block))
-        self._handles.append(sites.root.register_forward_hook(Hook(self._end)))
+        self._handles.append(sites.called.register_forward_hook(Hook(self._end)))
 
     def _passed(self) -> None:
         if torch.compiler.is_compiling():
@@ -202,6 +199,9 @@ class Taps:
             self._embedded = False
         if not self._live:
             return
+        if self._sites.entry is not None:
+            given = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.ndim > 1)
+            self._tokens = next((each.shape[:2] for each in given), None)
         if not compiling:
             self._eagerly(self._begin_eagerly, "hidden_rms", "output_rms", "block_rms")
         elif self._parameter.device != self._device:
@@ -232,15 +232,9 @@ class Taps:
 
     def _find_mask(self, args: tuple, kwargs: dict) -> Tensor | None:
         """Which tokens count, [B, T], not zero; None: all."""
-        mask = self._mask_of(args, kwargs)
-        if mask is None:
-            return None
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            self.odd_mask = True
-            return None
-        if torch.compiler.is_compiling():
-            # The compiler may take this hook for a function of its own: no operation here, or it is one more
-            # graph.
+        mask = self.masks.of_model(args, kwargs)
+        # The compiler may take this hook for a function of its own: no operation here, or it is one more graph.
+        if mask is None or torch.compiler.is_compiling():
             return mask
         self._passes.now.mask = mask != 0
         return self._passes.now.mask
@@ -279,7 +273,7 @@ class Taps:
         first time lacked (reentrant activation checkpointing)."""
         if self._live or torch.compiler.is_compiling():
             return self._live
-        self._recomputing = self._owing and torch.is_grad_enabled() and in_backward()
+        self._recomputing = self.gradients.owing and torch.is_grad_enabled() and in_backward()
         return self._recomputing
 
     def _timed(self, action: Callable, *values) -> None:
@@ -289,7 +283,7 @@ class Taps:
         started = time.perf_counter()
         # What an action does not know by itself could be anything.
         self._eagerly(lambda: action(*values), *ACTIVATIONS)
-        self.seconds += time.perf_counter() - started
+        self._seconds += time.perf_counter() - started
         self._recomputing = False
 
     def _eagerly(self, action: Callable, *metrics: str) -> None:
@@ -302,11 +296,17 @@ class Taps:
     def _state(self, x: Tensor, row: int) -> None:
         """What layer row+1 receives, or the final state; the first one is the embedding too."""
         self._tap(x, "state", row)
-        if row == 0 and not self._sites.reads:
+        entered = self._sites.entry is not None and (torch.compiler.is_compiling() or self._embedded)
+        if row == 0 and not self._sites.reads and not entered:
             # With its position and dropout, where a model has them.
             self._tap_embedding(x)
         if row in self._kept_rows and isinstance(x, Tensor) and not self._recomputing:
             self._states[row] = x.detach()
+
+    def _entry(self, x: Tensor) -> None:
+        """What the first of the blocks that mix streams is given: the embedding, or [B, T, n, D] copies of it."""
+        if isinstance(x, Tensor) and (x.ndim < 4 or x.shape[:2] == self._tokens):
+            self._tap_embedding(x, streams=x.ndim == 4)
 
     def _output(self, x: Tensor, row: int) -> None:
         """What layer row+1 adds to the stream."""
@@ -331,92 +331,60 @@ class Taps:
             if row in self._states:
                 self._values(after.detach() - self._states.pop(row).view_as(after), "output", row + 1)
 
-    def _tap(self, x: Tensor, place: str, row: int) -> None:
+    def _tap(self, x: Tensor, place: str, row: int, streams: bool = False) -> None:
         if isinstance(x, Tensor):  # the recorder says which rows were never seen
-            self._values(x.detach(), place, row)
-            self._gradient(x, place, row)
+            self._values(x.detach()[..., 0, :] if streams else x.detach(), place, row)
+            self._gradient(x, place, row, streams)
 
     def _values(self, x: Tensor, place: str, row: int) -> None:
         if torch.compiler.is_compiling():
-            self._add_values(x, place, row, fitting(self._mask, x))
+            mask = fitting(self._mask, x)
+            self._add_values(x, place, row, mask)
+            self._keep(x, place, row, mask)
         elif not self._recomputing:
             self._passes.now.calls[place, row] += 1
             mask = fitting(self._passes.now.mask, x)
             if mask is None and self._passes.now.mask is not None and place == "state":
-                self.odd_mask = (
-                    True  # it may be that of another stack, or leave out tokens that the model adds
-                )
+                # It may be that of another stack, or leave out tokens that the model adds.
+                self.masks.odd = True
             self._eagerly(
                 lambda: self._add_values(x, place, row, mask), *self._tally.metrics_of(place, "rms")
             )
+            self._eagerly(lambda: self._keep(x, place, row, mask), "identity_error", *MIXING_METRICS)
+
+    def _keep(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
+        if self._matrices and place != "block":
+            self._sample.keep(x, place, row, mask)
 
     def _add_values(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
         forward = self._forward[place]
         add_moments(x, forward.squares[row], forward.count[row], mask)
-        if self._matrices and place != "block":
-            keep_sample(x, self._sample.of(place), row)
         if self._matrices and place == "state":
             add_nonfinite(x, self._nonfinite, row, mask)
 
-    def _gradient(self, x: Tensor, place: str, row: int) -> None:
-        if torch.compiler.is_compiling():
-            self._tap_gradient(x, place, row, fitting(self._mask, x))
-        else:
-            mask = fitting(self._passes.now.mask, x)
-            self._eagerly(
-                lambda: self._tap_gradient(x, place, row, mask), *self._tally.metrics_of(place, "grad_rms")
-            )
-
-    def _tap_gradient(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
+    def _gradient(self, x: Tensor, place: str, row: int, streams: bool = False) -> None:
         sums = self._backward[place].rows[row]
         if torch.compiler.is_compiling():
             if x.requires_grad:
-                tap_gradient_in_graph(x, sums, mask)
+                tap_gradient_in_graph(x, sums, fitting(self._mask, x), streams)
             return
-        if not x.requires_grad:
-            if not torch.is_grad_enabled():
-                self._owing = True
-                self._owed.add((place, row))
-            return
-        if self._recomputing and (place, row) not in self._owed:
-            return
-        this = self._passes.now
-        this.watched = True
+        metrics = self._tally.metrics_of(place, "grad_rms")
+        with self._faults.guard(*metrics):
+            mask = fitting(self._passes.now.mask, x)
+            if not self._recomputing or self.gradients.owes(place, row):
+                self.gradients.tap(x, sums, mask, self._passes, (place, row), metrics, streams)
 
-        def tap(gradient: Tensor) -> None:
-            started = time.perf_counter()
-            self.gradient_arrives()
-            # A recomputation that follows is this pass's.
-            self._passes.now, this.reached = this, True
-            self._eagerly(
-                lambda: sums.add_(self._moments_of(gradient, mask)),
-                *self._tally.metrics_of(place, "grad_rms"),
-            )
-            self.seconds += time.perf_counter() - started
-
-        x.register_hook(tap)
-
-    def _moments_of(self, gradient: Tensor, mask: Tensor | None) -> Tensor:
-        """[squares, count] of a gradient. In a plain residual a layer's output and the state after it have one and the
-        same, which is read once."""
-        newest, version, its_mask, moments = self._newest_gradient
-        if gradient is not newest or gradient._version != version or mask is not its_mask:
-            moments = torch.zeros(2, device=gradient.device)
-            add_moments(gradient.detach(), moments[0], moments[1], mask)
-            self._newest_gradient = gradient, gradient._version, mask, moments
-        return moments
-
-    def _tap_embedding(self, x: Tensor) -> None:
+    def _tap_embedding(self, x: Tensor, streams: bool = False) -> None:
         # Where a stack is run through several times, only the first time starts at the embedding.
         if torch.compiler.is_compiling():
             # Nothing may be noted down inside a compiled checkpoint: `_ran_again` sees to it later.
             self._calls[0].add_(1)
-            self._tap(x, "output", 0)
+            self._tap(x, "output", 0, streams)
         elif not self._embedded and not self._recomputing:
             self._embedded = True
-            self._tap(x, "output", 0)
-        elif self._recomputing and ("output", 0) in self._owed:
-            self._tap(x, "output", 0)
+            self._tap(x, "output", 0, streams)
+        elif self._recomputing and self.gradients.owes("output", 0):
+            self._tap(x, "output", 0, streams)
 
     def _read(self, row: int, sources: list[Tensor], weight: Tensor) -> None:
         if not self._matrices or self._recomputing:

@@ -25,11 +25,12 @@ _EXAMPLE = "give module:function, as in train:build for the function build of tr
 
 @dataclass(frozen=True)
 class Target:
-    """A model, the arguments of one forward, and what belongs to its training, None where not given.
+    """What `name` made: a model, the arguments of one forward, and what belongs to its training, None where not given.
 
     `loss` is a function of the model's output; without a batch `args` is None.
     """
 
+    name: str
     model: nn.Module
     args: tuple | None = None
     kwargs: Mapping | None = None
@@ -131,7 +132,7 @@ def _target(name: str, made: object) -> Target:
             f"{name} returned a loss of type {type(loss).__name__}: give a function of the output."
         )
     args, kwargs = arguments(made["batch"]) if made.get("batch") is not None else (None, None)
-    return Target(model, args, kwargs, loss, optimizer)
+    return Target(name, model, args, kwargs, loss, optimizer)
 
 
 def said(error: BaseException) -> str:

@@ -1,12 +1,6 @@
 """The pages in a real browser: no error, quick, nothing fetched from elsewhere, and a run that grows."""
 
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -17,38 +11,8 @@ from tests.app import made
 PAGES = ["", "dilution", "gradients", "depth_attention", "compare"]
 CHART = ".depthscope-chart :is(canvas, svg)"
 PLAYER = ".depthscope-player input"
-ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def serve(tmp_path_factory):
-    """serve(folder) starts the real command on a free port and returns its address."""
-    started = []
-
-    def start(folder: Path) -> str:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "app.cli", "dash", str(folder), "--port", str(port), "--no-browser"]
-        log = tmp_path_factory.mktemp("server") / "log"
-        with log.open("wb") as out:
-            started.append(subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT))
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{address}/_stcore/health", timeout=1)
-                return address
-            except (urllib.error.URLError, OSError):
-                assert started[-1].poll() is None, log.read_text()
-                time.sleep(0.1)
-        raise AssertionError(log.read_text())
-
-    yield start
-    for server in started:
-        server.terminate()
-        server.wait(20)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +35,11 @@ def test_a_link_and_the_slider_meet_in_the_url(static, watched):
     watched.locator(PLAYER).press("ArrowLeft")
     watched.wait_for_selector("text=/at step 90/")
     watched.wait_for_url("**/dilution?*step=90*")
-    watched.get_by_role("link", name="Gradients").click()
+    link = watched.get_by_role("link", name="Gradients")
+    watched.wait_for_function("a => a.href.includes('step=90')", arg=link.element_handle())
+    link.click()
+    # At once, and not only when the page has been made.
+    assert "step=90" in watched.url and "runs=full" in watched.url
     watched.wait_for_selector("text=/at step 90/")
     watched.wait_for_url("**/gradients?*step=90*")
 
@@ -142,6 +110,7 @@ def test_a_growing_run_grows_on_screen(serve, watched, tmp_path):
     watched.wait_for_selector("text=/finished, step/", timeout=15_000)
 
 
+PICTURE = "document.querySelector('.depthscope-chart canvas').toDataURL()"
 TICKS = "[...document.querySelectorAll('.role-axis-label text')].map(t => t.textContent).slice(0, 4)"
 LIVE = "Number(document.body.innerText.match(/live, step ([\\d,]+)/)?.[1].replace(/,/g, ''))"
 
@@ -166,10 +135,12 @@ def test_the_triangle_plays_without_the_server(static, watched):
     watched.mouse.down()
     for share in (0.9, 0.7, 0.5, 0.3, 0.1):
         before = watched.locator(".depthscope-chart").first.get_attribute("data-step")
+        painted = watched.evaluate(PICTURE)
         watched.mouse.move(box["x"] + share * box["width"], middle)
         watched.wait_for_function(
             "before => document.querySelector('.depthscope-chart').dataset.step !== before", arg=before
         )
+        assert watched.evaluate(PICTURE) != painted
     assert watched.get_by_text("full at step 200:").count() == 1  # Python has heard of nothing yet
     watched.mouse.up()
     watched.wait_for_selector("text=/full at step 20:/")
@@ -191,7 +162,12 @@ def test_a_click_on_a_cell_shows_its_read(static, watched):
     watched.wait_for_selector("text=/full at step 200/")
     watched.wait_for_timeout(1_000)
     box = watched.locator(".depthscope-chart canvas").first.bounding_box()
-    watched.mouse.click(box["x"] + 0.2 * box["width"], box["y"] + 0.5 * box["height"])
+    spot = box["x"] + 0.2 * box["width"], box["y"] + 0.5 * box["height"]
+    watched.mouse.move(*spot)
+    tip = watched.locator("#vg-tooltip-element")
+    tip.wait_for(state="visible")
+    assert "layer 7 (attention)" in tip.inner_text() and "Depth weight" in tip.inner_text()
+    watched.mouse.click(*spot)
     watched.wait_for_selector("text=Let go of this read")
     watched.wait_for_url("**focus=full*")
     watched.wait_for_selector("text=/reads give .* more than an even share/")

@@ -9,17 +9,13 @@ from torch.nn import functional as F
 import probes
 from attnres import Decoder
 from probes import manifest
-from tests.attnres.models import lively_decoder
+from tests.attnres.models import RESIDUALS, lively_decoder
 
 torch.set_num_threads(1)
 
-KINDS = {
-    "prenorm": {"residual": "prenorm"},
-    "full": {"residual": "full"},
-    "block of 1": {"residual": "block", "layers_per_block": 1},
-    "block of 2": {"residual": "block", "layers_per_block": 2},
-    "block of 4, ragged": {"residual": "block", "layers_per_block": 4},
-    "block of 3": {"residual": "block", "layers_per_block": 3},
+_PLAIN = ("prenorm", "full", "block of 1", "block of 2", "block of 4, ragged")
+KINDS = {name: RESIDUALS[name] for name in _PLAIN} | {
+    "block of 3": {"residual": "block", "layers_per_block": 3}
 }
 
 

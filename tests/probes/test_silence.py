@@ -281,10 +281,10 @@ def test_copies_and_pickles_are_not_recorded(kind, tmp_path):
 
 def test_a_gradient_is_read_once(tmp_path, monkeypatch):
     """That of a layer's output is that of the state after it, in a plain residual; the embedding is the first state."""
-    from probes import taps
+    from probes import gradient_taps
 
     calls = []
-    real = taps.add_moments
+    real = gradient_taps.add_moments
 
     def counted(x, *rest):
         calls.append(x)
@@ -294,6 +294,6 @@ def test_a_gradient_is_read_once(tmp_path, monkeypatch):
     (tokens,) = batches(0, [(2, 8)])
     with probes.record(model, tmp_path / "run"):
         loss = loss_of(model(tokens), tokens)
-        monkeypatch.setattr(taps, "add_moments", counted)
+        monkeypatch.setattr(gradient_taps, "add_moments", counted)
         loss.backward()
     assert len(calls) == 4 + 1  # layers, and the final state

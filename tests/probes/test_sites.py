@@ -344,3 +344,47 @@ def test_a_foreign_configuration_is_kept_as_far_as_json_goes(tmp_path):
     run = probes.open_run(tmp_path / "run")
     assert run.config == {"dtype": "torch.float16", "window": "Infinity", "layers": 3, "seed": 1}
     assert run.tags == ("only one",)
+
+
+class Noisy(nn.Module):
+    """An unnamed sublayer with dropout that writes down what it did."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        self.runs += 1
+        self.last = x
+        return self.two(F.dropout(self.one(x).relu(), 0.5))
+
+
+class Guided(Noisy):
+    def forward(self, x, guide):
+        return super().forward(x) * guide
+
+
+class Unnamed(nn.Module):
+    """Sublayers whose names say nothing, one of which needs more than the state."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
+        self.a, self.b, self.c = Attention(), Noisy(), Guided()
+
+    def forward(self, x, guide):
+        x = x + self.a(self.n[0](x))
+        x = x + self.b(self.n[1](x))
+        return x + self.c(self.n[2](x), guide)
+
+
+def test_kinds_are_tried_where_names_say_nothing():
+    """Nothing a trial does is left behind, and what cannot be tried is not given a kind."""
+    torch.manual_seed(3)
+    model = nn.ModuleList([nn.Embedding(17, WIDTH), nn.ModuleList(Unnamed() for _ in range(2))])
+    before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    assert [site.layer.kind for site in find_sites(model).layers] == ["attention", "mlp", "layer"] * 2
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert not any(hasattr(module, "last") for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), random)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import probes
-from probes import gradients, taps
+from probes import gradient_taps, gradients, taps
 from probes import recorder as recorder_module
 from probes.manifest import END
 from tests.probes.models import batches, decoder, loss_of, sgd, train
@@ -39,7 +39,8 @@ def losses(path=None, spoil=lambda recorder: None, **options):
 
 # Where something fails, and metrics that are lost by it.
 SPOIL = {
-    "a value": (taps, "add_moments", {"hidden_rms", "output_rms", "block_rms", "output_grad_rms"}),
+    "a value": (taps, "add_moments", {"hidden_rms", "output_rms", "block_rms"}),
+    "a gradient": (gradient_taps, "add_moments", {"hidden_grad_rms", "output_grad_rms", "block_grad_rms"}),
     "a count": (taps, "add_nonfinite", {"hidden_rms"}),
     "a norm": (gradients, "_squares", {"grad_norm", "param_grad_norm"}),
     "the copy": (recorder_module, "start_copy", {"grad_norm"}),

@@ -1,0 +1,47 @@
+"""What following a forward says: the stream, what is added to it, and who receives it."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a child, `name` below the traced module; `key` and `keyword` say which argument carried the tensor
+    (position or name), or `key` which element of its output it is."""
+
+    name: str
+    module: nn.Module
+    key: int = 0
+    keyword: str | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """What one layer adds to the stream.
+
+    `calls` made it, first to last, with `parameters` used beside them. `state` is the call that receives the state it
+    is made from (None: no call does, or it is the traced module's own input), which sums the input and the first
+    `given` terms. `tail` is the call whose output is added as it is; None when something comes between, as a gate does.
+    `after` is a call that receives the stream with this term just added.
+    """
+
+    calls: tuple[Call, ...]
+    parameters: tuple[nn.Parameter, ...]
+    state: Call | None
+    given: int
+    tail: Call | None
+    after: Call | None
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The stream through one forward: the name of the argument that carries it, what is added in order, and what else
+    happens to it (`change`, empty for a plain sum). `norm` is a last call that only normalises what is handed on. Of
+    several results the stream is number `result`."""
+
+    argument: str
+    terms: tuple[Term, ...]
+    change: str
+    norm: Call | None
+    result: int = 0
