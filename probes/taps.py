@@ -43,7 +43,7 @@ class Taps:
         self.half = False  # a training forward ran under float16 autocast
         self._live = False  # inside a training forward that is looked at
         self._embedded = False  # this forward's embedding has been seen
-        self._tokens: torch.Size | None = None  # [B, T] of this forward, where there are streams to be told
+        self._given: list[torch.Size] = []  # of this forward, [B, T] among them, where there are streams to be told
         self._sites = sites
         self._faults = faults or Faults(strict=True)
         self.masks = masks or Masks(None, sites)
@@ -200,8 +200,8 @@ class Taps:
         if not self._live:
             return
         if self._sites.entry is not None:
-            given = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.ndim > 1)
-            self._tokens = next((each.shape[:2] for each in given), None)
+            given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.ndim > 1]
+            self._given = [each.shape[:2] for each in given]
         if not compiling:
             self._eagerly(self._begin_eagerly, "hidden_rms", "output_rms", "block_rms")
         elif self._parameter.device != self._device:
@@ -305,7 +305,7 @@ class Taps:
 
     def _entry(self, x: Tensor) -> None:
         """What the first of the blocks that mix streams is given: the embedding, or [B, T, n, D] copies of it."""
-        if isinstance(x, Tensor) and (x.ndim < 4 or x.shape[:2] == self._tokens):
+        if isinstance(x, Tensor) and (x.ndim < 4 or x.shape[:2] in self._given):
             self._tap_embedding(x, streams=x.ndim == 4)
 
     def _output(self, x: Tensor, row: int) -> None:
