@@ -38,12 +38,12 @@ LIVE = "Number(document.body.innerText.match(/live, step ([\\d,]+)/)?.[1].replac
 
 
 @contextlib.contextmanager
-def served(folder: Path):
-    """The address of the real command's server on a folder."""
+def served(*folders: Path):
+    """The address of the real command's server on some folders."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "app", "dash", str(folder), "--port", str(port), "--no-browser"]
+    command = [sys.executable, "-m", "app", "dash", *map(str, folders), "--port", str(port), "--no-browser"]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):
