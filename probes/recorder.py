@@ -27,6 +27,7 @@ from probes.flush import start_copy
 from probes.gradients import NORMS, GradientNorms
 from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, Masks
+from probes.mirrors import Mirror, Send
 from probes.provenance import model_config, versions
 from probes.scalars import Scalars
 from probes.scaling import LossScale
@@ -56,6 +57,7 @@ def record(
     matrices_every: Steps = 100,
     config: dict | None = None,
     tags: Sequence[str] = (),
+    mirror: str | Send | None = None,
     stack: str | Sequence[str] | None = None,
     layers: int | str | Sequence[str] | None = None,
     norms: str | Sequence[str] | None = None,
@@ -79,6 +81,7 @@ def record(
     `mask`: which tokens count. The name of an argument of the model's forward, or a function of its
     (args, kwargs), that gives [B, T], zero where a token does not count; by default `attention_mask`.
     `config` (JSON values) is stored beside the model's own configuration.
+    `mirror`: where the scalars are shown too: "tensorboard", "wandb", "trackio", or a function of (step, values).
     `strict`: a failure inside the probe raises. Otherwise it is said once, and what it touched is missing.
 
     Raises RunError: a run or other files at `path`, a model without recognisable layers or one that has already
@@ -99,8 +102,9 @@ def record(
         ) from error
     tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
     manifest = Manifest(sites.layout, created, vectors, matrices, described, tags, versions(sites.root))
+    mirror = None if mirror is None else Mirror(mirror, Path(path))
     return Recorder(
-        sites, RunWriter(Path(path), manifest), manifest, optimizers, scale, masks, Faults(strict)
+        sites, RunWriter(Path(path), manifest), manifest, optimizers, scale, masks, Faults(strict), mirror
     )
 
 
@@ -116,7 +120,9 @@ class Recorder:
         scale: LossScale,
         masks: Masks,
         faults: Faults,
+        mirror: Mirror | None = None,
     ):
+        self._mirror = mirror
         self._writer, self._manifest, self._optimizers = writer, manifest, optimizers
         self._scale, self._faults = scale, faults
         self._clock = Clock(optimizers)
@@ -212,6 +218,8 @@ class Recorder:
             self._put()
         finally:
             self._writer.close(status, reason)
+            if self._mirror is not None:
+                self._mirror.close()
 
     def __enter__(self) -> "Recorder":
         return self
@@ -352,7 +360,8 @@ class Recorder:
             self._selfcheck.rows(seen)
 
         # Rows of this very step may still be logged until the next forward.
-        self._writer.put(rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
+        fetch_rows = rows if self._mirror is None else lambda: self._mirror.watch(rows())
+        self._writer.put(fetch_rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
 
 
 def _optimizers(
