@@ -5,7 +5,6 @@ Both call callbacks back. `Recordings` is what theirs have in common; each libra
 
 import functools
 import importlib
-import inspect
 import logging
 import os
 from collections.abc import Mapping
@@ -61,8 +60,6 @@ class Recordings:
         path = self._path
         if step:
             options = {"resume": step} | options
-            if "resume" not in inspect.signature(record).parameters:
-                raise RunError(f"Training resumes at step {step}, and a run cannot be continued yet.")
         elif self._begun:
             path = path.with_name(f"{path.name}-{self._begun + 1}")
         self.recorder = record(model, path, optimizer=optimizers, **options)

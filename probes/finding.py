@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from probes.dataflow import follow
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.names import matching
 from probes.sites import LayerSite, Place, Sites, unwrap
-from probes.stacks import Stack, find_stacks, is_norm, is_read, kind_by_name, stack_at
+from probes.stacks import Stack, entry_of, find_stacks, is_norm, is_read, kind_by_name, stack_at
 from probes.symbols import Untraceable
 
 _BY_HAND = "name the modules yourself: layers=[patterns of sublayers], norms=[patterns of each layer's norm and the final norm]"
@@ -60,7 +61,15 @@ def find_sites(
     )
     holders = tuple(module for name, module in _above(root, found.path) if name)
     sites = Sites(
-        root, list(found.layers), found.final, reads, found.change, holders, outputs, norm and norm.module
+        root,
+        list(found.layers),
+        found.final,
+        reads,
+        found.change,
+        holders,
+        outputs,
+        found.entry,
+        norm and norm.module,
     )
     return _called(sites)
 
@@ -115,14 +124,15 @@ def _joined(root: nn.Module, stacks: list[Stack]) -> Stack:
         count, blocks = len(first.layers), first.blocks
         moved = tuple(_moved(site, count, blocks) for site in stack.layers)
         change = first.change or stack.change
-        first = Stack(first.path, blocks + stack.blocks, first.layers + moved, stack.final, change)
+        layers = first.layers + moved
+        first = Stack(first.path, blocks + stack.blocks, layers, stack.final, change, first.entry)
     final = first.final or _final_norm(root, first.path)
     if final is None:
         raise RunError(
             f"{type(root).__name__} has layers in {first.path!r} but no norm after them, so the final state cannot "
             f"be seen: {_BY_HAND}."
         )
-    return Stack(first.path, first.blocks, first.layers, final, first.change)
+    return dataclasses.replace(first, final=final)
 
 
 def _moved(site: LayerSite, layers: int, blocks: int) -> LayerSite:
@@ -170,7 +180,17 @@ def _declared(root: nn.Module, layers: str | Sequence[str], norms: str | Sequenc
         )
         for index, ((name, module), state) in enumerate(zip(sublayers.items(), states, strict=False), 1)
     ]
-    return Stack("", len(groups), tuple(sites), states[-1])
+    return Stack("", len(groups), tuple(sites), states[-1], entry=_declared_entry(root, groups[0]))
+
+
+def _declared_entry(root: nn.Module, group: str) -> Place | None:
+    """Where the first transformer block is given the embedding, if it mixes streams."""
+    block = root.get_submodule(group)
+    try:
+        follow(block)
+    except Untraceable:
+        return entry_of(group, block)
+    return None
 
 
 def _marked(count: int) -> Stack:

@@ -75,6 +75,9 @@ class Sites:
     change: str = ""
     holders: tuple[nn.Module, ...] = ()  # modules between the root and the stack, outermost first
     outputs: tuple[nn.Module, ...] = ()  # modules called with the plain output of layer `depth_output`
+    entry: Place | None = (
+        None  # where the embedding is seen in blocks that mix streams; elsewhere it is the first state
+    )
     norm: nn.Module | None = None  # the norm after the stack, where one was found: it runs once in a forward
     inner: nn.Module | None = None  # the child that a training step calls instead of the root
 
