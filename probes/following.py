@@ -157,7 +157,9 @@ class Following:
             self._read, self._ids = True, _ids(*self._arguments)
             if self._decode is not None and self._ids is not None:
                 with self._faults.guard("token texts"):
-                    self._texts = [[str(self._decode([token])) for token in row] for row in self._ids.tolist()]
+                    self._texts = [
+                        [str(self._decode([token])) for token in row] for row in self._ids.tolist()
+                    ]
         fetch = start_copy(values)
 
         def write() -> Iterator:
