@@ -142,11 +142,14 @@ def profile(run: Run, label: str, name: str, step: int) -> pd.DataFrame:
 
 
 def of_source(run: Run, label: str, name: str, position: int) -> pd.DataFrame:
-    """run, step, value: one entry of a metric over depth, at every recorded step."""
+    """run, step, value, segment: one entry of a metric over depth, at every recorded step."""
     steps, values = series(run, name)
     if not len(steps):
-        return pd.DataFrame(columns=["run", "step", "value"])
-    return pd.DataFrame({"run": label, "step": steps, "value": finite(values[:, position])})
+        return pd.DataFrame(columns=["run", "step", "value", "segment"])
+    segment = gaps.segments(run, steps)
+    return pd.DataFrame(
+        {"run": label, "step": steps, "value": finite(values[:, position]), "segment": segment}
+    )
 
 
 def played(stops: list[int], rows: int) -> list[int]:

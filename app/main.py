@@ -18,7 +18,7 @@ st.logo(ICON, size="large")
 # Streamlit's own margins take a third of a laptop screen; the player stays in sight of the charts it moves.
 st.html(
     "<style>.stMainBlockContainer{padding:2.2rem 2.5rem 3rem} .stSidebar{width:260px !important}"
-    ".st-key-player{position:sticky;bottom:0;top:3.4rem;z-index:90}"
+    "[data-testid=stLayoutWrapper]:has(> .st-key-player){position:sticky;bottom:0;top:3.4rem;z-index:90}"
     "[data-testid='stBaseButton-tertiary'] p{text-align:left}"
     # A run's name is read in full, however long; its colour stands beside it (app/room.py).
     ".stSidebar .stMultiSelect [role=group]{max-height:none}"

@@ -85,6 +85,7 @@ class Following:
     def begin(self, step: int) -> None:
         """Step `step` begins."""
         self._due = self._steps(step)
+        self._device = next(self._sites.root.parameters()).device.type  # the model may have moved
 
     def take(self) -> None:
         """Take the snapshot of this step, where it is due and not taken yet."""
@@ -109,7 +110,7 @@ class Following:
         if not (model.training and torch.is_grad_enabled()):
             return
         if torch.compiler.is_compiling():
-            cast = _autocast_type(self._seen.device.type)
+            cast = _autocast_type(self._device)
             for place, value in _leaves([args, kwargs]):
                 if isinstance(value, Tensor):
                     _show(value.detach(), self._seen, self._who, place, cast)
@@ -132,7 +133,7 @@ class Following:
         model = self._sites.called
         self._caught = {}
         try:
-            with _without_a_trace(model), _cast(self._seen.device.type, _casts.get(self._who, "")):
+            with _without_a_trace(model), _cast(self._device, _casts.get(self._who, "")):
                 model(*args, **kwargs)
             caught = self._caught
         finally:
@@ -147,7 +148,9 @@ class Following:
         ]
         weight = torch.cat([row[:, :, :MOST_TOKENS].float() for row in rows]).permute(1, 2, 0)
         mask = self._masks.of_model(args, kwargs)
-        return weight if mask is None else weight.where(mask[:, :MOST_TOKENS, None] != 0, torch.nan)
+        if mask is None or mask.shape != like.shape[1:]:  # the model may add tokens of its own
+            return weight
+        return weight.where(mask[:, :MOST_TOKENS, None] != 0, torch.nan)
 
     def _hand_over(self, weight: Tensor) -> None:
         now, values = self._now(), {"weight": weight}
@@ -155,6 +158,8 @@ class Following:
             values["skips"] = now.skips
         if not self._read:  # the one time that a number is read back
             self._read, self._ids = True, _ids(*self._arguments)
+            if self._ids is not None and self._ids.shape != weight.shape[:2]:
+                self._ids = None
             if self._decode is not None and self._ids is not None:
                 with self._faults.guard("token texts"):
                     self._texts = [

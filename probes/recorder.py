@@ -132,7 +132,7 @@ def record(
         sites, writer, manifest, optimizers, scale, masks, Faults(strict), seconds_before(path, step), mirror
     )
     if following is not None:
-        recorder.follow(following, decode)
+        recorder._follow(following, decode)
     return recorder
 
 
@@ -182,14 +182,6 @@ class Recorder:
             )
         ]
         self._ending = Ending(self.close)
-
-    def follow(self, steps: Schedule, decode: Decode | None) -> None:
-        """Take a snapshot of two sequences at each of `steps`; `record` calls it."""
-        clock, taps = self._clock, self._taps
-        self._following = Following(
-            self._sites, steps, decode, taps.masks, self._faults, self._writer, lambda: clock.now
-        )
-        self._following.begin(self._step)
 
     # What a training script calls
 
@@ -277,6 +269,14 @@ class Recorder:
             self.close("stopped", describe(error))
 
     # One step
+
+    def _follow(self, steps: Schedule, decode: Decode | None) -> None:
+        """Take a snapshot of two sequences at each of `steps`."""
+        clock, taps = self._clock, self._taps
+        self._following = Following(
+            self._sites, steps, decode, taps.masks, self._faults, self._writer, lambda: clock.now
+        )
+        self._following.begin(self._step)
 
     @property
     def _step(self) -> int:

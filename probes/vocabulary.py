@@ -152,7 +152,7 @@ _ROWS = [
         STATE,
         "Residual identity error",
         "relative",
-        "How far each state is from the embedding plus the outputs before it, on a few tokens: zero but for rounding "
+        "How far each state is from the embedding plus the outputs before it, on a sample of tokens: zero but for rounding "
         "in a plain residual, of the order of one where the stream is mixed otherwise.",
     ),
     Metric(

@@ -159,6 +159,10 @@ def printed(chart: alt.TopLevelMixin) -> dict:
     title = spec.get("title")
     if isinstance(title, dict) and isinstance(title.get("text"), str):
         title["text"] = wrapped(title["text"], 86)
+    for layer in spec.get("layer", ()):
+        if layer.get("name") == "points":
+            # Those that only carry a tooltip are a megabyte of nothing on paper.
+            layer["transform"] = [{"filter": "seen || datum.alone"}]
     spec.setdefault("width", 680)
     spec["background"] = "white"
     spec["padding"] = 16
