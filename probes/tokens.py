@@ -37,12 +37,16 @@ def write_tokens(
     folder: Path, step: int, weight: np.ndarray, ids: np.ndarray | None, texts: list[list[str]] | None
 ) -> None:
     """Seal a snapshot, `weight` [sequence, token, cells] packed. One that is there already stays as it is."""
-    path = folder / f"tokens-{step:012d}{SUFFIX}"
+    path = token_path(folder, step)
     if path.exists():
         return  # of the same step before the scaler skipped its update
     tensors = {TOKEN_WEIGHT.name: weight.astype(np.float16)} | ({} if ids is None else {_ID: ids})
     told = {} if texts is None else {"texts": json.dumps(texts, ensure_ascii=False)}
     write_shard(path, tensors, {"format": str(FORMAT_VERSION), "step": str(step)} | told)
+
+
+def token_path(folder: Path, step: int) -> Path:
+    return folder / f"tokens-{step:012d}{SUFFIX}"
 
 
 def token_steps(folder: Path) -> list[int]:
@@ -58,7 +62,7 @@ def token_steps(folder: Path) -> list[int]:
 
 def read_tokens(folder: Path, step: int, layout: Layout) -> Tokens:
     """One snapshot. Raises ShardError when it cannot be trusted, FileNotFoundError when it is gone."""
-    shard = read_shard(folder / f"tokens-{step:012d}{SUFFIX}")
+    shard = read_shard(token_path(folder, step))
     weight, ids = shard.tensors.get(TOKEN_WEIGHT.name), shard.tensors.get(_ID)
     if (
         weight is None

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import attnres
 import probes
 from probes import marks
+from probes.checking import check, repair
 from probes.manifest import RANK_FOLDER
 from tests.probes.models import batches, decoder, hooks_on, loss_of, sgd, train
 
@@ -245,6 +246,13 @@ def test_what_is_not_there_or_broken_is_one_sentence(tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(probes.RunError, match="token snapshot of run at step 2 does not match its checksum"):
         run.tokens(2)
+    found = check(tmp_path / "run")
+    assert [str(defect) for defect in found.defects] == [
+        f"The token snapshot of step 2 is missing: {path.name} does not match its checksum: its content changed after it "
+        "was written."
+    ]
+    repair(found)
+    assert run.token_steps.tolist() == [0] and not check(tmp_path / "run").defects
 
 
 def test_a_resumed_run_hides_what_was_trained_again(tmp_path):
