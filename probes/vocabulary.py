@@ -190,6 +190,29 @@ _ROWS = [
         "are at right angles.",
     ),
     Metric(
+        "hidden_max",
+        STATE,
+        "Largest value of the state",
+        "activation units",
+        "Largest absolute value of each state in a sample of tokens, an estimate from below of that of all.",
+    ),
+    Metric(
+        "hidden_kurtosis",
+        STATE,
+        "Kurtosis of the state",
+        "",
+        "Mean fourth power over squared mean square of each state, over channels and a sample of tokens: 3 for normal "
+        "values, as many as there are channels where one holds everything.",
+    ),
+    Metric(
+        "output_cosine",
+        LAYER,
+        "Cosine of output and state",
+        "",
+        "Cosine between what each layer receives and what it makes of it, mean over a sample of tokens: in a plain "
+        "residual, whether it writes along the stream or against it.",
+    ),
+    Metric(
         "nonfinite",
         STATE,
         "Non-finite values",

@@ -185,7 +185,15 @@ def changed_run(folder: Path, chance: random.Random) -> None:
                     content = changed_json(content, chance)
                 else:
                     content = changed_shard(content, chance)
-            except (ValueError, struct.error, KeyError, TypeError, IndexError, AttributeError):
+            except (
+                ValueError,
+                struct.error,
+                KeyError,
+                TypeError,
+                IndexError,
+                AttributeError,
+                RecursionError,
+            ):
                 content = changed_bytes(content, chance)  # it had been changed already
             path.write_bytes(content)
 

@@ -112,7 +112,7 @@ def test_cells_that_do_not_exist_are_counted_before_they_are_made(tmp_path, monk
     manifest = Manifest(layout, 0.0, 1, 1).to_json()
     (path / files.MANIFEST).write_text(json.dumps(manifest))
     rows = {
-        "depth_weight": np.zeros((1, layout.cells), np.float32),
+        "depth_weight": np.zeros((1, layout.cells()), np.float32),
         "depth_weight.step": np.zeros(1, np.int64),
     }
     write_shard(path / files.RANK_FOLDER / shard_name(0, 0), rows, {"format": "2"})
