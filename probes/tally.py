@@ -5,6 +5,7 @@ from torch import Tensor
 
 from probes.identity import Sample
 from probes.passes import Passes
+from probes.read_errors import ReadErrors
 from probes.rows import block_rows, last_layers
 from probes.sites import Sites
 from probes.statistics import DEPTH_METRICS, Tables
@@ -22,9 +23,10 @@ class Tally:
         sizes = {"state": len(sites.layers) + 1, "output": len(sites.layers) + 1}
         if self._block_rows is None:
             sizes["block"] = len(last_layers(sites))
-        shape = sizes, [read.depth_sources for read in sites.reads]
+        shape = sizes, sites.depth_sources
         self.live, self._counted = (Tables(*shape, device) for _ in range(2))
         self.sample = Sample([site.given for site in sites.layers], device)
+        self.errors = ReadErrors(sites.depth_sources, device) if sites.found is not None else None
         self.calls = torch.zeros(2, dtype=torch.int64, device=device)
         """How often the embedding and the final norm were seen in compiled forwards."""
         self.passes = Passes(self.live, self._counted)
@@ -43,6 +45,8 @@ class Tally:
     def reset(self) -> None:
         """A new step begins."""
         self.calls.zero_()
+        if self.errors is not None:
+            self.errors.reset()
         self.passes.reset()
 
     def finish(self, matrices: bool) -> dict[str, Tensor]:
@@ -68,6 +72,8 @@ class Tally:
             metrics["nonfinite"] = self._counted.nonfinite.float().where(count > 0, torch.nan)
             if self._counted.depth is not None:
                 metrics |= self._counted.depth.finish()
+            if self.errors is not None:
+                metrics = self.errors.blanked(metrics)
         return metrics
 
     def counts(self, matrices: bool) -> dict[str, Tensor]:
@@ -83,6 +89,8 @@ class Tally:
             counts["nonfinite"] = counts["hidden_rms"]
             if self._counted.depth is not None:
                 counts |= dict.fromkeys(DEPTH_METRICS, self._counted.depth.tokens)
+            if self.errors is not None:
+                counts["read_error"] = self._counted.depth.tokens
         return counts
 
     def _ran_again(self) -> Tensor:

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from probes import marks
 from probes.backwards import in_backward
 from probes.faults import Faults
+from probes.found import FoundReads
 from probes.gradient_taps import GradientTaps
 from probes.hooks import Hook, tap_gradient_in_graph
 from probes.identity import keep_sample
 from probes.masks import Masks, fitting
+from probes.read_taps import ReadTaps
 from probes.rows import reads_after_blocks, rows_by_arithmetic, unhooked_rows
 from probes.scaling import half_precision
-from probes.sites import Place, Sites
+from probes.sites import Place, Sites, place_of
 from probes.statistics import DEPTH_METRICS, add_moments, add_nonfinite, token_mean_square
 from probes.tally import ACTIVATIONS, Tally
 
@@ -56,6 +58,7 @@ class Taps:
         self._unhooked = unhooked_rows(sites)
         # By row, where an output is a difference of states or a state a sum.
         self._states: dict[int, Tensor] = {}
+        self._read_taps = ReadTaps(sites.found, self._found) if sites.found is not None else None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             self._attach()
@@ -167,13 +170,36 @@ class Taps:
             self._at(sites.final, lambda x: self._state(x, len(sites.layers)))
         for row, read in enumerate(sites.reads):
             self._after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], output[1]))
+        if sites.found is not None:
+            self._attach_found(sites.found)
         if sites.norm is not None:
             self._before(sites.norm, lambda args, kwargs: self._passed())
-        if "block" in self._forward:
+        if "block" in self._forward and sites.reads:
             for block, read in enumerate(reads_after_blocks(sites)):
                 # The newest source of the read after a transformer block is the partial sum the block left.
                 self._before(read, lambda args, kwargs, block=block: self._tap(args[0][-1], "block", block))
         self._handles.append(sites.root.register_forward_hook(Hook(self._end)))
+
+    def _attach_found(self, found: FoundReads) -> None:
+        if found.embedding is not None:
+            self._at(place_of(found.embedding), self._tap_embedding)
+        for module, before, met in self._read_taps.places():
+            if before:
+                self._before(module, lambda args, kwargs, met=met: self._meet(met, (args, kwargs)))
+            else:
+                self._after(module, lambda args, kwargs, output, met=met: self._meet(met, output))
+
+    def _meet(self, met: Callable, values: object) -> None:
+        if self._matrices and not self._recomputing:
+            if torch.compiler.is_compiling():
+                met(values)
+            else:
+                self._eagerly(lambda: met(values), *DEPTH_METRICS, "read_error")
+
+    def _found(self, row: int, weights: Tensor, sources: list[Tensor], error: Tensor, allowed: float) -> None:
+        mask = fitting(self._mask, weights.movedim(0, -1))
+        self._depth.add(row, weights, [self._mean_square(source) for source in sources], mask)
+        self._tally.errors.add(row, error, allowed)
 
     def _passed(self) -> None:
         if torch.compiler.is_compiling():
@@ -219,6 +245,8 @@ class Taps:
     def _forget(self) -> None:
         self._mean_squares.clear()
         self._states.clear()
+        if self._read_taps is not None:
+            self._read_taps.forget()
 
     def _find_mask(self, args: tuple, kwargs: dict) -> Tensor | None:
         """Which tokens count, [B, T], not zero; None: all."""
@@ -286,7 +314,7 @@ class Taps:
     def _state(self, x: Tensor, row: int) -> None:
         """What layer row+1 receives, or the final state; the first one is the embedding too."""
         self._tap(x, "state", row)
-        if row == 0 and not self._sites.reads:
+        if row == 0 and not self._sites.has_reads:
             # With its position and dropout, where a model has them.
             self._tap_embedding(x)
         if row in self._kept_rows and isinstance(x, Tensor) and not self._recomputing:
