@@ -21,6 +21,15 @@ _SIZES = (((3, 11), (2, 7)), ((3, 16), (2, 8)), ((3, 64), (2, 32)))  # items and
 
 def foreign_sites(root: nn.Module) -> Sites:
     """The sites of `root`. Untraceable, with the reason, where it has no depth reads that can be seen."""
+    try:
+        return _found(root)
+    except Untraceable:
+        raise
+    except Exception as error:
+        raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+def _found(root: nn.Module) -> Sites:
     tape, twin = _tapes(root)
     for width in list(widths(tape))[:2]:
         mixes = Mixes(tape, width)
@@ -42,11 +51,7 @@ def may_read(root: nn.Module, stack: Stack) -> bool:
         for name, p in module._parameters.items():
             if p is None or is_norm(module) or name == "bias" or p.shape[-1:] == ():
                 continue
-            slim = (
-                p.ndim == 1
-                or 1 in p.shape
-                or not isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)
-            )
+            slim = p.ndim == 1 or 1 in p.shape or (p.ndim == 2 and len(p) <= 2 * len(stack.layers) + 4)
             if slim and p.ndim <= 3 and p.shape[-1] in widths:
                 return True
     return False
@@ -88,8 +93,12 @@ class _Finding:
         self._tape, self._twin, self._mixes = tape, twin, mixes
         wide = [mix for mix in mixes.found.values() if len(mix.edges) > 1]
         self._embedding = self._find_embedding(wide)
+        first = min(wide, key=lambda mix: mix.node.index).node
+        every = {**mixes.found, **{n: mix for n, mix in mixes.single.items() if n.index < first.index}}
         self._reads = [
-            mix for mix in mixes.found.values() if len(mix.edges) > 1 or mix.sources == [self._embedding]
+            mix
+            for mix in sorted(every.values(), key=lambda mix: mix.node.index)
+            if len(mix.edges) > 1 or mix.sources == [self._embedding]
         ]
         self._final = self._find_final()
         self._outputs = self._find_outputs()
@@ -109,7 +118,7 @@ class _Finding:
             tuple(reads),
             tuple(rows),
             columns,
-            self._seen_at(self._embedding),
+            self._embedding_spots(),
             tuple([*self._oddities(), *notes]),
         )
         final = self._place(self._final) if self._final is not None else None
@@ -166,6 +175,24 @@ class _Finding:
         return max(
             (each for each in candidates if self._tape.made_from(output, each)), key=lambda each: each.index
         )
+
+    def _embedding_spots(self) -> tuple[Spot, ...]:
+        """Where the embedding is seen; where nowhere, the parts that it sums, in order."""
+        spot = self._seen_at(self._embedding)
+        if spot is not None:
+            return (spot,)
+        node = self._embedding
+        parts = [node.slots[slot] for slot, _ in self._mixes.linear(node, node.value.ndim - 1) or ()]
+        spots = [self._seen_at(part) for part in parts]
+        if (
+            len(parts) < 2
+            or None in spots
+            or not torch.allclose(sum(p.value for p in parts), node.value, rtol=1e-2)
+        ):
+            return ()
+        if not any(p.tensor.shape == node.tensor.shape and len(self._tape.users[p]) == 1 for p in parts):
+            return ()
+        return tuple(sorted(spots, key=lambda spot: spot.moment))
 
     # Layers
 

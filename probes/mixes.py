@@ -71,6 +71,9 @@ class Mixes:
         self._parameters = sum(1 << each.index for each in leaves if id(each.tensor) in own)
         self._sources = self._parameters | sum(1 << n.index for n in leaves if id(n.tensor) in given)
         self.found: dict[Node, Mix] = {}
+        self.single: dict[
+            Node, Mix
+        ] = {}  # one source with a weight: a gate, or a first read without a softmax
         with (
             torch.random.fork_rng(
                 sorted({n.tensor.device for n in tape.nodes[:50] if n.tensor.is_cuda}, key=str)
@@ -87,7 +90,18 @@ class Mixes:
         mix = self._walked(node)
         if mix is not None and (_chained(self.tape, mix) or _trivial(mix)):
             self.found[node] = mix
+        elif mix is not None and len(mix.edges) == 1 and self._learned(mix):
+            self.single[node] = mix
         self._plain[node] = True  # whatever sums it up has it as one source
+
+    def _learned(self, mix: Mix) -> bool:
+        """Whether parameters have a say in the weight, as they have none in 1/rms."""
+        source = mix.edges[0].source
+        return any(
+            self._is_parameter(other) or self._has_parameter(other, source)
+            for node, operands in mix.steps.items()
+            for _, other in self._others(node, operands)
+        )
 
     # What a node does
 
@@ -233,7 +247,8 @@ class Mixes:
 
     def _is_blank(self, node: Node) -> bool:
         """An empty store that sources are written to."""
-        return not any(each.tensor.numel() for each in node.slots) or not node.value.any()
+        name = getattr(node.func, "__name__", "")
+        return "empty" in name or "zeros" in name or not node.value.any()
 
     def bare(self, node: Node) -> Node:
         """What stands behind views and casts."""
@@ -243,10 +258,30 @@ class Mixes:
             if not operands or len(operands) > 1 or self.weighted(node):
                 break
             inner = node.slots[operands[0][0]]
-            if inner.tensor.numel() != node.tensor.numel() or not _same_values(inner, node):
+            if inner.tensor.numel() > node.tensor.numel():
+                inner = self._chosen(node, inner)
+            if inner is None or not _same_values(inner, node):
                 break
             node = inner
         return node
+
+    def _chosen(self, node: Node, store: Node) -> Node | None:
+        """What was put into a store of several sources and is now taken out of it."""
+        waiting, done = [store], set()
+        while waiting:
+            each = waiting.pop(0)
+            if each in done:
+                continue
+            done.add(each)
+            if each.tensor.numel() == node.tensor.numel():
+                if torch.equal(each.value.flatten(), node.value.flatten()):
+                    return each
+                continue
+            axis = _axis(each, self.width)
+            operands = self.linear(each, axis) if each.func is not None and axis is not None else None
+            if operands and not self.weighted(each):
+                waiting += [each.slots[slot] for slot, _ in operands]
+        return None
 
     def _normalises_by_itself(self, node: Node, operands: list[tuple[int, int]]) -> bool:
         """A product with something that its operand alone has made, as 1/rms."""
@@ -325,6 +360,8 @@ def _trivial(mix: Mix) -> bool:
 
 
 def _same_values(one: Node, two: Node) -> bool:
+    if one.tensor.numel() != two.tensor.numel():
+        return False
     a, b = (node.value.double().flatten() for node in (one, two))
     if one.tensor.shape != two.tensor.shape:
         a, b = a.sort().values, b.sort().values

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from probes.found import Moment, Replay, Spot
 from probes.mixes import Mix
-from probes.tape import Node, Tape, execute
+from probes.tape import Node, Tape
 
 _DRAWING = {
     "rand",
@@ -23,6 +23,11 @@ _DRAWING = {
     "multinomial",
     "normal_",
     "uniform_",
+}
+_METHODS = {
+    method: name
+    for name, method in ((name, getattr(torch.Tensor, name)) for name in dir(torch.Tensor))
+    if callable(method) and name not in ("__class__", "__new__", "__init__", "__init_subclass__")
 }
 _MOST = 400  # operations, beyond which something else than a read was followed
 
@@ -115,12 +120,17 @@ class _Cutting:
             raise Unreplayable("what the forward does depends on its input")
         given = iter(slots)
         args, kwargs = self._with_sizes((node.args, node.kwargs), (other.args, other.kwargs), given)
-        graph = self._graph
-        if node.writes or type(node.func).__name__ not in ("method_descriptor", "wrapper_descriptor"):
-            if not node.writes and node.pick is None:
-                return graph.call_function(node.func, args, kwargs)
-            return graph.call_function(_Execute(node.func, node.pick, node.writes), args, kwargs)
-        made = graph.call_method(node.func.__name__, args, kwargs)
+        graph, name = self._graph, _METHODS.get(node.func)
+        if node.writes:
+            if name == "__setitem__":
+                return graph.call_function(_with_item, args, kwargs)
+            copy = graph.call_method("clone", args[:1])
+            graph.call_method(name or node.func.__name__, (copy, *args[1:]), kwargs)
+            return copy
+        if name is not None:
+            made = graph.call_method(name, args, kwargs)
+        else:
+            made = graph.call_function(node.func, args, kwargs)
         return made if node.pick is None else graph.call_function(_item, (made, node.pick))
 
     def _with_sizes(self, tree: object, other: object, given):
@@ -204,17 +214,10 @@ class _Cutting:
         return any(edge.user is node and edge.slot == slot for edge in self._mix.edges)
 
 
-class _Execute:
-    """`execute` with its operation, as one function."""
-
-    def __init__(self, func: Callable, pick: int | None, writes: bool):
-        self._what = func, pick, writes
-        self.__name__ = self.__qualname__ = getattr(func, "__name__", "operation")
-        self.__module__ = __name__
-
-    def __call__(self, *args, **kwargs) -> Tensor:
-        func, pick, writes = self._what
-        return execute(func, args, kwargs, pick, writes)
+def _with_item(x: Tensor, key: object, value: object) -> Tensor:
+    x = x.clone()
+    x[key] = value
+    return x
 
 
 def _items(x: Tensor) -> int:

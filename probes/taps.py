@@ -59,6 +59,7 @@ class Taps:
         # By row, where an output is a difference of states or a state a sum.
         self._states: dict[int, Tensor] = {}
         self._read_taps = ReadTaps(sites.found, self._found) if sites.found is not None else None
+        self._parts: dict[int, Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             self._attach()
@@ -181,8 +182,10 @@ class Taps:
         self._handles.append(sites.root.register_forward_hook(Hook(self._end)))
 
     def _attach_found(self, found: FoundReads) -> None:
-        if found.embedding is not None:
-            self._at(place_of(found.embedding), self._tap_embedding)
+        if len(found.embedding) == 1:
+            self._at(place_of(found.embedding[0]), self._tap_embedding)
+        for part, spot in enumerate(found.embedding if len(found.embedding) > 1 else ()):
+            self._at(place_of(spot), lambda x, part=part: self._embedding_part(x, part))
         for module, before, met in self._read_taps.places():
             if before:
                 self._before(module, lambda args, kwargs, met=met: self._meet(met, (args, kwargs)))
@@ -247,6 +250,7 @@ class Taps:
         self._states.clear()
         if self._read_taps is not None:
             self._read_taps.forget()
+            self._parts.clear()
 
     def _find_mask(self, args: tuple, kwargs: dict) -> Tensor | None:
         """Which tokens count, [B, T], not zero; None: all."""
@@ -392,6 +396,21 @@ class Taps:
             self._tap(x, "output", 0)
         elif self._recomputing and self.gradients.owes("output", 0):
             self._tap(x, "output", 0)
+
+    def _embedding_part(self, x: Tensor, part: int) -> None:
+        """One of several tensors that are summed to the embedding where no hook sees it. What has its full shape has
+        its gradient too."""
+        if self._recomputing or not isinstance(x, Tensor):
+            return
+        self._parts[part] = x
+        if len(self._parts) == len(self._sites.found.embedding):
+            parts = [self._parts[each] for each in sorted(self._parts)]
+            self._parts.clear()
+            embedding = sum(each.detach() for each in parts)
+            self._values(embedding, "output", 0)
+            whole = next((each for each in parts if each.shape == embedding.shape), None)
+            if whole is not None:
+                self._gradient(whole, "output", 0)
 
     def _read(self, row: int, sources: list[Tensor], weight: Tensor) -> None:
         if not self._matrices or self._recomputing:

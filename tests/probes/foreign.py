@@ -91,7 +91,11 @@ class Mixer(nn.Module):
     def logits(self, keys: Tensor) -> Tensor:
         """[..., D] -> [...]"""
         if self.layout == "inline proj":
-            return self.proj.weight.squeeze() @ keys.movedim(-1, -2) if keys.ndim < 2 else keys @ self.proj.weight[0]
+            return (
+                self.proj.weight.squeeze() @ keys.movedim(-1, -2)
+                if keys.ndim < 2
+                else keys @ self.proj.weight[0]
+            )
         return keys @ self.query
 
     def kept(self, weight: Tensor) -> Tensor:
