@@ -1,4 +1,6 @@
-"""The dashboard and its charts. In a notebook: `app.plot(probes.open_run(path)).dilution()` is an `alt.Chart`."""
+"""The dashboard and its charts. In a notebook: `probes.open_run(path).plot.dilution()` is an `alt.Chart`."""
+
+__depthscope__ = True  # other packages are called app, too
 
 
 def plot(run):

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from app.bench import bench
+from app.check import check
 from app.demo import demo
 from app.describe import describe
 from app.server import free, serve
@@ -50,6 +51,7 @@ def dash(folders: tuple[Path, ...], port: int, no_browser: bool) -> None:
 main.add_command(demo)
 main.add_command(bench)
 main.add_command(describe)
+main.add_command(check)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from app import cells as pictures
 from app import frames, match, reads, words
 from probes import Run
 from probes.vocabulary import OUTPUT, STATE, metric
@@ -65,14 +66,90 @@ def answer(measures: dict, a: Run, b: Run, step: int, way: str) -> int | None:
     return match.reached(*measures[b], values[at], way) if at is not None else None
 
 
-def cells(a: Run, b: Run, first: int, second: int) -> pd.DataFrame:
-    """The cells of a with `difference`, b's depth weight less a's; empty where the two have other reads or sources."""
-    one, other = frames.cells(a, first), frames.cells(b, second)
-    if one.empty or other.empty or [s.label for s in a.sources] != [s.label for s in b.sources]:
+def since(run: Run, name: str, step: int) -> pd.DataFrame:
+    """step, until, depth, place, value: log2 of a metric over its own profile at `step`, over the whole training."""
+    frame = frames.over_training(run, name)
+    base = frames.profile(run, "", name, step)
+    if frame.empty or base.empty:
+        return frame.iloc[:0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.log2(frame["value"].to_numpy(float) / frame["depth"].map(base.set_index("depth")["value"]))
+    return frame.assign(value=np.where(np.isfinite(ratio), ratio, np.nan))
+
+
+def cells(a: Run, b: Run, first: int, second: int, name: str = "depth_weight") -> pd.DataFrame:
+    """The cells of the run with fewer columns, with `first`, `second` and `difference`, second less first.
+
+    Where the two have other reads or columns, those of the finer one are put together by relative depth: a column of
+    the coarser gets what the finer gives to the same stretch of the depth, a read is compared with the nearest one of
+    its kind. Only shares can be added up so; of other metrics nothing comes back then.
+    """
+    one, other = pictures.cells(a, first, name), pictures.cells(b, second, name)
+    if one.empty or other.empty:
         return pd.DataFrame()
-    if len(one) != len(other):
+    same = pictures.columns(a, name) == pictures.columns(b, name) and len(one) == len(other)
+    if same:
+        values = [frame[name].to_numpy() for frame in (one, other)]
+        return _differing(one, *values)
+    if name not in reads.SHARES:
         return pd.DataFrame()
-    return one.assign(difference=other["depth_weight"].to_numpy() - one["depth_weight"].to_numpy())
+    if len(_spans(a, name)) <= len(_spans(b, name)):
+        return _differing(one, one[name].to_numpy(), _gathered(b, second, a, name))
+    return _differing(other, _gathered(a, first, b, name), other[name].to_numpy())
+
+
+def _differing(frame: pd.DataFrame, first: np.ndarray, second: np.ndarray) -> pd.DataFrame:
+    return frame.assign(first=first, second=second, difference=second - first)
+
+
+def _spans(run: Run, name: str) -> np.ndarray:
+    """float64 [S, 2]: the stretch of relative depth, 0 to 1, that each column stands for; the embedding's is empty."""
+    layers = len(run.layers)
+    if name in pictures.RECOVERED:
+        ends = [(i - 1, i) for i in range(1, layers + 1)]
+    else:
+        ends = [(source.first - 1, source.last) for source in run.sources[1:]]
+    return np.array([(0, 0), *ends], float) / layers
+
+
+def _gathered(fine: Run, step: int, coarse: Run, name: str) -> np.ndarray:
+    """float64 [cells of coarse]: the shares of `fine` at a step, put together for the reads and columns of `coarse`."""
+    steps, values = frames.series(fine, name)
+    values = values[frames.nearest(steps, step)].astype(np.float64)
+    values = np.where(pictures.exists(fine, name), values, 0)
+    mine, theirs = _spans(coarse, name), _spans(fine, name)
+    low = np.maximum(theirs[:, None, 0], mine[None, :, 0])
+    high = np.minimum(theirs[:, None, 1], mine[None, :, 1])
+    length = np.where(theirs[:, 1] > theirs[:, 0], theirs[:, 1] - theirs[:, 0], 1)
+    into = np.maximum(high - low, 0) / length[:, None]
+    into[0], into[:, 0], into[0, 0] = 0, 0, 1
+    gathered = values[_nearest_reads(coarse, fine)] @ into
+    there = pictures.exists(coarse, name)
+    # A read a little deeper than its counterpart may see a column more: it counts as the newest.
+    for row, count in enumerate(there.sum(axis=1)):
+        gathered[row, count - 1] += gathered[row, count:].sum()
+    return gathered[there]
+
+
+def _nearest_reads(coarse: Run, fine: Run) -> list[int]:
+    """For each read of one run, the row of the other run's read at the same relative depth, of the same kind."""
+    found = []
+    for row, read in enumerate(coarse.reads):
+        at = row / (len(coarse.reads) - 1)
+        alike = [r for r, other in enumerate(fine.reads) if other.kind == read.kind] or range(len(fine.reads))
+        found.append(min(alike, key=lambda r: abs(r / (len(fine.reads) - 1) - at)))
+    return found
+
+
+def changes(frame: pd.DataFrame, names: tuple[str, str], count: int = 8) -> list[str]:
+    """ "layer 9 (attention) and the embedding: 0.12 in full, 0.33 in block", the largest differences of `cells` first."""
+    known = frame.dropna(subset=["difference"])
+    largest = known.loc[known["difference"].abs().sort_values(ascending=False).index[:count]]
+    return [
+        f"{words.capital(words.the(str(row['read'])))} from {words.the(str(row['from']))}: "
+        f"{row['first']:.2f} in {names[0]}, {row['second']:.2f} in {names[1]}"
+        for _, row in largest.iterrows()
+    ]
 
 
 def table(a: Run, b: Run, at: match.Pair, names: tuple[str, str]) -> pd.DataFrame:

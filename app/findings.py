@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 
 from app import words
-from probes.vocabulary import STATE, metric
+from app.derived import metric
+from probes.vocabulary import STATE
 
 TAIL = 10  # recorded losses that a compared loss averages
 
@@ -25,6 +26,47 @@ def growth(frame: pd.DataFrame, name: str) -> str:
         return f"{run}’s {_noun(name)} {_moves(value)} {ends} {when}"
     told = words.joined(f"{words.factor(value)} in {run}" for run, value in factors)
     return f"{words.capital(_noun(name))} {ends} {when}: {told}"
+
+
+def side_by_side(frame: pd.DataFrame, name: str) -> str:
+    """A metric at the end of the depth, run by run, each at its own step."""
+    ends = [(run, part.iloc[-1]) for run, part in by_run(frame)]
+    told = words.joined(
+        f"{words.number(end['value'])} in {run.strip()}"
+        + ("" if "step" in run else f" at step {words.step(int(end['step']))}")
+        for run, end in ends
+    )
+    return f"{metric(name).title} {_place(str(ends[0][1]['place']))}: {told}"
+
+
+def composition(frame: pd.DataFrame, name: str) -> str:
+    """Which source makes up most of the final state, run by run."""
+    parts = [(run, part.dropna(subset=["value"])) for run, part in by_run(frame)]
+    tops = [(run, part.loc[part["value"].idxmax()]) for run, part in parts if len(part)]
+    if not tops:
+        return f"{metric(name).title}: nothing recorded yet"
+    told = words.joined(
+        f"{words.the(str(top['place']))} in {run} ({words.percent(top['value'])})" for run, top in tops
+    )
+    return f"Most of the final state {_when(frame)} is {told}"
+
+
+def doubling(frame: pd.DataFrame) -> str:
+    """In which layer the state first is twice what the first layer received, run by run; "" where nothing is recorded."""
+    found: dict[str, list[str]] = {}
+    for run, part in by_run(frame.dropna(subset=["value"])):
+        layer = doubled(part)
+        found.setdefault(f"in {layer}" if layer else "nowhere", []).append(run)
+    told = words.joined(f"{where} of {words.joined(runs)}" for where, runs in found.items())
+    return f"The hidden state first doubles {told}." if told else ""
+
+
+def doubled(part: pd.DataFrame) -> str:
+    """The layer behind which the state of one run first is twice the first one; "" where it never is."""
+    ordered = part.sort_values("depth")
+    there = np.flatnonzero(ordered["value"].to_numpy(float) >= 2 * float(ordered["value"].iloc[0]))
+    # The state into a layer is what the layer before it has left.
+    return str(ordered["place"].iloc[there[0] - 1]).removeprefix("into ") if len(there) else ""
 
 
 def unevenness(frame: pd.DataFrame, name: str) -> str:
@@ -81,21 +123,61 @@ def evenness(frame: pd.DataFrame, column: str) -> str:
     return f"{what} {_when(pd.DataFrame({'step': steps}))}: {told}"
 
 
+def picture(cells: pd.DataFrame, label: str, name: str) -> str:
+    """What a read × source picture of one metric shows."""
+    known = cells[cells[name].notna()] if name in cells else cells[:0]
+    if known.empty:
+        return f"{label}: no {_noun(name)} recorded at this step"
+    told = {
+        "contribution_rms": contributions,
+        "depth_attribution": attributions,
+        "mixing_weight": recovered,
+        "mixing_share": shares,
+    }
+    return told.get(name, routing)(known, label)
+
+
 def routing(cells: pd.DataFrame, label: str) -> str:
     """Share of the newest source and of the embedding, over the reads with more than two sources."""
-    if cells.empty:
-        return f"{label}: no depth weights recorded"
-    wide = cells[cells["sources"] > 2]
-    when = f"at step {words.step(int(cells['step'].iloc[0]))}"
-    if wide.empty:
+    newest, embedding, when = _ends_of_reads(cells, "depth_weight")
+    if not newest:
         return f"{label} {when}"
-    reads = wide["row"].nunique()
-    newest = wide.loc[wide["newest"], "depth_weight"].sum() / reads
-    embedding = wide.loc[wide["source"] == 0, "depth_weight"].sum() / reads
+    return f"{label} {when}: {newest} of the weight goes to the newest source, {embedding} to the embedding"
+
+
+def shares(cells: pd.DataFrame, label: str) -> str:
+    """How much of a state the newest source and the embedding make up."""
+    newest, embedding, when = _ends_of_reads(cells, "mixing_share")
+    if not newest:
+        return f"{label} {when}"
+    return f"{label} {when}: the newest source makes up {newest} of a state, the embedding {embedding}"
+
+
+def recovered(cells: pd.DataFrame, label: str) -> str:
+    """Whether the recovered weights are those of a sum, else where they lie."""
+    weight, when = cells["mixing_weight"], _when(cells)
+    low, high = float(weight.min()), float(weight.max())
+    if low >= 0.98 and high <= 1.02:
+        return (
+            f"{label} {when}: every source has weight {weight.mean():.2f} in every state, as in a plain sum"
+        )
+    return f"{label} {when}: recovered weights from {low:.2f} to {high:.2f}"
+
+
+def attributions(cells: pd.DataFrame, label: str) -> str:
+    """The read of a source that the loss leans on most."""
+    peak = cells.loc[cells["depth_attribution"].abs().idxmax()]
     return (
-        f"{label} {when}: {words.percent(newest)} of the weight goes to the newest source, "
-        f"{words.percent(embedding)} to the embedding"
+        f"{label} {_when(cells)}: the loss changes most, by {peak['depth_attribution']:+.2g}, without "
+        f"{words.the(str(peak['from']))} in {words.the(str(peak['read']))}"
     )
+
+
+def _ends_of_reads(cells: pd.DataFrame, name: str) -> tuple[str, str, str]:
+    """Mean share of the newest source and of the embedding over reads of three sources or more, and the step."""
+    wide, when = cells[cells["sources"] > 2], _when(cells)
+    newest, embedding = wide.loc[wide["newest"], name].mean(), wide.loc[wide["source"] == 0, name].mean()
+    return (words.percent(newest), words.percent(embedding), when) if len(wide) else ("", "", when)
 
 
 def contributions(cells: pd.DataFrame, label: str) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from app import draw, frames, room, view, words
+from app import cells, draw, frames, room, view, words
 from app.charts import palette
 from app.charts.bars import bars
 from app.charts.lines import lines
@@ -13,75 +13,116 @@ from probes.vocabulary import metric
 FOLLOWED = 5  # sources whose weight is followed over training
 
 
-def chosen(one: room.Shown) -> tuple[int | None, int | None]:
+def chosen(one: room.Shown, name: str = "depth_weight") -> tuple[int | None, int | None]:
     """Read (1 to R) and source (0 to S-1) in focus of this run; None where there is none."""
     now = view.current()
-    if now.focus != one.name or now.read is None or not 1 <= now.read <= len(one.run.reads):
+    if now.focus != one.name:
         return None, None
-    known = now.source is not None and now.source < one.run.reads[now.read - 1].sources
-    return now.read, now.source if known else None
+    there = cells.exists(one.run, name)
+    read = now.read if now.read is not None and 1 <= now.read <= len(there) else None
+    if now.read is not None and read is None:
+        return None, None
+    readers = there[read - 1] if read is not None else there.any(axis=0)
+    known = now.source is not None and now.source < len(readers) and readers[now.source]
+    return read, now.source if known else None
 
 
 def choose(one: room.Shown, told: dict) -> None:
-    """Put a clicked cell in focus; a click beside all cells, or on the same one again, lets go."""
-    picked = (told.get("number"), told.get("source"))
-    if picked[0] is None or picked == chosen(one):
+    """Put what was clicked in focus: a cell's read and source, or a source alone; the same again lets go."""
+    now = view.current()
+    read, source = (
+        int(value) if value is not None else None for value in (told.get("number"), told.get("source"))
+    )
+    if source is None or (now.focus, now.read, now.source) == (one.name, read, source):
         view.change(focus="", read=None, source=None)
     else:
-        view.change(focus=one.name, read=int(picked[0]), source=int(picked[1]))
+        view.change(focus=one.name, read=read, source=source)
 
 
-def show(one: room.Shown, cells: pd.DataFrame, name: str) -> None:
-    """Below the triangle: what the click asked about; nothing when nothing is in focus."""
-    read, source = chosen(one)
-    if read is None or cells.empty:
+def show(one: room.Shown, frame: pd.DataFrame, name: str) -> None:
+    """Below the triangle: what the click asked about; nothing when nothing is in focus. `frame` has all its cells."""
+    read, source = chosen(one, name)
+    if (read is None and source is None) or frame.empty:
         return
-    label, unit = one.run.reads[read - 1].label, metric(name).title
-    st.subheader(f"{words.capital(_the(label))} of {words.plain(one.name)}", anchor=False)
-    left, middle, right = st.columns(3, gap="medium", vertical_alignment="bottom")
-    row = cells[cells["number"] == read]
-    with left:
-        frame = _bars(row, name, "from", row["source"] == source, _short)
-        top = frame.loc[frame["value"].idxmax()] if frame["value"].notna().any() else None
-        told = f"{words.capital(_the(label))} reads {_the(top['place'])} most" if top is not None else label
-        draw.show(bars(frame, unit, "Source", told), key=f"row {one.name}", data=frame)
-    with middle:
+    about = one.run.reads[read - 1].label if read is not None else cells.columns(one.run, name)[source]
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.subheader(
+            f"{words.capital(words.the(about))} of {words.plain(one.name)}", anchor=False, width="content"
+        )
+        st.button(
+            "Let go of this read" if read is not None else "Let go of this source",
+            icon=":material/close:",
+            type="tertiary",
+            on_click=lambda: choose(one, {}),
+        )
+    if read is None:
+        _readers(one, read, source, frame, name)
+        return
+    parts = st.columns(3 if source is not None else 2, gap="medium", vertical_alignment="bottom")
+    row = frame[frame["number"] == read]
+    with parts[0]:
+        _row(one, about, row, name, source)
+    with parts[1]:
         _history(one, read, row, name)
     if source is not None:
-        with right:
-            column = cells[cells["source"] == source]
-            frame = _bars(column, name, "read", column["number"] == read, _short)
-            even = (column[name] * column["sources"] > 1).sum()
-            of = f"{even} of {len(frame)} reads give {_the(one.run.sources[source].label)} more than an even share"
-            if name != "depth_weight":
-                of = f"What reads get from {_the(one.run.sources[source].label)}"
-            draw.show(bars(frame, unit, "Read of layer", of), key=f"column {one.name}", data=frame)
-    st.button(
-        "Let go of this read", icon=":material/close:", type="tertiary", on_click=lambda: choose(one, {})
+        with parts[2]:
+            _readers(one, read, source, frame, name)
+
+
+def _row(one: room.Shown, label: str, row: pd.DataFrame, name: str, source: int | None) -> None:
+    """The read as bars, one a source."""
+    table = _bars(row, name, "from", row["source"] == source)
+    told = label
+    if table["value"].notna().any():
+        ranked = table.dropna(subset=["value"]).sort_values("value", ascending=False)["place"].tolist()
+        told = f"{words.capital(words.the(label))} reads {words.the(ranked[0])} most"
+        if ranked[0] == table["place"].iloc[-1] and len(ranked) > 1:
+            told += f", and besides this neighbour {words.the(ranked[1])}"
+    draw.show(bars(table, metric(name).title, "Source", told), key=f"row {one.name}", data=table)
+
+
+def _readers(one: room.Shown, read: int | None, source: int, frame: pd.DataFrame, name: str) -> None:
+    """Everyone who reads the source, as bars."""
+    column = frame[frame["source"] == source]
+    table = _bars(column, name, "read", column["number"] == read)
+    label = words.the(cells.columns(one.run, name)[source])
+    even = int((column[name] * column["sources"] > 1).sum())
+    told = f"What reads get from {label}"
+    if name == "depth_weight":
+        told = f"{even} of {len(table)} reads give {label} more than an even share"
+    elif name == "mixing_share":
+        told = f"{label} makes up more than an even share of {even} of {len(table)} states"
+    draw.show(
+        bars(table, metric(name).title, "Read of layer", words.capital(told)),
+        key=f"column {one.name}",
+        data=table,
     )
 
 
 def _history(one: room.Shown, read: int, row: pd.DataFrame, name: str) -> None:
     """The strongest sources of one read over training, one line each."""
     steps, values = frames.series(one.run, name)
-    strongest = row.sort_values(name, ascending=False)["source"].to_numpy()[:FOLLOWED]
+    strongest = row.dropna(subset=[name]).sort_values(name, ascending=False)["source"].to_numpy()[:FOLLOWED]
+    if not len(strongest):
+        return
+    labels = cells.columns(one.run, name)
     parts = [
-        pd.DataFrame(
-            {"run": _short(one.run.sources[s].label), "step": steps, "value": values[:, read - 1, s]}
-        )
+        pd.DataFrame({"run": short(labels[s]), "step": steps, "value": values[:, read - 1, s]})
         for s in strongest
     ]
     frame = pd.concat(parts, ignore_index=True)
     colours = dict(zip(dict.fromkeys(frame["run"]), palette.RUNS, strict=False))
-    first = one.run.sources[strongest[0]].label
     past = values[:, read - 1, strongest[0]]
     past = past[np.isfinite(past)]
-    title = f"From {_the(first)}: {words.number(float(past[0]))} at first, {words.number(float(past[-1]))} at last"
+    title = (
+        f"From {words.the(labels[strongest[0]])}: {words.number(float(past[0]))} at first, "
+        f"{words.number(float(past[-1]))} at last"
+    )
     chart = lines(frame, "value", metric(name).title, colours, title, zero=True, height=250)
     draw.show(chart, key=f"history {one.name}", data=frame)
 
 
-def _bars(part: pd.DataFrame, name: str, place: str, marked: pd.Series, short) -> pd.DataFrame:
+def _bars(part: pd.DataFrame, name: str, place: str, marked: pd.Series) -> pd.DataFrame:
     places = part[place].astype(str)
     return pd.DataFrame(
         {
@@ -94,11 +135,7 @@ def _bars(part: pd.DataFrame, name: str, place: str, marked: pd.Series, short) -
     )
 
 
-def _the(label: str) -> str:
-    return f"the {label}" if label in ("embedding", "final read") else label
-
-
-def _short(label: str) -> str:
+def short(label: str) -> str:
     """ "emb.", "final", "12" and, for a depth block, "b3"."""
     if label in ("embedding", "final read"):
         return {"embedding": "emb.", "final read": "final"}[label]

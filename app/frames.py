@@ -6,19 +6,24 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from app import gaps
+from app.derived import DERIVED, metric
 from probes import Run
 from probes.layout import Layout
-from probes.vocabulary import BLOCK, LAYER, OUTPUT, READ, STATE, TRIANGLE, metric
+from probes.vocabulary import BLOCK, LAYER, OUTPUT, READ, STATE
 
 POINTS = 2_000  # a line's points at most
 COLUMNS = 200  # a heatmap's columns at most,
 CELLS = 16_000  # and its cells
 STOPS = 400  # a step slider's stops at most
-PLAYED = 600_000  # numbers sent along for playback, at most
+PLAYED = 1_000_000  # numbers sent along for playback, at most
 
 
 def series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps int64 [N] and values float32 [N, ...] of one metric; N = 0 where it was not recorded."""
+    """Steps int64 [N] and values float32 [N, ...] of one metric, or a derived one; N = 0 where it was not recorded."""
+    if name in DERIVED:
+        steps, values = series(run, DERIVED[name].source)
+        return steps, DERIVED[name].take(values) if len(steps) else values
     if name not in run:
         return np.empty(0, np.int64), np.empty(0, np.float32)
     steps, values = run.steps(name), run[name]
@@ -63,35 +68,58 @@ def places(layout: Layout, axes: tuple[str, ...]) -> list[tuple[int, str]]:
     raise ValueError(f"{axes} is not an axis over depth")
 
 
-def scalar(run: Run, label: str, name: str, x: str = "step", window: int = 1) -> pd.DataFrame:
-    """run, step, x, low, value, high: one row per recorded step, or minimum, mean and maximum of equal bins.
+def scalar(
+    run: Run, label: str, name: str, x: str = "step", window: int | None = 1, most: int = POINTS
+) -> pd.DataFrame:
+    """run, step, x, low, value, high, segment: one row per recorded step, or minimum, mean and maximum of `most` bins.
 
-    `x` "tokens" or "wall_time" gives what was logged of it by that step. `window` recorded points are averaged; low
-    and high are then the extremes within the window, so that a spike stays in the band.
+    `x` "tokens" or "wall_time" gives what was logged of it by that step. `window` recorded points are averaged, None
+    for a fiftieth of them; low and high are then the extremes within the window, so that a spike stays in the band.
+    `segment` counts the gaps.
     """
     steps, values = series(run, name)
-    values = _finite(values).astype(np.float64)
+    values = finite(values).astype(np.float64)
+    segment = gaps.segments(run, steps)
     low, high = values, values
+    window = len(values) // 50 if window is None else window
     if window > 1 and len(values):
-        values, low, high = _smooth(values, window)
+        values, low, high = _smooth(values, window, segment)
     along = steps.astype(np.float64)
     if x != "step":
         known, told = series(run, x)
         along = np.interp(steps, known, told) if len(known) else np.full(len(steps), np.nan)
-    if len(steps) > POINTS:
-        starts = np.unique(np.linspace(0, len(steps), POINTS, endpoint=False).astype(int))
+    if len(steps) > most:
+        starts = _bins(len(steps), most, segment)
         low, high = np.fmin.reduceat(low, starts), np.fmax.reduceat(high, starts)
         counts = np.add.reduceat(np.isfinite(values).astype(np.float64), starts)
         total = np.add.reduceat(np.nan_to_num(values), starts)
         values = np.divide(total, counts, out=np.full_like(total, np.nan), where=counts > 0)
-        steps, along = steps[starts], along[starts]
-    frame = pd.DataFrame({"run": label, "step": steps, "x": along, "low": low, "value": values, "high": high})
+        steps, along, segment = steps[starts], along[starts], segment[starts]
+    frame = pd.DataFrame(
+        {
+            "run": label,
+            "step": steps,
+            "x": along,
+            "low": low,
+            "value": values,
+            "high": high,
+            "segment": segment,
+        }
+    )
     return frame if x == "step" else frame.dropna(subset=["x"])
 
 
-def _smooth(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, minimum and maximum of the last `window` values at each point, blanks left out."""
-    rolling = pd.Series(values).rolling(window, min_periods=1)
+def _bins(count: int, most: int, segment: np.ndarray) -> np.ndarray:
+    """Where each of about `most` equal bins begins; none reaches across a gap."""
+    even = np.linspace(0, count, most, endpoint=False).astype(int)
+    return np.union1d(even, np.flatnonzero(np.diff(segment)) + 1)
+
+
+def _smooth(
+    values: np.ndarray, window: int, segment: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, minimum and maximum of the last `window` values at each point, blanks left out; begins anew after a gap."""
+    rolling = pd.Series(values).groupby(segment).rolling(window, min_periods=1)
     return rolling.mean().to_numpy(), rolling.min().to_numpy(), rolling.max().to_numpy()
 
 
@@ -108,9 +136,17 @@ def profile(run: Run, label: str, name: str, step: int) -> pd.DataFrame:
             "step": steps[index],
             "depth": depths,
             "place": labels,
-            "value": _finite(values[index]),
+            "value": finite(values[index]),
         }
     )
+
+
+def of_source(run: Run, label: str, name: str, position: int) -> pd.DataFrame:
+    """run, step, value: one entry of a metric over depth, at every recorded step."""
+    steps, values = series(run, name)
+    if not len(steps):
+        return pd.DataFrame(columns=["run", "step", "value"])
+    return pd.DataFrame({"run": label, "step": steps, "value": finite(values[:, position])})
 
 
 def played(stops: list[int], rows: int) -> list[int]:
@@ -126,16 +162,10 @@ def profile_frames(run: Run, name: str, stops: list[int]) -> np.ndarray:
     return _at_stops(run, name, stops).T
 
 
-def cell_frames(run: Run, name: str, stops: list[int], kind: str = "all") -> np.ndarray:
-    """float32 [cells, stops]: a triangle at each stop, cells as in `cells`."""
-    chosen = [row for row, read in enumerate(run.reads) if kind == "all" or read.kind in (kind, "final")]
-    return _at_stops(run, name, stops)[:, chosen][:, run.layout.triangle()[chosen]].T
-
-
 def _at_stops(run: Run, name: str, stops: list[int]) -> np.ndarray:
     steps, values = series(run, name)
     index = np.searchsorted(steps, stops, side="right") - 1
-    found = _finite(values[np.maximum(index, 0)])
+    found = finite(values[np.maximum(index, 0)])
     found[index < 0] = np.nan
     return found
 
@@ -146,14 +176,17 @@ def over_training(run: Run, name: str) -> pd.DataFrame:
     if not len(steps):
         return pd.DataFrame(columns=["step", "until", "depth", "value", "place"])
     columns = min(len(steps), COLUMNS, max(1, CELLS // values.shape[1]))
-    starts = np.unique(np.linspace(0, len(steps), columns, endpoint=False).astype(int))
+    segment = gaps.segments(run, steps)
+    starts = _bins(len(steps), columns, segment)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a bin of blanks stays blank
-        groups = np.split(_finite(values), starts[1:])
+        groups = np.split(finite(values), starts[1:])
         grid = np.stack([np.nanmean(group, axis=0) for group in groups])
     first = steps[starts]
     spacing = int(np.median(np.diff(steps))) if len(steps) > 1 else max(1, run.manifest.every)
     until = np.append(first[1:], steps[-1] + spacing)
+    before_gap = np.flatnonzero(np.diff(segment[starts]))
+    until[before_gap] = steps[starts[before_gap + 1] - 1] + spacing
     depths, labels = zip(*places(run.layout, metric(name).axes), strict=True)
     return pd.DataFrame(
         {
@@ -167,19 +200,19 @@ def over_training(run: Run, name: str) -> pd.DataFrame:
 
 
 def evenness(run: Run, label: str, name: str) -> pd.DataFrame:
-    """run, step, cv, ratio, gini over depth, embedding left out, per recorded step."""
+    """run, step, cv, ratio, gini over depth, embedding left out, per recorded step; segment counts the gaps."""
     steps, values = series(run, name)
     if not len(steps):
-        return pd.DataFrame(columns=["run", "step", "cv", "ratio", "gini"])
-    values = _finite(values.astype(np.float64))
+        return pd.DataFrame(columns=["run", "step", "cv", "ratio", "gini", "segment"])
+    values = finite(values.astype(np.float64))
     if metric(name).axes == OUTPUT:
         values = values[:, 1:]
     with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)
         cv = np.nanstd(values, axis=1) / np.nanmean(values, axis=1)
         ratio = np.nanmax(values, axis=1) / np.nanmin(values, axis=1)
-    told = {"cv": _finite(cv), "ratio": _finite(ratio), "gini": gini(values)}
-    frame = pd.DataFrame({"run": label, "step": steps, **told})
+    told = {"cv": finite(cv), "ratio": finite(ratio), "gini": gini(values)}
+    frame = pd.DataFrame({"run": label, "step": steps, **told, "segment": gaps.segments(run, steps)})
     if len(frame) > POINTS:
         frame = frame.iloc[np.unique(np.linspace(0, len(frame) - 1, POINTS).astype(int))]
     return frame.reset_index(drop=True)
@@ -191,7 +224,7 @@ def gini(values: np.ndarray) -> np.ndarray:
     count = values.shape[1]
     rank = 2 * np.arange(1, count + 1) - count - 1
     with np.errstate(divide="ignore", invalid="ignore"):
-        return _finite((ordered * rank).sum(axis=1) / (count * ordered.sum(axis=1)))
+        return finite((ordered * rank).sum(axis=1) / (count * ordered.sum(axis=1)))
 
 
 def update_ratio(run: Run, label: str, step: int) -> pd.DataFrame:
@@ -203,69 +236,9 @@ def update_ratio(run: Run, label: str, step: int) -> pd.DataFrame:
         return parts[0].iloc[:0]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = parts[0]["value"] * float(rates[index]) / parts[1]["value"]
-    return parts[0].assign(value=_finite(ratio.to_numpy()))
+    return parts[0].assign(value=finite(ratio.to_numpy()))
 
 
-def cells(run: Run, step: int, kind: str = "all") -> pd.DataFrame:
-    """One row per existing read × source cell at the nearest matrix step not after `step`.
-
-    step, row (position among the shown reads), number (from 1, among all), read, source (column), from, kind, sources (of the
-    read), newest, depth_weight, depth_weight_std, contribution_rms. `kind` "attention" or "mlp" keeps those
-    reads and the final read.
-    """
-    steps = series(run, "depth_weight")[0]
-    index = nearest(steps, step)
-    if index is None:
-        return pd.DataFrame(
-            columns=[
-                "step",
-                "row",
-                "number",
-                "read",
-                "source",
-                "from",
-                "kind",
-                "sources",
-                "newest",
-                *_TRIANGLES,
-            ]
-        )
-    reads, sources = run.reads, run.sources
-    chosen = [row for row, read in enumerate(reads) if kind == "all" or read.kind in (kind, "final")]
-    exists = run.layout.triangle()[chosen]
-    row, column = np.nonzero(exists)
-    counts = np.array([reads[r].sources for r in chosen])
-    at = steps[index]
-    frame = {
-        "step": at,
-        "row": row.astype(np.int16),
-        "number": np.array(chosen, np.int16)[row] + 1,
-        "read": pd.Categorical.from_codes(row, [reads[r].label for r in chosen]),
-        "source": column.astype(np.int16),
-        "from": pd.Categorical.from_codes(column, [source.label for source in sources]),
-        "kind": pd.Categorical([reads[chosen[r]].kind for r in row]),
-        "sources": counts[row],
-        "newest": column == counts[row] - 1,
-    }
-    for name in _TRIANGLES:
-        frame[name] = _at_step(run, name, int(at), exists.shape, chosen)[exists]
-    return pd.DataFrame(frame)
-
-
-_TRIANGLES = [
-    name for name in ("depth_weight", "depth_weight_std", "contribution_rms") if metric(name).axes == TRIANGLE
-]
-
-
-def _at_step(run: Run, name: str, step: int, shape: tuple[int, int], rows: list[int]) -> np.ndarray:
-    """float32 [rows, S] of a triangle at exactly `step`, blank where it was not recorded."""
-    steps, values = series(run, name)
-    index = nearest(steps, step)
-    if index is None or steps[index] != step:
-        return np.full(shape, np.nan, np.float32)
-    return _finite(values[index])[rows]
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
+def finite(values: np.ndarray) -> np.ndarray:
     """Infinities become blanks: a chart has no place for them."""
     return np.where(np.isfinite(values), values, np.nan)

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app import words
+from app import cells, words
 from app.frames import nearest, series
 from probes import Run
-from probes.vocabulary import metric
 
 STANDS_OUT = 0.1  # a link is at least this share of its read's mean above it: rounding is no preference
 STILL = 0.02  # a weight that stays within this of its present value has not moved
@@ -28,14 +27,19 @@ class Link:
 
     def sentence(self, name: str = "depth_weight") -> str:
         """ "Layer 12 (MLP) reads layer 3 (attention) with 0.61, rising since step 300"."""
-        unit = " RMS" if name == "contribution_rms" else ""
-        verb = "gets" if unit else "reads"
         told = f", {self.trend} since step {words.step(self.since)}" if self.trend else ""
-        read = words.capital("the " + self.read if self.read == "final read" else self.read)
-        source = "the embedding" if self.source == "embedding" else self.source
-        if unit:
-            return f"{read} {verb} {words.number(self.value)}{unit} from {source}{told}"
-        return f"{read} {verb} {source} with {self.value:.2f}{told}"
+        read = words.capital(words.the(self.read))
+        source = words.the(self.source)
+        if name == "contribution_rms":
+            return f"{read} gets {words.number(self.value)} RMS from {source}{told}"
+        if name == "depth_attribution":
+            return f"Without {source} in {words.the(self.read)} the loss changes by {self.value:+.2g}{told}"
+        if name == "mixing_weight":
+            return f"{read} receives {source} with weight {self.value:.2f}{told}"
+        if name == "mixing_share":
+            state = "The final state" if self.read == "final read" else f"The state into {self.read}"
+            return f"{state} is {words.percent(self.value)} {self.source}{told}"
+        return f"{read} reads {source} with {self.value:.2f}{told}"
 
 
 def strongest(
@@ -48,19 +52,20 @@ def strongest(
     """
     steps, values = series(run, name)
     index = nearest(steps, step)
-    if index is None or metric(name).axes != ("read", "source"):
+    if index is None:
         return []
+    labels, counts = cells.columns(run, name), cells.exists(run, name).sum(axis=1)
     found = []
-    for row, read in enumerate(run.reads):
-        if read.sources < 2 or (kind != "all" and read.kind not in (kind, "final")):
+    for row in cells.rows(run, kind):
+        if counts[row] < 2:
             continue
-        line = values[index, row, : read.sources]
+        line = values[index, row, : counts[row]]
         if not np.isfinite(line).any():
             continue
         mean = np.nanmean(line)
         excess = line - mean
         found += [
-            (float(excess[s]), row, s) for s in range(read.sources - 1) if excess[s] > STANDS_OUT * mean
+            (float(excess[s]), row, s) for s in range(counts[row] - 1) if excess[s] > STANDS_OUT * abs(mean)
         ]
     found.sort(key=lambda link: (-link[0], link[1], link[2]))
     links = []
@@ -70,7 +75,7 @@ def strongest(
         links.append(
             Link(
                 run.reads[row].label,
-                run.sources[column].label,
+                labels[column],
                 float(past[-1]),
                 excess,
                 trend,
@@ -114,5 +119,9 @@ def _run_up(values: np.ndarray, still: float) -> int:
 
 
 def _still(values: np.ndarray, name: str) -> float:
-    """Weights have a natural scale; a contribution is still within 5% of its largest value."""
-    return STILL if name == "depth_weight" else 0.05 * float(np.nanmax(np.abs(values), initial=0.0))
+    """Shares have a natural scale; a contribution is still within 5% of its largest value."""
+    return (
+        STILL
+        if name in ("depth_weight", "mixing_share")
+        else 0.05 * float(np.nanmax(np.abs(values), initial=0.0))
+    )

@@ -10,7 +10,7 @@ if _ROOT not in sys.path:
 
 import streamlit as st  # noqa: E402
 
-from app import browser, room, view  # noqa: E402
+from app import browser, menu, room, view  # noqa: E402
 
 ICON = str(Path(__file__).with_name("icon.svg"))
 st.set_page_config(page_title="depthscope", page_icon=ICON, layout="wide")
@@ -20,18 +20,25 @@ st.html(
     "<style>.stMainBlockContainer{padding:2.2rem 2.5rem 3rem} .stSidebar{width:260px !important}"
     ".st-key-player{position:sticky;bottom:0;top:3.4rem;z-index:90}"
     "[data-testid='stBaseButton-tertiary'] p{text-align:left}"
-    '.stSidebar [data-baseweb="tag"] span{max-width:none}</style>'
+    # A run's name is read in full, however long; its colour stands beside it (app/room.py).
+    ".stSidebar .stMultiSelect [role=group]{max-height:none}"
+    ".stSidebar [data-tag]{max-width:100%;height:auto;background:var(--st-background-color);color:var(--st-text-color);"
+    "border:1px solid var(--st-border-color)}"
+    ".stSidebar [data-tag]>span{white-space:normal;overflow-wrap:anywhere;max-width:none;line-height:1.3;padding:.15rem 0}"
+    ".stSidebar [data-tag] svg{color:var(--st-text-color)}"
+    ".stSidebar .stPageLink{margin-bottom:-.6rem} .stSidebar .stMultiSelect,.stSidebar .stTextInput{margin-top:1.2rem}</style>"
 )
 view.arrive()
-page = st.navigation(
-    [
-        st.Page("pages_/runs.py", title="Runs", icon=":material/monitoring:", default=True),
-        st.Page("pages_/dilution.py", title="Dilution", icon=":material/water_drop:"),
-        st.Page("pages_/gradients.py", title="Gradients", icon=":material/trending_down:"),
-        st.Page("pages_/depth_attention.py", title="Depth attention", icon=":material/stacked_line_chart:"),
-        st.Page("pages_/compare.py", title="Compare", icon=":material/compare_arrows:"),
-    ]
-)
+pages = [
+    st.Page("pages_/runs.py", title="Runs", icon=":material/monitoring:", default=True),
+    st.Page("pages_/dilution.py", title="Dilution", icon=":material/water_drop:"),
+    st.Page("pages_/gradients.py", title="Gradients", icon=":material/trending_down:"),
+    st.Page("pages_/depth_attention.py", title="Depth attention", icon=":material/stacked_line_chart:"),
+    st.Page("pages_/compare.py", title="Compare", icon=":material/compare_arrows:"),
+]
+page = st.navigation(pages, position="hidden")
+with st.sidebar:
+    menu.place(pages)
 room.sidebar()
 with st.sidebar:  # before the page: the browser reads the library while the page is made
     browser.load()

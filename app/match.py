@@ -27,11 +27,13 @@ class Pair:
 
 
 def ways(a: Run, b: Run) -> dict[str, str]:
-    """The ways in which two runs can be matched."""
+    """The ways in which two runs can be matched; two steps of one run are each their own."""
+    if a is b:
+        return {"own": WAYS["own"]}
     return {
         way: title
         for way, title in WAYS.items()
-        if way not in SCALARS or (SCALARS[way] in a and SCALARS[way] in b and (way != "loss" or a is not b))
+        if way not in SCALARS or (SCALARS[way] in a and SCALARS[way] in b)
     }
 
 

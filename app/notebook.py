@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import altair as alt
 import pandas as pd
 
-from app import findings, frames
+from app import cells, findings, frames
 from app.charts import axes, palette
 from app.charts.lines import lines
 from app.charts.profile import profile
@@ -30,8 +30,8 @@ class Plot:
         }
         self._colours = palette.assign(list(self._runs), list(self._runs))
 
-    def loss(self, name: str = "loss", *, smooth: int = 1, scale: str = "linear") -> alt.LayerChart:
-        """A scalar over training; `smooth` recorded points are averaged."""
+    def loss(self, name: str = "loss", *, smooth: int | None = 1, scale: str = "linear") -> alt.LayerChart:
+        """A scalar over training; `smooth` recorded points are averaged, None for a fiftieth of them."""
         frame = self._all(lambda run, label: frames.scalar(run, label, name, window=smooth), name)
         title = findings.losses(frame, name)
         return self._ready(lines(frame, "value", axes.measure(name), self._colours, title, scale))
@@ -58,13 +58,13 @@ class Plot:
     def depth_attention(
         self, name: str = "depth_weight", *, step: int | None = None, reads: str = "all"
     ) -> alt.LayerChart:
-        """The triangle of the first run: who reads whom. `reads` keeps "attention" or "mlp" reads."""
+        """The triangle of the first run: who reads whom, or with `name` "mixing_weight" or "mixing_share" what its states
+        are made of. `reads` keeps "attention" or "mlp" reads."""
         label, run = self._first(name)
-        cells = frames.cells(run, run.last_step if step is None else step, reads)
-        told = findings.routing if name == "depth_weight" else findings.contributions
-        wide = cells[cells["sources"] > 2] if (cells["sources"] > 2).any() else cells
-        top = float(wide[name].max()) if wide[name].notna().any() else 1.0
-        return self._ready(triangle(cells, name, told(cells, label), (0.0, top or 1.0)))
+        frame = cells.cells(run, run.last_step if step is None else step, name, reads)
+        wide = frame[frame["sources"] > 2] if (frame["sources"] > 2).any() else frame
+        domain = cells.span(wide[name].to_numpy(float))
+        return self._ready(triangle(frame, name, findings.picture(frame, label, name), domain))
 
     def _profile(self, name: str, step: int | None, scale: str, finding) -> alt.LayerChart:
         def part(run: Run, label: str) -> pd.DataFrame:

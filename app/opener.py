@@ -1,16 +1,17 @@
 """The one opener: finds runs below folders, opens each once for all sessions, looks for new shards."""
 
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import streamlit as st
 
-from probes import Run, RunError
-from probes.manifest import MANIFEST, Manifest
+from app import glance
+from app.glance import Glance, Unread
+from app.snapshot import Followed, Snapshot
+from probes import RunError
+from probes.manifest import MANIFEST
 from probes.run import find_runs
 
 DEFAULT_FOLDERS = ("runs", "sample_runs")
@@ -26,26 +27,7 @@ class Entry:
     created: float = 0.0
     problem: str = ""
     residual: str = ""
-
-
-class SharedRun(Run):
-    """A run that several sessions read at once: they take turns."""
-
-    def __init__(self, path: Path):
-        self._turn = threading.RLock()
-        super().__init__(path)
-
-    def refresh(self) -> bool:
-        with self._turn:
-            return super().refresh()
-
-    def steps(self, name: str) -> np.ndarray:
-        with self._turn:
-            return super().steps(name)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        with self._turn:
-            return super().__getitem__(name)
+    tags: tuple[str, ...] = ()
 
 
 def folders() -> list[Path]:
@@ -65,19 +47,27 @@ def find(roots: list[Path]) -> list[Entry]:
     found = []
     for path in paths:
         try:
-            manifest = _manifest(path, _stamp(path))
-            residual = str(manifest.config.get("residual", ""))
-            found.append(Entry(names[path], path, manifest.created, residual=residual))
+            run = glance.unread(path, _stamp(path))
+            residual, tags = str(run.config.get("residual", "")), tuple(map(str, run.tags))
+            found.append(Entry(names[path], path, run.manifest.created, residual=residual, tags=tags))
         except RunError as error:
             found.append(Entry(names[path], path, problem=str(error)))
     return sorted(found, key=lambda entry: (entry.created, entry.name))
 
 
-def opened(entry: Entry) -> SharedRun:
-    """The run of an entry with everything sealed so far. Raises RunError."""
-    run = _open(entry.path, _stamp(entry.path))
-    run.refresh()
-    return run
+def opened(entry: Entry) -> Snapshot:
+    """The run of an entry as it is now. Raises RunError."""
+    return _open(entry.path, _stamp(entry.path)).look()
+
+
+def glanced(entry: Entry) -> Glance:
+    """How the run of an entry is now, without opening it. Raises RunError."""
+    return glance.glance(entry.path, _stamp(entry.path))
+
+
+def unread(entry: Entry) -> Unread:
+    """What the run of an entry is, by its manifest. Raises RunError."""
+    return glance.unread(entry.path, _stamp(entry.path))
 
 
 def worth_showing(entries: Sequence[Entry], most: int) -> list[Entry]:
@@ -91,7 +81,7 @@ def worth_showing(entries: Sequence[Entry], most: int) -> list[Entry]:
 
 def _stopped(entry: Entry) -> bool:
     try:
-        return opened(entry).status == "stopped"
+        return glanced(entry).status == "stopped"
     except RunError:  # deleted since it was found
         return True
 
@@ -117,11 +107,6 @@ def _stamp(path: Path) -> int:
         return 0
 
 
-@st.cache_resource(show_spinner=False, max_entries=256)
-def _manifest(path: Path, stamp: int) -> Manifest:
-    return Manifest.read(path)
-
-
 @st.cache_resource(show_spinner="Opening the run …", max_entries=64)
-def _open(path: Path, stamp: int) -> SharedRun:
-    return SharedRun(path)
+def _open(path: Path, stamp: int) -> Followed:
+    return Followed(path)

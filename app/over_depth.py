@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from app import draw, findings, frames, room, words
+from app import cells, draw, findings, frames, room, words
 from app.charts.profile import profile
 from app.charts.training import over_training
+from app.derived import FINAL_SHARE
 
 ACROSS = 3  # heatmaps side by side
 
@@ -61,19 +62,30 @@ def nearest(steps: dict[str, int], step: int) -> str:
     return f"Last recorded up to step {words.step(step)}: {told}."
 
 
+def _domain(values: np.ndarray, name: str) -> tuple[float, float] | None:
+    """What the colours span: logarithmic for sizes, from or around zero for shares.
+
+    The outermost values are left to the ends, so that one spike does not flatten the rest.
+    """
+    values = values[np.isfinite(values)]
+    if name == FINAL_SHARE:
+        return cells.span(values, float(np.quantile(values, 0.995)) if len(values) else None)
+    values = values[values > 0]
+    if not len(values):
+        return None
+    low, high = (float(v) for v in np.quantile(values, [0.01, 0.995]))
+    return (low, high) if low < high else (low / 2, high * 2)
+
+
 def heatmaps(shown: Sequence[room.Shown], name: str) -> None:
-    """One layer × step heatmap a run, all on one logarithmic colour scale."""
+    """One layer × step heatmap a run, all on one colour scale."""
     have = room.recorded(shown, name)
     grids = {one: frames.over_training(one.run, name) for one in have}
     grids = {one: grid for one, grid in grids.items() if len(grid)}
     if not grids:
         return
     values = np.concatenate([grid["value"].to_numpy(float) for grid in grids.values()])
-    values = values[np.isfinite(values) & (values > 0)]
-    # The scale leaves the outermost values to its ends, so that one spike does not flatten the rest.
-    domain = tuple(float(v) for v in np.quantile(values, [0.01, 0.995])) if len(values) else None
-    if domain and domain[0] >= domain[1]:
-        domain = (domain[0] / 2, domain[1] * 2)
+    domain = _domain(values, name)
     pairs = list(grids.items())
     across = min(ACROSS, len(pairs))
     for start in range(0, len(pairs), across):
@@ -83,7 +95,7 @@ def heatmaps(shown: Sequence[room.Shown], name: str) -> None:
             strict=False,
         ):
             with column:
-                steps = one.run.steps(name)
+                steps = frames.series(one.run, name)[0]
                 first, last = (frames.profile(one.run, one.name, name, int(steps[end])) for end in (0, -1))
                 chart = over_training(grid, name, findings.grid(first, last, one.name, name), domain)
                 draw.show(chart, key=f"training {name} {one.name}", data=grid)

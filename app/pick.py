@@ -12,12 +12,13 @@ from probes import Run
 
 FIRST = 3  # runs shown when nobody has chosen yet
 MOST = 6  # runs whose lines stay apart in one chart
+FEW = 8  # runs that are found without a search
 
 
 def runs(entries: Sequence[Entry]) -> list[Entry]:
     """The runs to look at, picked in the sidebar; the newest of each residual until somebody chooses."""
     readable = {entry.name: entry for entry in entries if not entry.problem}
-    found = search(readable)
+    found = search(list(readable.values()))
     asked = view.current().runs
     chosen = [name for name in asked if name in readable][:MOST]
     key = "pick runs"
@@ -40,30 +41,35 @@ def runs(entries: Sequence[Entry]) -> list[Entry]:
     return [readable[name] for name in chosen]
 
 
-def search(names: Iterable[str]) -> list[str]:
-    """The names that the sidebar's regular expression finds: all of them while it is empty or not one."""
-    key = "pick search"
-    _set(key, view.current().search)
-    st.text_input(
-        "Search",
-        key=key,
-        placeholder="Name, e.g. full|block",
-        help="A regular expression: the list below and the table of runs keep what it finds.",
-        on_change=lambda: view.change(search=st.session_state[key]),
-    )
-    found, wrong = matching(names, view.current().search)
+def search(entries: Sequence[Entry]) -> list[str]:
+    """The names of the runs that the sidebar's regular expression finds: all while it is empty or not one."""
+    key, asked = "pick search", view.current().search
+    if len(entries) > FEW or asked:
+        _set(key, asked)
+        st.text_input(
+            "Search",
+            key=key,
+            placeholder="Name or tag, e.g. full|block",
+            help="A regular expression, for names, tags and residuals: the list below and the table of runs keep what "
+            "it finds.",
+            on_change=lambda: view.change(search=st.session_state[key]),
+        )
+    found, wrong = matching(entries, asked)
     if wrong:
         st.caption(f"Not a regular expression: {words.plain(wrong)}.")
     return found
 
 
-def matching(names: Iterable[str], pattern: str) -> tuple[list[str], str]:
-    """The names in which the pattern occurs, in any case of letters, and what is wrong with the pattern."""
+def matching(entries: Iterable[Entry], pattern: str) -> tuple[list[str], str]:
+    """The names of the runs whose name, residual or a tag has the pattern in it, in any case of letters, and what is
+    wrong with the pattern."""
     try:
         finds = re.compile(pattern, re.IGNORECASE)
     except re.error as error:
-        return list(names), str(error)
-    return [name for name in names if finds.search(name)], ""
+        return [entry.name for entry in entries], str(error)
+    return [
+        entry.name for entry in entries if any(map(finds.search, (entry.name, entry.residual, *entry.tags)))
+    ], ""
 
 
 def step(recorded: Sequence[Run], names: Sequence[str], where=None) -> int | None:
@@ -94,11 +100,11 @@ def asked(recorded: Sequence[Run], names: Sequence[str], where=None) -> int | No
     return None if view.current().step is None else found
 
 
-def number(field: str, label: str, last: int, where=None) -> int:
-    """A whole number from 0 to `last`, which is also what nobody has chosen."""
+def number(field: str, label: str, last: int, start: int | None = None, where=None) -> int:
+    """A whole number from 0 to `last`; `start`, else `last`, until somebody chooses."""
     now = getattr(view.current(), field)
     key = f"pick {field}"
-    _set(key, last if now is None else min(now, last))
+    _set(key, (last if start is None else start) if now is None else min(now, last))
     (where or st).number_input(
         label, 0, max(last, 0), key=key, on_change=lambda: view.change(**{field: st.session_state[key]})
     )
@@ -125,7 +131,8 @@ def _named(widget, field: str, label: str, options: Mapping[str, str], help: str
         key=key,
         format_func=lambda option: options[option],
         help=help,
-        on_change=lambda: view.change(**{field: st.session_state[key]}),
+        # Nothing at all may come back while a page is being replaced.
+        on_change=lambda: st.session_state[key] in options and view.change(**{field: st.session_state[key]}),
         **more,
     )
     return st.session_state[key]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from app import words
+from app import cells, words
 from app.frames import nearest, series
 from probes import Run
 
@@ -14,6 +14,11 @@ MEASURES = {
     "embedding": "Weight on the embedding",
     "distance": "Mean distance of what is read",
     "entropy": "Depth entropy",
+}
+SHARED = MEASURES | {
+    "newest": "Share of the newest source",
+    "embedding": "Share of the embedding",
+    "distance": "Mean distance of what a state is made of",
 }
 UNITS = {
     "newest": "share",
@@ -27,25 +32,33 @@ MEANING = (
     "gets at least one and a half even shares from three quarters of its readers; *ballast* gets less than half an "
     "even share from every reader. Both need three readers for whom the source is not the newest."
 )
+SHARES = ("depth_weight", "mixing_share")  # each read's values sum to one: even shares have a meaning
 READERS, SINK, MOST, BALLAST = 3, 1.5, 0.75, 0.5
 
 
-def over_training(run: Run, label: str, kind: str = "all") -> pd.DataFrame:
-    """run, step, newest, embedding, distance, entropy: one row a recorded matrix; `kind` keeps those reads."""
-    steps, values = series(run, "depth_weight")
-    rows = [r for r, read in enumerate(run.reads) if read.sources > 2 and _of(kind, read.kind)]
+def over_training(run: Run, label: str, kind: str = "all", name: str = "depth_weight") -> pd.DataFrame:
+    """run, step, newest, embedding, embedding_even (in even shares), distance, entropy: one row a recorded matrix.
+
+    `kind` keeps those reads. What was not measured (blank cells) is left out of the mean; a distance needs a whole row.
+    """
+    steps, values = series(run, name)
+    counts = cells.exists(run, name).sum(axis=1)
+    rows = [row for row in cells.rows(run, kind) if counts[row] > 2]
     if not len(steps) or not rows:
-        return pd.DataFrame(columns=["run", "step", *MEASURES])
-    weight = np.nan_to_num(values[:, rows].astype(np.float64))
-    count = np.array([run.reads[r].sources for r in rows])
+        return pd.DataFrame(columns=["run", "step", "embedding_even", *MEASURES])
+    weight = values[:, rows].astype(np.float64)
+    count = counts[rows]
+    real = np.arange(weight.shape[2])[None, :] < count[:, None]
+    whole = np.isfinite(np.where(real, weight, 0)).all(axis=2)
     back = np.maximum(count[:, None] - 1 - np.arange(weight.shape[2])[None, :], 0)
     told = {
-        "newest": np.take_along_axis(weight, (count - 1)[None, :, None], axis=2).mean(axis=(1, 2)),
-        "embedding": weight[:, :, 0].mean(axis=1),
-        "distance": (weight * back).sum(axis=2).mean(axis=1),
-        "entropy": _entropy(run, steps, rows),
+        "newest": np.take_along_axis(weight, (count - 1)[None, :, None], axis=2)[:, :, 0],
+        "embedding": weight[:, :, 0],
+        "embedding_even": weight[:, :, 0] * count,
+        "distance": np.where(whole, np.nansum(np.where(real, weight * back, 0), axis=2), np.nan),
     }
-    return pd.DataFrame({"run": label, "step": steps, **told})
+    told = {measure: _mean(part) for measure, part in told.items()}
+    return pd.DataFrame({"run": label, "step": steps, **told, "entropy": _entropy(run, steps, rows)})
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,7 @@ class Roles:
     ballast: list[str]
 
     def sentence(self) -> str:
-        """ "Everybody reads the embedding (sink); nobody reads layer 5 (attention) (ballast)."."""
+        """ "Sinks, which most reads lean on: embedding. Ballast, which no read leans on: layer 5 (attention)."."""
         parts = []
         for verb, labels in (
             ("Sinks, which most reads lean on", self.sinks),
@@ -68,38 +81,78 @@ class Roles:
         return " ".join(parts)
 
 
-def roles(run: Run, step: int, kind: str = "all") -> Roles | None:
-    """Sinks and ballast at the last recorded matrix up to `step`; None before the first."""
-    steps, values = series(run, "depth_weight")
+def readership(run: Run, step: int, kind: str = "all", name: str = "depth_weight") -> pd.DataFrame:
+    """source, from, readers, least, mean, most, role: what each source gets from its readers, in even shares.
+
+    Readers are the reads of three sources or more for whom it is not the newest; `role` is "sink", "ballast", "read",
+    or "few readers", of whom nothing can be said. Empty before the first recorded matrix.
+    """
+    steps, values = series(run, name)
     index = nearest(steps, step)
+    fields = ["source", "from", "readers", "least", "mean", "most", "role"]
     if index is None:
-        return None
-    sinks, ballast = [], []
-    for column, source in enumerate(run.sources):
-        shares = np.array(
-            [
-                values[index, r, column] * read.sources
-                for r, read in enumerate(run.reads)
-                if read.sources > 2 and column < read.sources - 1 and _of(kind, read.kind)
-            ]
-        )
+        return pd.DataFrame(columns=fields)
+    counts = cells.exists(run, name).sum(axis=1)
+    rows = np.array([row for row in cells.rows(run, kind) if counts[row] > 2], int)
+    found = []
+    for column, label in enumerate(cells.columns(run, name)):
+        readers = rows[column < counts[rows] - 1]
+        shares = values[index, readers, column] * counts[readers]
         shares = shares[np.isfinite(shares)]
-        if len(shares) < READERS:
+        if not len(shares):
             continue
-        if (shares >= SINK).mean() >= MOST:
-            sinks.append(source.label)
+        role = "read"
+        if len(shares) < READERS:
+            role = "few readers"
+        elif (shares >= SINK).mean() >= MOST:
+            role = "sink"
         elif shares.max() < BALLAST:
-            ballast.append(source.label)
-    return Roles(sinks, ballast)
+            role = "ballast"
+        found.append((column, label, len(shares), shares.min(), shares.mean(), shares.max(), role))
+    return pd.DataFrame(found, columns=fields)
 
 
-def finding(frame: pd.DataFrame, name: str) -> str:
-    """The last value of a measure, run by run."""
+def roles(run: Run, step: int, kind: str = "all", name: str = "depth_weight") -> Roles | None:
+    """Sinks and ballast at the last recorded matrix up to `step`; None before the first."""
+    if nearest(series(run, name)[0], step) is None:
+        return None
+    return named(readership(run, step, kind, name))
+
+
+def named(frame: pd.DataFrame) -> Roles:
+    """The sinks and the ballast of a readership."""
+    return Roles(*(frame.loc[frame["role"] == role, "from"].tolist() for role in ("sink", "ballast")))
+
+
+def faded(frame: pd.DataFrame) -> int | None:
+    """The step from which on one run's embedding gets less than half an even share; None while it gets more."""
+    known = frame.dropna(subset=["embedding_even"])
+    kept = np.flatnonzero(known["embedding_even"].to_numpy() >= BALLAST)
+    after = int(kept[-1]) + 1 if len(kept) else 0
+    return int(known["step"].iloc[after]) if after < len(known) else None
+
+
+def finding(frame: pd.DataFrame, name: str, titles: dict[str, str] = MEASURES) -> str:
+    """The last value of a measure, run by run; of the embedding also whether it still matters."""
     told = []
     for run, part in frame.dropna(subset=[name]).groupby("run", sort=False):
         value = float(part[name].iloc[-1])
-        told.append(f"{words.percent(value) if name in ('newest', 'embedding') else f'{value:.2f}'} in {run}")
-    return f"{MEASURES[name]}: {words.joined(told) if told else 'not recorded'}"
+        written = words.percent(value) if name in ("newest", "embedding") else f"{value:.2f}"
+        told.append(f"{written} in {run}{_mattering(part) if name == 'embedding' else ''}")
+    return f"{titles[name]}: {words.joined(told) if told else 'not recorded'}"
+
+
+def _mattering(part: pd.DataFrame) -> str:
+    since = faded(part)
+    if since is not None:
+        return f" (less than half an even share since step {words.step(since)})"
+    return f" ({part['embedding_even'].iloc[-1]:.1f} even shares)"
+
+
+def _mean(part: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is not blank; blank where all is."""
+    known = np.isfinite(part).sum(axis=1)
+    return np.nansum(part, axis=1) / np.where(known, known, np.nan)
 
 
 def _entropy(run: Run, steps: np.ndarray, rows: list[int]) -> np.ndarray:
@@ -111,7 +164,3 @@ def _entropy(run: Run, steps: np.ndarray, rows: list[int]) -> np.ndarray:
         same = known[at] == steps
         found[same] = values[at[same]][:, rows].mean(axis=1)
     return found
-
-
-def _of(kind: str, own: str) -> bool:
-    return kind == "all" or own in (kind, "final")

@@ -1,22 +1,24 @@
 """What all pages share: a question, the picked runs, refreshing, and words for what is missing."""
 
 import html
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import streamlit as st
 from altair.utils import schemapi
 
-from app import opener, pick, words
+from app import menu, notices, opener, pick, words
 from app.charts import palette
-from app.opener import Entry, SharedRun
+from app.derived import has, metric
+from app.opener import Entry
+from app.snapshot import Snapshot
 from probes import RunError
-from probes.vocabulary import metric
 
 LIVE_SECONDS = 1.5
 IDLE_SECONDS = 5.0
 
-_FOUND, _PICKED = "entries", "picked entries"
+_FOUND, _PICKED, _COLOURS, _AGAIN = "entries", "picked entries", "run colours", "runs chosen on a page"
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Shown:
 
     name: str
     colour: str
-    run: SharedRun
+    run: Snapshot
 
     @property
     def attnres(self) -> bool:
@@ -38,7 +40,8 @@ def sidebar() -> None:
     entries = opener.find(opener.folders())
     st.session_state[_FOUND] = entries
     with st.sidebar:
-        st.session_state[_PICKED] = pick.runs(entries) if any(not e.problem for e in entries) else []
+        picked = st.session_state[_PICKED] = pick.runs(entries) if any(not e.problem for e in entries) else []
+        _marks(_shades(entries, picked).values())
 
 
 def enter(question: str, answer: str, draw: Callable[[list[Shown]], None], watch: bool = False) -> None:
@@ -55,6 +58,9 @@ def enter(question: str, answer: str, draw: Callable[[list[Shown]], None], watch
 
     @st.fragment(run_every=seconds)
     def body() -> None:
+        menu.show()
+        if st.session_state.pop(_AGAIN, False):
+            st.rerun()
         if seconds and [e.name for e in opener.find(opener.folders())] != [e.name for e in entries]:
             st.rerun()
         shown = _open(entries, picked)
@@ -64,14 +70,21 @@ def enter(question: str, answer: str, draw: Callable[[list[Shown]], None], watch
             _welcome(entries)
             return
         _state(shown)
+        for one in shown:
+            _notices(one)
         if not shown:
             st.info("No run is chosen: pick one or more in the sidebar.")
         # Checking every chart against Vega-Lite's schema takes half of a page's time; the tests check them.
         with schemapi.debug_mode(False):
             draw(shown)
-        _problems(entries, shown)
+        _problems(entries)
 
     body()
+
+
+def again() -> None:
+    """Call when the page itself chose other runs: the sidebar is to know."""
+    st.session_state[_AGAIN] = True
 
 
 def entries() -> list[Entry]:
@@ -85,13 +98,15 @@ def colours(shown: Sequence[Shown]) -> dict[str, str]:
 
 def recorded(shown: Sequence[Shown], name: str) -> list[Shown]:
     """The runs that recorded a metric; a sentence on the page for the others."""
-    have = [one for one in shown if one.name and name in one.run]
+    have = [one for one in shown if one.name and has(one.run, name)]
     what = f"{words.small(metric(name).title)} (`{name}`)"
     for running, verb, then in (
         (True, "has not recorded", " yet: the first numbers come within seconds of the first step"),
         (False, "did not record", ""),
     ):
-        lack = [one.name for one in shown if name not in one.run and (one.run.status == "running") == running]
+        lack = [
+            one.name for one in shown if not has(one.run, name) and (one.run.status == "running") == running
+        ]
         if lack:
             who = words.joined(f"**{words.plain(one)}**" for one in lack)
             st.caption(f"{who} {verb} {what}{then}.")
@@ -112,9 +127,25 @@ def explain(names: Sequence[str], extra: str = "") -> None:
         )
 
 
-def _open(entries: Sequence[Entry], picked: Sequence[Entry]) -> list[Shown]:
+def _shades(entries: Sequence[Entry], picked: Sequence[Entry]) -> dict[str, str]:
+    """A colour for each picked run, which it keeps for the whole visit, whatever else is chosen."""
     everyone = [entry.name for entry in entries]
-    shades = palette.assign(everyone, [entry.name for entry in picked])
+    shades = palette.assign(everyone, [entry.name for entry in picked], st.session_state.get(_COLOURS))
+    st.session_state[_COLOURS] = st.session_state.get(_COLOURS, {}) | shades
+    return shades
+
+
+def _marks(colours: Iterable[str]) -> None:
+    """The colours of the picked runs, beside their names in the sidebar."""
+    rules = (
+        f".stSidebar [data-tag-index='{i}']{{border-left:.35rem solid {colour}}}"
+        for i, colour in enumerate(colours)
+    )
+    st.html(f"<style>{''.join(rules)}</style>")
+
+
+def _open(entries: Sequence[Entry], picked: Sequence[Entry]) -> list[Shown]:
+    shades = _shades(entries, picked)
     shown = []
     for entry in picked:
         try:
@@ -130,7 +161,9 @@ def _state(shown: Sequence[Shown]) -> None:
     for one in shown:
         last, status = one.run.last_step, one.run.status
         far = f"step {words.step(last)}" if last >= 0 else "nothing recorded yet"
-        how = {"running": "live", "stopped": "stopped", "finished": "finished"}[status]
+        how = "live" if status == "running" else status
+        if status == "stopped":
+            how += f" {words.age(time.time() - one.run.last_seen.timestamp())} ago"
         dot = "border-radius:50%" if status == "running" else "border-radius:2px"
         chips.append(
             '<span style="display:inline-flex;align-items:center;gap:.45em;margin:0 1.4em .2em 0">'
@@ -141,15 +174,19 @@ def _state(shown: Sequence[Shown]) -> None:
         st.html(f'<div style="font-size:.9rem">{"".join(chips)}</div>')
 
 
-def _problems(entries: Sequence[Entry], shown: Sequence[Shown]) -> None:
-    for one in shown:
-        for problem in one.run.problems:
-            st.warning(f"**{words.plain(one.name)}**: {words.plain(problem)}", icon=":material/warning:")
-        if one.run.status == "stopped":
-            st.caption(
-                f"**{words.plain(one.name)}** stopped: "
-                f"{words.plain(one.run.status_reason.rstrip('.') or 'no reason given')}."
-            )
+def _notices(one: Shown) -> None:
+    """What one should know of a run before its charts are believed."""
+    doubts = [*one.run.problems, *notices.warnings(one.run)]
+    if doubts:
+        st.warning(f"**{words.plain(one.name)}**: {words.plain(' '.join(doubts))}", icon=":material/warning:")
+    told = " ".join(notices.remarks(one.run))
+    if one.run.status == "stopped":
+        told = f"Stopped: {one.run.status_reason.rstrip('.') or 'no reason given'}. {told}"
+    if told:
+        st.caption(f"**{words.plain(one.name)}**: {words.plain(told)}")
+
+
+def _problems(entries: Sequence[Entry]) -> None:
     for entry in entries:
         if entry.problem:
             st.warning(words.plain(entry.problem), icon=":material/warning:")

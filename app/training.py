@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import attnres
@@ -40,13 +41,13 @@ class RecordedTraining:
     def __init__(
         self,
         path: Path,
-        decoder: DecoderConfig,
+        decoder: DecoderConfig | nn.Module,
         config: TrainingConfig,
         corpus: Corpus,
         schedule: Schedule,
         tags: Sequence[str] = (),
     ):
-        self.path, self.name = path, NAMES.get(decoder.residual, decoder.residual)
+        self.path, self.name = path, NAMES.get(getattr(decoder, "residual", None), path.name)
         self.training = Training(decoder, config, corpus)
         self.schedule, self.tags = schedule, tags
         self.described = {"training": asdict(config), "corpus": corpus.describe()}

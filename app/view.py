@@ -23,9 +23,10 @@ class View:
     step: int | None = None
     scalar: str = "loss"
     along: str = "step"
-    smooth: str = "1"
+    smooth: str = "auto"
     curve_scale: str = "linear"
     search: str = ""
+    settings: str = "differing"
     depth: str = "hidden_rms"
     depth_scale: str = "linear"
     gradient: str = "output_grad_rms"
@@ -41,6 +42,7 @@ class View:
     by: str = "loss"
     compared: str = "hidden_rms"
     compare_scale: str = "linear"
+    matrix: str = "depth_weight"
     other: int | None = None
 
     @classmethod

@@ -65,6 +65,11 @@ def small(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
+def the(label: str) -> str:
+    """A label inside a sentence: "the embedding", "the final read", "layer 3 (MLP)"."""
+    return f"the {label}" if label in ("embedding", "final read", "final state") else label
+
+
 def plain(text: str) -> str:
     """Text that markdown shows as it is written."""
     return re.sub(r"([\\`*_{}\[\]<>#$~|:])", r"\\\1", text)

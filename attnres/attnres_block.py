@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from attnres.config import check_count
+from attnres.checks import check_called, check_count, check_output, described
 from attnres.depth_attention import DepthAttention
 from attnres.residual import block_sources
 
@@ -35,9 +35,10 @@ class AttnResBlock(nn.Module):
         eps: float = 1e-6,
     ):
         super().__init__()
+        check_called(attention_norm=attention_norm, attention=attention, mlp_norm=mlp_norm, mlp=mlp)
         check_count("width", width)
         check_count("layers_per_block", layers_per_block)
-        if not isinstance(index, int) or index < 0:
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
             raise ValueError(
                 f"index must be 0 for the first transformer block, 1 for the next; not {index!r}."
             )
@@ -62,6 +63,10 @@ class AttnResBlock(nn.Module):
         """The depth blocks and the partial sum after this transformer block; `options` go to the attention."""
         written = 2 * self.index
         finished = self.attention_read.depth_sources - 1
+        if not isinstance(blocks, list | tuple):
+            raise ValueError(
+                f"blocks must be a list of tensors [B, T, D], empty at first, not {described(blocks)}."
+            )
         if len(blocks) != finished:
             raise ValueError(
                 f"AttnResBlock {self.index} reads {finished} finished depth blocks and a partial sum, and was given "
@@ -79,6 +84,7 @@ class AttnResBlock(nn.Module):
         """After `written` layers comes one more: it joins the partial sum, or begins a depth block."""
         # Attention of many libraries returns its weights too.
         output = output[0] if isinstance(output, tuple) else output
+        check_output(written + 1, None, output, partial)
         if written % self.layers_per_block == 0:
             return [*blocks, partial], output
         return blocks, partial + output

@@ -8,6 +8,7 @@ the last sum. So all residuals have the same shared parameters.
 import torch
 from torch import Tensor, nn
 
+from attnres.checks import check_count
 from attnres.stream import Stream
 
 QUARTER = 1 / 4
@@ -34,6 +35,7 @@ class DeepNorm(PostNorm):
 
     def __init__(self, blocks: int):
         super().__init__()
+        check_count("blocks", blocks)
         self.scale = (2 * blocks) ** QUARTER
         self.gain = (8 * blocks) ** -QUARTER
 

@@ -10,77 +10,31 @@ changed: whoever runs a block again on that tensor, as checkpointing does, finds
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from attnres.fused import fused_read
-from attnres.logits import source_logits
-from attnres.watching import WatchedBlock, first_tensor
+from attnres.depth import AttentiveDepth, Depth
+from attnres.watching import WatchedBlock, first_tensor, with_first
 
 LOST = (
     "{} was given a state without its sources. Either it runs under reentrant checkpointing (use "
-    'gradient_checkpointing_kwargs={{"use_reentrant": False}}), or it was called by itself, or something between the '
-    "transformer blocks made a new tensor of the state."
+    'gradient_checkpointing_kwargs={{"use_reentrant": False}}), or it was called by itself, or a block before it was left '
+    "out or exchanged, or something between the transformer blocks made a new tensor of the state."
+)
+LEFT_OUT = (
+    "{} was left out of this forward pass or exchanged after the conversion, and an AttnRes model needs every block that "
+    "was converted, in every pass: set the model's layerdrop to 0, and exchange blocks before attnres.convert."
+)
+EXCHANGED = (
+    "{} was exchanged after the conversion, and the new module does not know of AttnRes: keep model.attnres.state_dict(), "
+    "attnres.revert the model, exchange the module, attnres.convert again, and load the reads' state dict."
 )
 REENTRANT = (
     "{} runs with gradients off in a forward that has them, or with gradients on after blocks that had none, as under "
     "reentrant checkpointing or no_grad around some blocks, and gradients of sources and queries would be lost. Use "
     'gradient_checkpointing_kwargs={{"use_reentrant": False}}, and requires_grad_(False) for what is not to be trained.'
 )
-
-
-class Depth(Protocol):
-    """The finished sources of one forward pass."""
-
-    records: bool
-    """Whether gradients were on when the pass began."""
-
-    def commit(self, sources: Sequence[Tensor], written: int) -> "Depth":
-        """The same with more sources, finished after `written` layers."""
-
-    def read(self, row: int, running: Sequence[Tensor]) -> Tensor:
-        """The state of read `row` (from 0) over the finished sources and those of the block that is running."""
-
-
-class AttentiveDepth:
-    """Sources, and the logits of each for all reads after it."""
-
-    def __init__(
-        self,
-        reads: nn.ModuleList,
-        queries: Tensor,
-        records: bool,
-        sources: tuple = (),
-        logits: tuple = (),
-    ):
-        self.reads, self.queries, self.records, self.sources = reads, queries, records, sources
-        self.logits = logits
-        """A pair for each source: the first row that it has logits for, and the logits from there on. No pairs at all
-        where a fused kernel reads."""
-
-    @classmethod
-    def open(cls, reads: nn.ModuleList) -> "AttentiveDepth":
-        queries = torch.stack([read.effective_query() for read in reads])
-        return cls(reads, queries, torch.is_grad_enabled())
-
-    def commit(self, sources: Sequence[Tensor], written: int) -> "AttentiveDepth":
-        logits = self.logits
-        if fused_read(sources, self.reads[-1].depth_sources) is None:
-            eps = self.reads[0].eps
-            new = [(written, source_logits(source, self.queries[written:], eps)) for source in sources]
-            logits = (*logits, *new)
-        return AttentiveDepth(self.reads, self.queries, self.records, (*self.sources, *sources), logits)
-
-    def read(self, row: int, running: Sequence[Tensor]) -> Tensor:
-        if len(self.logits) < len(self.sources):
-            return self.reads[row]([*self.sources, *running])[0]
-        logits = [rest[row - start] for start, rest in self.logits]
-        query = self.queries[row : row + 1]
-        logits += [source_logits(source, query, self.reads[row].eps)[0] for source in running]
-        mix, _ = self.reads[row]([*self.sources, *running], torch.stack(logits))
-        return mix
 
 
 class Plan:
@@ -103,6 +57,10 @@ class Plan:
         """Whether a module that ends a layer is called more than once, so that calls have to be told apart."""
         self.progress: list = []
         """Where it counts: the layer that runs, and the modules called since its norm that may end it."""
+        self.parts = {layer.norm_name: layer.norm for layer in block.layers}
+        """The block's children that have hooks of ours, by their names."""
+        if self.slots > 1:
+            self.parts |= {layer.tail_name: layer.tail for layer in block.layers}
 
     def state(self, args: tuple, kwargs: dict) -> Tensor:
         return args[0] if self.keyword is None else kwargs[self.keyword]
@@ -130,19 +88,68 @@ def depth_of(state: Tensor, name: str) -> Depth:
 # Hooks are objects, not closures: copying a model copies them with what they hold.
 
 
+class Opened:
+    """Whether a pass has begun, and not come to its end: the last block may be left out, and nothing comes after it."""
+
+    def __init__(self, reads: nn.ModuleList | None, depth_type: type):
+        self.reads, self.depth_type = reads, depth_type
+        self.is_open = False
+
+    def depth(self) -> Depth:
+        """That of a new pass."""
+        self._is(True)
+        return self.depth_type.open(self.reads)
+
+    def close(self) -> None:
+        self._is(False)
+
+    def _is(self, is_open: bool) -> None:
+        # The compiler lets a checkpointed block change nothing outside.
+        if not torch.compiler.is_compiling():
+            self.is_open = is_open
+
+
+class Begin:
+    """Before the module that holds the blocks: what a backward pass ran again, or an error left open, is done."""
+
+    def __init__(self, opened: Opened):
+        self.opened = opened
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        self.opened.close()
+
+
+class End:
+    """After the module that holds the blocks: the last of them has to have run, if the first has."""
+
+    def __init__(self, opened: Opened, last: str):
+        self.opened, self.last = opened, last
+
+    def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
+        if not torch.compiler.is_compiling() and self.opened.is_open:
+            raise RuntimeError(LEFT_OUT.format(self.last))
+
+
 class Enter:
     """Before a transformer block: finish the depth block before it, where its first layer begins another."""
 
-    def __init__(self, plan: Plan, reads: nn.ModuleList | None, depth_type: type = AttentiveDepth):
-        self.plan, self.reads, self.depth_type = plan, reads, depth_type
+    def __init__(self, plan: Plan, opened: Opened, before: str):
+        self.plan, self.opened = plan, opened
+        self.before = before
+        """The name of the block before."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         plan = self.plan
+        for name, part in plan.parts.items():
+            if getattr(module, name, None) is not part:
+                raise RuntimeError(EXCHANGED.format(f"{plan.name}.{name}"))
         state = plan.state(args, kwargs)
         if plan.first == 0:
-            depth = self.depth_type.open(self.reads)
+            depth = self.opened.depth()
         else:
             depth = depth_of(state, plan.name)
+            if state.attnres_written != plan.first:
+                raise RuntimeError(LEFT_OUT.format(self.before))
             # The embedding may be a leaf with a gradient where all gradients are off; what a block made may not.
             if not torch.is_grad_enabled() and state.requires_grad:
                 raise RuntimeError(REENTRANT.format(plan.name))
@@ -229,8 +236,8 @@ class WidenEach:
 class Leave:
     """After a transformer block: hand on the partial sum; after the last one, the final state."""
 
-    def __init__(self, plan: Plan, is_last: bool):
-        self.plan, self.is_last = plan, is_last
+    def __init__(self, plan: Plan, opened: Opened, is_last: bool):
+        self.plan, self.opened, self.is_last = plan, opened, is_last
 
     def __call__(
         self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple
@@ -242,21 +249,18 @@ class Leave:
         if torch.compiler.is_compiling():
             plan.running.clear()
         if self.is_last:
+            self.opened.close()
             return with_first(output, depth.read(written, [*finished, partial]))
         if finished:
             depth = depth.commit(finished, written)
             # The compiler lets no attribute ride on one of several outputs of an operation.
             partial = partial.view_as(partial)
-        partial.attnres_depth = depth
+        partial.attnres_depth, partial.attnres_written = depth, written
         return with_first(output, partial)
 
 
-def with_first(output: Tensor | tuple | list, tensor: Tensor) -> Tensor | tuple | list:
-    """The output of a module with another first tensor."""
-    return type(output)((tensor, *output[1:])) if isinstance(output, tuple | list) else tensor
-
-
 def attach(
+    model: nn.Module,
     blocks: Sequence[WatchedBlock],
     layers_per_block: int,
     reads: nn.ModuleList | None,
@@ -264,19 +268,23 @@ def attach(
     depth_type: type = AttentiveDepth,
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Put the hooks of all blocks in place; the handles take them off again. `outputs` has one for each layer."""
-    handles, first = [], 0
+    opened, last = Opened(reads, depth_type), blocks[-1]
+    holder = model.get_submodule(last.name.rpartition(".")[0].rpartition(".")[0])
+    handles = [
+        holder.register_forward_pre_hook(Begin(opened)),
+        holder.register_forward_hook(End(opened, last.name)),
+    ]
+    first, before = 0, ""
     for block in blocks:
         plan = Plan(block, first, layers_per_block)
-        handles.append(
-            block.module.register_forward_pre_hook(Enter(plan, reads, depth_type), with_kwargs=True)
-        )
+        handles.append(block.module.register_forward_pre_hook(Enter(plan, opened, before), with_kwargs=True))
         for index, layer in enumerate(block.layers):
             handles.append(layer.norm.register_forward_pre_hook(Read(plan, index, layer.name)))
         if plan.slots > 1:
             handles += _widen(block, plan, outputs[first : first + plan.layers])
-        leave = Leave(plan, is_last=block is blocks[-1])
+        leave = Leave(plan, opened, is_last=block is last)
         handles.append(block.module.register_forward_hook(leave, with_kwargs=True))
-        first += plan.layers
+        first, before = first + plan.layers, block.name
     return handles
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from attnres.checks import check_above, check_count
+
 RESIDUALS = ("prenorm", "full", "block", "postnorm", "deepnorm", "rescaled")
 
 
@@ -38,8 +40,7 @@ class DecoderConfig:
         for name in ("vocabulary", "width", "blocks", "heads", "kv_heads", "mlp_width", "context"):
             check_count(name, getattr(self, name), optional=name == "mlp_width")
         for name in ("norm_eps", "rope_base"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}.")
+            check_above(name, getattr(self, name))
         if self.width % (2 * self.heads):
             raise ValueError(f"width must be a multiple of twice heads ({2 * self.heads}), not {self.width}.")
         if self.heads % self.kv_heads:
@@ -68,11 +69,3 @@ class DecoderConfig:
     def hidden_width(self) -> int:
         """The SwiGLU's hidden width, with the default worked out."""
         return self.mlp_width or -(-8 * self.width // 96) * 32
-
-
-def check_count(name: str, value: object, optional: bool = False) -> None:
-    """ValueError naming the field where it is no whole number of at least 1."""
-    if optional and value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")

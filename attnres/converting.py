@@ -3,17 +3,15 @@
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from attnres.carrying import attach, depth_outputs
-from attnres.config import check_count
+from attnres.carrying import Enter, attach, depth_outputs
+from attnres.checks import check_count, check_is, check_not_negative
+from attnres.joining import check_sequential
 from attnres.residual import Block, Full
 from attnres.verifying import verify
-from attnres.watching import WatchedBlock, watch
-
-NAME = "attnres"
-EPS = "eps_bits"
+from attnres.watching import ConversionError, WatchedBlock, watch
+from attnres.weights import EPS, NAME, check_eps, saved_reads, take
 
 
 def convert(
@@ -33,38 +31,50 @@ def convert(
     `eps` is that of the key norms: 1e-6, or what the `weights` were saved with. `weights` is a folder that `save_pretrained` made of a converted model, to take
     the reads' parameters from.
 
-    Before anything is changed two forward passes, in training mode but without a trace, find the layers and check
-    that every state is the embedding plus the sum of the outputs so far. ValueError (ConversionError) naming the first
+    Before anything is changed three forward passes, in training mode but without a trace, find the layers, check that
+    they run one after the other, and that every state is the embedding plus the sum of the outputs so far. ValueError (ConversionError) naming the first
     layer where it is not, or the argument that cannot be.
     """
+    check_is("model", model, nn.Module)
     if hasattr(model, NAME):
         raise ValueError(f"The model has {NAME!r} already: revert it before you convert it again.")
+    if any(isinstance(hook, Enter) for part in model.modules() for hook in part._forward_pre_hooks.values()):
+        raise ValueError(
+            f"The model was converted already, by {_converted_part(model) or 'a module that holds it'}: revert that before you "
+            "convert it again."
+        )
     if residual not in ("full", "block"):
         raise ValueError(f'residual must be "full" or "block", not {residual!r}.')
     if residual == "full" and layers_per_block is not None:
         raise ValueError('layers_per_block is for residual "block" only, not for "full".')
     if residual == "block":
         check_count("layers_per_block", layers_per_block)
-    saved = _saved(Path(weights)) if weights is not None else {}
+    if weights is not None and not isinstance(weights, str | Path):
+        raise ValueError(f"weights must be a folder that save_pretrained made, not {weights!r}.")
+    saved = saved_reads(Path(weights)) if weights is not None else {}
     if eps is None:
         eps = saved[EPS].view(torch.float64).item() if EPS in saved else 1e-6
-    if not isinstance(eps, int | float) or not eps >= 0:
-        raise ValueError(f"eps must be a number of at least 0, not {eps!r}.")
+    check_not_negative("eps", eps)
     args, kwargs = _inputs(model, example)
     try:
         blocks = watch(model, args, kwargs)
-    except (AttributeError, TypeError, RuntimeError) as error:
-        if example is not None:
-            raise
-        raise ValueError(
-            "The model does not run on its own dummy_inputs: pass an example, an input to try it on."
-        ) from error
+    except ConversionError:
+        raise
+    # Whatever somebody's model raises on an input that is not for it.
+    except Exception as error:
+        if example is None:
+            what = "its own dummy_inputs: pass an example, an input to try it on"
+        else:
+            reason = str(error).strip().partition("\n")[0]
+            what = f"the example: {type(error).__name__}: {reason}"
+        raise ValueError(f"The model does not run on {what}.") from error
     layers = sum(len(block.layers) for block in blocks)
     if residual == "block" and layers_per_block > layers:
         raise ValueError(
             f"layers_per_block must be at most {layers}, the model's layers, not {layers_per_block}."
         )
     size = layers_per_block or 1
+    check_sequential(model, args, kwargs, blocks)
     verify(model, args, kwargs, blocks, size)
     reads = _residual(blocks, layers, layers_per_block, eps)
     # By its bits, for a whole number keeps its value when the model is cast.
@@ -72,10 +82,11 @@ def convert(
         EPS, torch.tensor(eps, dtype=torch.float64, device=_device(model)).view(torch.int64)
     )
     if weights is not None:
-        _load(reads, saved, weights)
+        take(reads, saved, weights)
+    reads.register_load_state_dict_pre_hook(check_eps)
     model.add_module(NAME, reads)
     reads.outputs = depth_outputs(layers)
-    reads.handles = attach(blocks, size, reads.reads, reads.outputs)
+    reads.handles = attach(model, blocks, size, reads.reads, reads.outputs)
     return model
 
 
@@ -86,11 +97,22 @@ def revert(model: nn.Module) -> nn.Module:
     """
     reads = getattr(model, NAME, None)
     if not hasattr(reads, "handles"):
-        raise ValueError("The model was not converted: pass the module that attnres.convert was given.")
+        part = _converted_part(model) if isinstance(model, nn.Module) else None
+        raise ValueError(
+            f"The model was not converted{f', but its part {part} was' if part else ''}: pass the module that attnres.convert "
+            "was given."
+        )
     for handle in reads.handles:
         handle.remove()
     delattr(model, NAME)
     return model
+
+
+def _converted_part(model: nn.Module) -> str | None:
+    """The name of the submodule that was converted."""
+    return next(
+        (name for name, part in model.named_modules() if hasattr(getattr(part, NAME, None), "handles")), None
+    )
 
 
 def _inputs(model: nn.Module, example: dict | tuple | Tensor | None) -> tuple[tuple, dict]:
@@ -108,7 +130,7 @@ def _inputs(model: nn.Module, example: dict | tuple | Tensor | None) -> tuple[tu
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _on_device(value: object, model: nn.Module) -> object:
@@ -125,33 +147,3 @@ def _residual(
         Full(width, layers, eps) if layers_per_block is None else Block(width, layers, layers_per_block, eps)
     )
     return made.to(like.device, like.dtype)
-
-
-def _load(reads: Full | Block, saved: dict[str, Tensor], folder: str | Path) -> None:
-    """Take the parameters saved in a folder; ValueError where they are not those of such reads, or of this eps."""
-    expected = reads.state_dict()
-    saved = {EPS: expected[EPS]} | saved  # the first versions did not save it
-    if saved[EPS].item() != expected[EPS].item():
-        eps = saved[EPS].view(torch.float64).item()
-        raise ValueError(f"weights: {str(folder)!r} was saved with eps={eps:g}: give the same eps, or none.")
-    shapes, wanted = ({name: tuple(x.shape) for name, x in each.items()} for each in (saved, expected))
-    if shapes != wanted:
-        raise ValueError(
-            f"weights: {str(folder)!r} holds the reads of a model of another depth, width or residual: convert the model "
-            "that was saved."
-        )
-    reads.load_state_dict(saved)
-
-
-def _saved(folder: Path) -> dict[str, Tensor]:
-    """The reads' parameters in a folder of safetensors files; ValueError where there are none."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(f"{NAME}.")]  # noqa: SIM118
-            found |= {name.removeprefix(f"{NAME}."): file.get_tensor(name) for name in names}
-    if not found:
-        raise ValueError(
-            f"weights: no safetensors file in {str(folder)!r} holds parameters of a converted model."
-        )
-    return found

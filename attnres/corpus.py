@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attnres.checks import check_count
+
 VALIDATION_SHARE = 20
 """One file in this many is validation; of a single file, its last one in this many bytes."""
 
@@ -24,6 +26,8 @@ class Corpus:
     """
 
     def __init__(self, name: str, files: dict[str, bytes]):
+        if not isinstance(files, dict) or not all(isinstance(text, bytes) for text in files.values()):
+            raise ValueError("files must map paths to bytes, such as {'a.txt': b'text'}.")
         self.name = name
         self.paths = sorted(path for path, content in files.items() if content)
         if not self.paths:
@@ -47,6 +51,8 @@ class Corpus:
 
         ValueError where there is nothing to read.
         """
+        if not isinstance(path, str | Path):
+            raise ValueError(f"path must be that of a file or folder, not {path!r}.")
         path = Path(path)
         if path.is_file():
             return cls(path.name, _read_all(path.parent, [path]))
@@ -57,6 +63,7 @@ class Corpus:
 
     def train_batch(self, step: int, batch: int, context: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Inputs and targets, [B, T] int64 each: the same for the same (seed, step), whatever came before."""
+        check_count("batch", batch)
         windows = self._windows("training", self.train, context)
         # A hash, so that neighbouring seeds and steps share nothing.
         digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=7).digest()
@@ -65,6 +72,8 @@ class Corpus:
 
     def validation_batches(self, batches: int, batch: int, context: int) -> list[tuple[Tensor, Tensor]]:
         """Fixed pairs of inputs and targets, [B, T] int64 each, spread evenly over the validation text."""
+        check_count("batches", batches)
+        check_count("batch", batch)
         windows = self._windows("validation", self.validation, context)
         starts = torch.linspace(0, len(windows) - 1, batches * batch, dtype=torch.float64).long()
         return [_cut(windows, part) for part in starts.split(batch)]
@@ -84,6 +93,7 @@ class Corpus:
 
     def _windows(self, part: str, tokens: Tensor, context: int) -> Tensor:
         """Every window of context + 1 tokens, as a view."""
+        check_count("context", context)
         if len(tokens) <= context:
             raise ValueError(
                 f"The corpus {self.name!r} is too small: a context of {context} needs {context + 1} bytes of "

@@ -1,12 +1,14 @@
 """A small decoder whose residual stream is a choice: AttnRes, PreNorm or another baseline, all else equal."""
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from attnres.baselines import DeepNorm, PostNorm, Rescaled
 from attnres.cache import Cache
-from attnres.config import DecoderConfig
+from attnres.checks import check_is, check_tokens, check_vocabulary
+from attnres.config import RESIDUALS, DecoderConfig
 from attnres.layers import Rotary, TransformerBlock
 from attnres.residual import Block, Full, PreNorm
 from attnres.stream import Residual
@@ -26,6 +28,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
+        check_is("config", config, DecoderConfig)
         self.config = config
         rotary = Rotary(config.head_width, config.context, config.rope_base)
         self.embedding = nn.Embedding(config.vocabulary, config.width)
@@ -47,31 +50,44 @@ class Decoder(nn.Module):
                 )
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits [B, T, V] of the tokens [B, T]; ValueError where T is above the context.
+        """Logits [B, T, V] of the tokens [B, T]; ValueError where they are not that, or T is above the context.
 
         With a cache the tokens continue those in it, and join them.
         """
+        check_tokens(tokens)
         if tokens.shape[-1] > self.config.context:
             raise ValueError(
                 f"The input has {tokens.shape[-1]} tokens, and the context is {self.config.context}."
             )
-        stream = self.residual.open(self.embedding(tokens))
+        try:
+            embedding = self.embedding(tokens)
+        except IndexError:
+            check_vocabulary(tokens, self.config.vocabulary)
+            raise
+        stream = self.residual.open(embedding)
         memories = [None] * len(self.blocks) if cache is None else cache.advance(tokens.shape[-1])
         for block, memory in zip(self.blocks, memories, strict=True):
             block(stream, memory)
         return self.head(stream.read_through(self.final_norm))
 
-    def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Two groups for an optimizer: matrices decay; vectors (queries and gains too) and embeddings do not.
+    def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
+        """As every module's; ValueError naming the field where a strict one is of another decoder."""
+        if strict:
+            check_same_decoder(self.config, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
-        Decay would pull the queries to zero, that is every read to uniform weights.
-        """
-        embeddings = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
-        decays = {p: p.ndim >= 2 and id(p) not in embeddings for p in self.parameters()}
-        return [
-            {"params": [p for p, decay in decays.items() if decay], "weight_decay": weight_decay},
-            {"params": [p for p, decay in decays.items() if not decay], "weight_decay": 0.0},
-        ]
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups for an optimizer: matrices decay; vectors (queries and gains too) and embeddings do not.
+
+    Decay would pull the queries to zero, that is every read to uniform weights.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decays = {p: p.ndim >= 2 and id(p) not in embeddings for p in model.parameters()}
+    return [
+        {"params": [p for p, decay in decays.items() if decay], "weight_decay": weight_decay},
+        {"params": [p for p, decay in decays.items() if not decay], "weight_decay": 0.0},
+    ]
 
 
 def build_residual(config: DecoderConfig) -> Residual:
@@ -85,6 +101,28 @@ def build_residual(config: DecoderConfig) -> Residual:
         "deepnorm": lambda: DeepNorm(config.blocks),
         "rescaled": lambda: Rescaled(),
     }[config.residual]()
+
+
+def check_same_decoder(config: DecoderConfig, state_dict: Mapping[str, Tensor]) -> None:
+    """ValueError naming the field of the configuration that shows in a state dict's names and shapes and differs."""
+    if "embedding.weight" not in state_dict:
+        return
+    vocabulary, width = state_dict["embedding.weight"].shape
+    attnres = ("full", "block")
+    has_reads = any(name.startswith("residual.reads.") for name in state_dict)
+    kinds = attnres if has_reads else tuple(kind for kind in RESIDUALS if kind not in attnres)
+    found = {
+        "vocabulary": vocabulary,
+        "width": width,
+        "blocks": len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")}),
+        "residual": config.residual if config.residual in kinds else " or ".join(kinds),
+    }
+    for field, theirs in found.items():
+        if theirs != getattr(config, field):
+            raise ValueError(
+                f"{field} is {getattr(config, field)}, and the state dict was saved from a decoder with {theirs}: build the "
+                "model as that one was built."
+            )
 
 
 def initialise(module: nn.Module) -> None:

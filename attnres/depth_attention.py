@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from attnres.checks import check_count, check_not_negative, check_sources, described
 from attnres.fused import fused_read
 from attnres.logits import source_logits
 
@@ -19,6 +20,9 @@ class DepthAttention(nn.Module):
 
     def __init__(self, width: int, depth_sources: int, eps: float = 1e-6):
         super().__init__()
+        check_count("width", width)
+        check_count("depth_sources", depth_sources)
+        check_not_negative("eps", eps)
         self.query = nn.Parameter(torch.zeros(width))
         self.gain = nn.Parameter(torch.ones(width))
         self.depth_sources = depth_sources
@@ -38,16 +42,26 @@ class DepthAttention(nn.Module):
 
         `sources` are S tensors [B, T, D], oldest first. A stream that has worked the logits out already
         gives them, [S, B, T] in float32 or float64; one with another schedule gives all of the `mix`. Otherwise
-        a fused kernel reads where there is one (fused.py), and its weights carry no gradient.
+        a fused kernel reads where there is one (fused.py), and its weights carry no gradient. ValueError where sources or
+        logits do not fit the read or one another.
         """
         if mix is not None:
             return mix(sources)
         if logits is None:
+            check_sources("sources", sources, len(self.query))
+            if len(sources) != self.depth_sources:
+                raise ValueError(
+                    f"sources must be {self.depth_sources}, the depth_sources of this read, and there are {len(sources)}."
+                )
             fused = fused_read(sources)
             if fused is not None:
                 return fused(sources, self.query, self.gain, self.eps)
             query = self.effective_query().unsqueeze(0)
             logits = torch.stack([source_logits(source, query, self.eps)[0] for source in sources])
+        elif logits.shape != (len(sources), *sources[0].shape[:-1]):
+            raise ValueError(
+                f"logits must be [S, B, T], one for each of {len(sources)} sources, not {described(logits)}."
+            )
         return softmax_mix(sources, logits)
 
     def get_extra_state(self) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attnres.checks import check_sources, described
 from attnres.depth_attention import softmax_mix
 from attnres.fused import fused_read
 from attnres.logits import source_logits
@@ -18,18 +19,21 @@ def block_attn_res(
 
     `blocks` are the embedding and the finished depth blocks, [B, T, D] each, and `partial_block` the running sum of
     the unfinished one: None at its first layer. `proj` is `Linear(D, 1, bias=False)`, its weight the query, zero at
-    the start; `norm` normalises the keys. ValueError where sources or `proj` do not fit.
+    the start; `norm` normalises the keys. ValueError where sources, `proj` or `norm` do not fit.
     """
+    if not isinstance(blocks, list | tuple | Tensor):
+        raise ValueError(f"blocks must be a list of tensors [B, T, D], not {described(blocks)}.")
     running = [] if partial_block is None else [partial_block]
+    check_sources("blocks and partial_block", [*blocks, *running])
     return full_attn_res([*blocks, *running], proj, norm)
 
 
 def full_attn_res(sources: Sequence[Tensor], proj: nn.Linear, norm: nn.Module) -> Tensor:
     """The state [B, T, D] that a layer of Full AttnRes reads (Eq. 2-4): `sources` are the embedding and all outputs.
 
-    `proj` and `norm` as in `block_attn_res`; ValueError where sources or `proj` do not fit.
+    `proj` and `norm` as in `block_attn_res`; ValueError where sources, `proj` or `norm` do not fit.
     """
-    _check(sources, proj)
+    _check(sources, proj, norm)
     fused = fused_read(sources)
     # Exactly this class, here and below: what somebody made of it may compute something else.
     if fused is not None and type(norm) is nn.RMSNorm and norm.weight is not None:
@@ -44,6 +48,10 @@ def _logit(source: Tensor, query: Tensor, norm: nn.Module) -> Tensor:
         effective = query if norm.weight is None else query * norm.weight
         return source_logits(source, effective, _eps(norm, source))[0]
     key = norm(source)
+    if key.shape != source.shape:
+        raise ValueError(
+            f"norm must keep the shape of a source, {list(source.shape)}, and made {list(key.shape)} of it."
+        )
     wide = torch.promote_types(key.dtype, torch.float32)
     return F.linear(key.to(wide), query.to(wide)).squeeze(-1)
 
@@ -52,14 +60,17 @@ def _eps(norm: nn.RMSNorm, source: Tensor) -> float:
     return torch.finfo(source.dtype).eps if norm.eps is None else norm.eps
 
 
-def _check(sources: Sequence[Tensor], proj: nn.Linear) -> None:
-    if not sources:
-        raise ValueError("blocks must hold at least the embedding, the first source of every read.")
-    shapes = {tuple(source.shape) for source in sources}
-    if len(shapes) > 1:
-        raise ValueError(f"All sources must have one shape [B, T, D], and these have {sorted(shapes)}.")
+def _check(sources: Sequence[Tensor], proj: nn.Linear, norm: nn.Module) -> None:
+    check_sources("sources", sources)
     width = sources[0].shape[-1]
-    if tuple(proj.weight.shape) != (1, width) or proj.bias is not None:
+    fits = isinstance(proj, nn.Linear) and tuple(proj.weight.shape) == (1, width) and proj.bias is None
+    if not fits:
         raise ValueError(
-            f"proj must be Linear({width}, 1, bias=False) for sources of width {width}, not {proj}."
+            f"proj must be Linear({width}, 1, bias=False) for sources of width {width}, not {proj if isinstance(proj, nn.Module) else described(proj)}."
         )
+    if not callable(norm):
+        raise ValueError(
+            f"norm must be a module that normalises the keys, such as RMSNorm({width}), not {described(norm)}."
+        )
+    if tuple(getattr(norm, "normalized_shape", (width,))) != (width,):
+        raise ValueError(f"norm must normalise {width} channels for sources of width {width}, not {norm}.")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attnres.cache import Cache
-from attnres.config import check_count
+from attnres.checks import check_count, check_is, check_not_negative, check_tokens, check_vocabulary
 from attnres.decoder import Decoder
 
 
@@ -29,8 +29,12 @@ def generate(
     """
     check_count("new_tokens", new_tokens)
     check_count("top_k", top_k, optional=True)
-    if not temperature >= 0:
-        raise ValueError(f"temperature must not be negative, and {temperature!r} is.")
+    check_not_negative("temperature", temperature)
+    check_is("model", model, Decoder)
+    check_tokens(tokens)
+    check_vocabulary(tokens, model.config.vocabulary)
+    if generator is not None:
+        check_is("generator", generator, torch.Generator)
     batch, prompt = tokens.shape
     capacity = prompt + new_tokens
     if not 1 <= prompt <= model.config.context - new_tokens:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from attnres.checks import check_count, check_output, check_sources
 from attnres.depth_attention import DepthAttention
 from attnres.logits import source_logits
 from attnres.schedules import FusedStream, StackStream, TwoPhaseStream, chosen
@@ -50,6 +51,7 @@ class Full(nn.Module):
 
     def __init__(self, width: int, layers: int, eps: float = 1e-6):
         super().__init__()
+        check_count("layers", layers)
         self.reads = nn.ModuleList(DepthAttention(width, row + 1, eps) for row in range(layers + 1))
         self.schedule = "auto"
         """The order of the arithmetic; see schedules.py."""
@@ -66,6 +68,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int, layers: int, layers_per_block: int, eps: float = 1e-6):
         super().__init__()
+        check_count("layers", layers)
+        check_count("layers_per_block", layers_per_block)
         self.layers_per_block = layers_per_block
         counts = [block_sources(row, layers_per_block) for row in range(layers + 1)]
         self.reads = nn.ModuleList(DepthAttention(width, count, eps) for count in counts)
@@ -85,6 +89,7 @@ class Block(nn.Module):
 def _opened(
     residual: Full | Block, embedding: Tensor, layers_per_block: int, no_stack: Callable[[], Stream]
 ) -> Stream:
+    check_sources("embedding", [embedding], len(residual.reads[0].query))
     schedule = chosen(residual, embedding)
     if schedule == "no_stack":
         return no_stack()
@@ -117,10 +122,15 @@ class FullStream(Stream):
 
     def _score(self, source: Tensor, count: int) -> None:
         """Give the next `count` reads their logits of the source."""
-        row = len(self.queries) - len(self.reads)
+        row = self.written
         scores = source_logits(source, self.queries[row : row + count], self.reads[0].eps)
         for logits, score in zip(self.logits[:count], scores, strict=True):
             logits.append(score)
+
+    @property
+    def written(self) -> int:
+        """How many layers have written."""
+        return len(self.queries) - len(self.reads)
 
     def _advance(self) -> None:
         """The next layer has been read for."""
@@ -147,6 +157,7 @@ class FullStream(Stream):
         return checkpoint(compute, logits, *self.visible(), use_reentrant=False, preserve_rng_state=False)
 
     def write(self, output: Tensor, given: Tensor | None = None) -> None:
+        check_output(1 + self.written, len(self.queries) - 1, output, self.sources[0])
         self._advance()
         self.commit(output)
 
@@ -166,11 +177,11 @@ class BlockStream(FullStream):
         return [*self.sources, *self.partial]
 
     def write(self, output: Tensor, given: Tensor | None = None) -> None:
+        check_output(1 + self.written, len(self.queries) - 1, output, self.sources[0])
         self._advance()
         # Kept in the embedding's dtype, as the ordinary stream is, whatever autocast makes of outputs.
         grown = self.partial.pop() + output if self.partial else output.to(self.sources[0].dtype)
-        written = len(self.queries) - len(self.reads)
-        if written % self.layers_per_block == 0:
+        if self.written % self.layers_per_block == 0:
             self.commit(grown)
         else:
             self.partial.append(grown)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from attnres.checks import check_output
 from attnres.fused import fused_read
 from attnres.logits import source_logits
 from attnres.stream import Stream
@@ -51,6 +52,7 @@ class _Sums(Stream):
         self.partial: list[Tensor] = []
 
     def write(self, output: Tensor, given: Tensor | None = None) -> None:
+        check_output(self.layers + 2 - len(self.reads), self.layers, output, self.sources[0])
         self.reads.pop(0)
         written = self.layers + 1 - len(self.reads)
         grown = self.partial.pop() + output if self.partial else output.to(self.sources[0].dtype)

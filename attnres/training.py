@@ -5,14 +5,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnres.config import check_count
+from attnres.checks import check_above, check_count, check_is, check_not_negative
 from attnres.corpus import Corpus
-from attnres.decoder import Decoder, DecoderConfig
+from attnres.decoder import Decoder, DecoderConfig, parameter_groups
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TrainingConfig:
     warmup: int = 20
     """Steps of linear warmup."""
     weight_decay: float = 0.1
-    """For matrices only; see `Decoder.parameter_groups`."""
+    """For matrices only; see `parameter_groups`."""
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     """The largest gradient norm."""
@@ -39,19 +39,30 @@ class TrainingConfig:
     validation_batches: int = 4
     device: str = "cpu"
     dtype: str = "float32"
-    """float32, or bfloat16 for autocast; parameters and optimizer stay float32."""
+    """float32, or bfloat16 or float16 for autocast; parameters and optimizer stay float32. Without a loss scale, which
+    this training has not, float16 overflows where others do not."""
     compile: bool = False
 
     def __post_init__(self):
         for name in ("steps", "batch", "context", "validation_batches"):
             check_count(name, getattr(self, name))
         for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}.")
+            check_above(name, getattr(self, name))
         for name in ("warmup", "weight_decay", "lr_end"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, and {getattr(self, name)!r} is.")
-        if self.dtype not in DTYPES:
+            check_not_negative(name, getattr(self, name))
+        if not (_is_pair(self.betas) and all(0 <= beta < 1 for beta in self.betas)):
+            raise ValueError(f"betas must be two numbers from 0 to below 1, not {self.betas!r}.")
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"compile must be True or False, not {self.compile!r}.")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number, not {self.seed!r}.")
+        try:
+            torch.device(self.device)
+        except (RuntimeError, TypeError):
+            raise ValueError(
+                f'device must be one that torch knows, such as "cpu" or "cuda", not {self.device!r}.'
+            ) from None
+        if self.dtype not in tuple(DTYPES):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
 
 
@@ -60,13 +71,26 @@ class Training:
 
     `model` and `optimizer` are there before the first step, for anything that wants to watch them. Trainings
     with one seed see the same batches, and start from the same shared weights whatever their residual.
+
+    Instead of a decoder's configuration it takes a module of one's own, which is called with bytes [B, T] and gives
+    logits [B, T, V], or an output that has them as `logits`.
     """
 
-    def __init__(self, decoder: DecoderConfig, config: TrainingConfig, corpus: Corpus):
-        if config.context > decoder.context:
-            raise ValueError(f"context is {config.context}, and the decoder's is only {decoder.context}.")
-        if decoder.vocabulary < 256:
-            raise ValueError(f"vocabulary must be at least 256 to hold all bytes, not {decoder.vocabulary}.")
+    def __init__(self, decoder: DecoderConfig | nn.Module, config: TrainingConfig, corpus: Corpus):
+        for name, given, kind in (
+            ("decoder", decoder, DecoderConfig | nn.Module),
+            ("config", config, TrainingConfig),
+            ("corpus", corpus, Corpus),
+        ):
+            check_is(name, given, kind)
+        if isinstance(decoder, DecoderConfig):
+            if config.context > decoder.context:
+                raise ValueError(f"context is {config.context}, and the decoder's is only {decoder.context}.")
+            if decoder.vocabulary < 256:
+                raise ValueError(
+                    f"vocabulary must be at least 256 to hold all bytes, not {decoder.vocabulary}."
+                )
+            decoder = _seeded_decoder(decoder, config.seed)
         # Asked for once now, so that a text that is too small is refused before anything is begun.
         corpus.train_batch(0, 1, config.context, config.seed)
         corpus.validation_batches(1, 1, config.context)
@@ -75,11 +99,11 @@ class Training:
         self.steps_done = 0
         self.grad_norm: Tensor | None = None
         """Before clipping, of the latest step; a tensor on the device."""
-        self.model = _seeded_decoder(decoder, config.seed).to(config.device)
+        self.model = _on_device(decoder, config.device)
         if config.compile:
             # In place, so that `model` stays the decoder; hooks set before the first step are compiled too.
             self.model.compile()
-        groups = self.model.parameter_groups(config.weight_decay)
+        groups = parameter_groups(self.model, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_share)
 
@@ -121,7 +145,8 @@ class Training:
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         inputs, targets = (x.to(self.config.device, non_blocking=True) for x in (inputs, targets))
         with self._autocast():
-            logits = self.model(inputs)
+            output = self.model(inputs)
+        logits = getattr(output, "logits", output)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     def _autocast(self) -> AbstractContextManager:
@@ -136,6 +161,21 @@ class Training:
             return (step + 1) / config.warmup
         done = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
         return config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _on_device(model: Decoder, device: str) -> Decoder:
+    try:
+        return model.to(device)
+    # Without CUDA, torch asserts that it has it.
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used here: {reason}.") from error
+
+
+def _is_pair(value: object) -> bool:
+    return (
+        isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
+    )
 
 
 def _seeded_decoder(decoder: DecoderConfig, seed: int) -> Decoder:

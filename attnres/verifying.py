@@ -39,7 +39,7 @@ def verify(
     """ConversionError, naming the first layer whose state differs by more than 1e-3, where sources do not add up."""
     summed: list[Tensor] = []
     names = [layer.name for block in blocks for layer in block.layers]
-    handles = attach(blocks, layers_per_block, summed, depth_outputs(len(names)), SummedDepth)
+    handles = attach(model, blocks, layers_per_block, summed, depth_outputs(len(names)), SummedDepth)
     failure = None
     try:
         with undisturbed(model):

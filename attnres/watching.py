@@ -12,6 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+SEQUENTIAL = (
+    "only blocks whose layers run one after the other can be converted. Build the model with such blocks, if its "
+    "configuration has a setting for that."
+)
+
 
 class ConversionError(ValueError):
     """A model that cannot be converted, in one sentence that names the layer and says what to do."""
@@ -23,7 +28,13 @@ class WatchedLayer:
 
     name: str
     norm: nn.Module
+    norm_name: str
+    """Of the block's child."""
+    norm_call: int
+    """The call of `norm` among those of all the block's children, in the order in which they end, from 0."""
     tail: nn.Module
+    tail_name: str
+    """Of the block's child."""
     tail_call: int
     """The call of `tail` since the norm, from 0, that ends the layer."""
     tail_calls: int
@@ -54,6 +65,12 @@ class _Call:
     made: Tensor | None
     is_norm: bool
 
+    def __post_init__(self):
+        # A block may add to a tensor in place, which then is another value.
+        self.given_version, self.made_version = (
+            None if x is None else x._version for x in (self.given, self.made)
+        )
+
 
 @dataclass
 class _Visit:
@@ -69,6 +86,11 @@ def first_tensor(value: object) -> Tensor | None:
     """The tensor that a module hands on: its output, or the first of several."""
     value = value[0] if isinstance(value, tuple | list) and value else value
     return value if isinstance(value, Tensor) else None
+
+
+def with_first(output: Tensor | tuple | list, tensor: Tensor) -> Tensor | tuple | list:
+    """The output of a module with another first tensor."""
+    return type(output)((tensor, *output[1:])) if isinstance(output, tuple | list) else tensor
 
 
 @contextmanager
@@ -110,19 +132,51 @@ def watch(model: nn.Module, args: tuple, kwargs: dict) -> list[WatchedBlock]:
         for handle in handles:
             handle.remove()
     blocks = [list(container.children()) for _, container in stacks]
+    for each in blocks:
+        _check_all_ran(each, members, visits)
     found = [each for each in blocks if _is_stack(each, visits)]
     longest = max(found, key=len, default=None)
     if longest is None:
-        raise ConversionError(
-            f"No transformer blocks were found in {type(model).__name__}: convert looks for a ModuleList of blocks whose "
-            "children include the norms and the sublayers. Convert the module that holds such a list."
-        )
+        raise ConversionError(_nothing_found(model, blocks, members, visits))
     _check_only([members[each[0]].rpartition(".")[0] for each in found if not _is_inside(each, longest)])
     if len(longest) < 2:
         raise ConversionError(
             f"{members[longest[0]]} is the only transformer block: a depth of one has nothing to mix."
         )
     return [_block(members[member], member, visits[member]) for member in longest]
+
+
+def _check_all_ran(
+    stack: list[nn.Module], names: dict[nn.Module, str], visits: dict[nn.Module, list[_Visit]]
+) -> None:
+    """Some blocks ran and others did not: LayerDrop, and which ones it leaves out changes from step to step."""
+    ran = [member for member in stack if visits[member]]
+    missing = [names[member] for member in stack if not visits[member]]
+    if missing and ran and _is_stack(ran, visits):
+        raise ConversionError(
+            f"{missing[0]} was left out of a forward pass in training mode, as under LayerDrop, and an AttnRes model needs "
+            "every block in every pass: set the model's layerdrop to 0 before you convert it."
+        )
+
+
+def _nothing_found(
+    model: nn.Module,
+    stacks: list[list[nn.Module]],
+    names: dict[nn.Module, str],
+    visits: dict[nn.Module, list[_Visit]],
+) -> str:
+    """Why not, by the name of the first block of the longest list that has the state passed along it."""
+    lists = [each for each in stacks if all(_keeps_shape(visits[member]) for member in each)]
+    longest = max(lists, key=len, default=[])
+    if len(longest) > 1 and any(longest[0].children()):
+        return (
+            f"{names[longest[0]]} has no norm among its children, as in a post-norm model, or where norms are inside the "
+            "sublayers: only PreNorm models whose blocks hold norms and sublayers side by side can be converted."
+        )
+    return (
+        f"No transformer blocks were found in {type(model).__name__}: convert looks for a ModuleList of blocks whose "
+        "children include the norms and the sublayers. Convert the module that holds such a list."
+    )
 
 
 def _is_inside(stack: list[nn.Module], outer: list[nn.Module]) -> bool:
@@ -178,8 +232,9 @@ def _is_norm(module: nn.Module, args: tuple, kwargs: dict, made: Tensor | None) 
         return False
     if not args[0].is_floating_point() or any(parameter.ndim > 1 for parameter in module.parameters()):
         return False
-    # Far above any eps; powers of two, so that no dtype rounds.
-    large, larger = args[0] * 2.0**10, args[0] * 2.0**11
+    # Far above any eps, and far below the largest float16; powers of two, so that no dtype rounds.
+    size = args[0].float().square().mean().sqrt().log2().nan_to_num(0, 0, 0).round().item()
+    large, larger = args[0] * 2.0 ** (6 - size), args[0] * 2.0 ** (7 - size)
     with suppress(RuntimeError), torch.random.fork_rng():
         one, two = (first_tensor(module.forward(x, *args[1:], **kwargs)) for x in (large, larger))
         # Dropout and activations differ by far more; constants are not norms.
@@ -189,19 +244,17 @@ def _is_norm(module: nn.Module, args: tuple, kwargs: dict, made: Tensor | None) 
 
 def _is_stack(members: list[nn.Module], visits: dict[nn.Module, list[_Visit]]) -> bool:
     """Whether every member ran, on a state, and has norms and sublayers as children."""
-    for member in members:
-        seen = visits[member]
-        if (
-            not seen
-            or seen[0].given is None
-            or seen[0].made is None
-            or seen[0].made.shape != seen[0].given.shape
-        ):
-            return False
-        kinds = {call.is_norm for call in seen[0].calls}
-        if kinds != {True, False}:
-            return False
-    return True
+    return all(
+        _keeps_shape(visits[member]) and {call.is_norm for call in visits[member][0].calls} == {True, False}
+        for member in members
+    )
+
+
+def _keeps_shape(visits: list[_Visit]) -> bool:
+    """Whether a member ran, was given a tensor, and made one of the same shape."""
+    if not visits or visits[0].given is None or visits[0].made is None:
+        return False
+    return visits[0].made.shape == visits[0].given.shape
 
 
 def _block(name: str, module: nn.Module, visits: list[_Visit]) -> WatchedBlock:
@@ -220,7 +273,10 @@ def _block(name: str, module: nn.Module, visits: list[_Visit]) -> WatchedBlock:
 def _reads_state(visit: _Visit, index: int) -> bool:
     """Whether this call is a norm of the state, not of some child's output, as in a sandwich of norms."""
     call = visit.calls[index]
-    made_by_children = any(call.given is earlier.made for earlier in visit.calls[:index])
+    made_by_children = any(
+        call.given is earlier.made and call.given_version == earlier.made_version
+        for earlier in visit.calls[:index]
+    )
     return call.is_norm and call.given.shape == visit.given.shape and not made_by_children
 
 
@@ -241,7 +297,7 @@ def _check_prenorm(name: str, visit: _Visit, starts: list[int]) -> None:
         if earlier is later:
             raise ConversionError(
                 f"{name}.{visit.calls[start].name} reads the same state as the norm before it, as in a parallel block: "
-                "only blocks whose layers run one after the other can be converted."
+                f"{SEQUENTIAL}"
             )
 
 
@@ -254,15 +310,17 @@ def _layer(name: str, visit: _Visit, start: int, end: int) -> WatchedLayer:
         )
     tail = shaped[-1]
     readers = [call for call in segment if call.given is norm.made]
-    if len(readers) > 1 and tail in readers:
-        names = " and ".join(f"{name}.{call.name}" for call in readers)
-        raise ConversionError(
-            f"{names} read one norm side by side, as in a parallel block: only blocks whose layers run one after the "
-            "other can be converted."
-        )
     tail_call = sum(call.module is tail.module for call in segment) - 1
     tail_calls = sum(call.module is tail.module for call in visit.calls)
     sublayer = readers[0] if readers else tail
     return WatchedLayer(
-        f"{name}.{sublayer.name}", norm.module, tail.module, tail_call, tail_calls, norm.given.detach()
+        name=f"{name}.{sublayer.name}",
+        norm=norm.module,
+        norm_name=norm.name,
+        norm_call=start,
+        tail=tail.module,
+        tail_name=tail.name,
+        tail_call=tail_call,
+        tail_calls=tail_calls,
+        state=norm.given.detach(),
     )

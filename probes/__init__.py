@@ -9,10 +9,22 @@ from probes.manifest import RunError
 from probes.run import Run, list_runs, open_run
 from probes.schedule import log_spaced
 
-__all__ = ["Run", "RunError", "bench", "describe", "list_runs", "log_spaced", "mark", "open_run", "record"]
+__all__ = [
+    "Run",
+    "RunError",
+    "attach",
+    "bench",
+    "describe",
+    "list_runs",
+    "log_spaced",
+    "mark",
+    "open_run",
+    "record",
+]
 
 # Imported when first asked for, so that a viewer without torch can read runs.
 _LAZY = {
+    "attach": "attaching",
     "record": "recorder",
     "Recorder": "recorder",
     "bench": "benching",

@@ -22,10 +22,12 @@ class Moment:
 
 
 class Clock:
-    def __init__(self, optimizers: list[torch.optim.Optimizer]):
+    """Counts from step `first` on."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer], first: int = 0):
         self._optimizers = optimizers
         self._stepped: dict[int, Tensor | None] = {}  # of this step: who, and whether in vain
-        self._attempt = 0
+        self._attempt = first
         self._skips: Tensor | None = None
         self._known_skips = 0
         self._before = self.now
@@ -36,7 +38,7 @@ class Clock:
 
     @property
     def before(self) -> Moment:
-        """The step before; 0 at the beginning."""
+        """The step before; at the beginning the first."""
         return self._before
 
     @property

@@ -1,16 +1,18 @@
 """Find the sites of a model by itself, or where the user says they are."""
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import suppress
 
 from torch import nn
 
+from probes.dataflow import follow
 from probes.foreign import foreign_sites, may_read
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.names import matching
 from probes.sites import LayerSite, Place, Sites, unwrap
-from probes.stacks import Stack, find_stacks, is_norm, is_read, kind_by_name, stack_at
+from probes.stacks import Stack, entry_of, find_stacks, is_norm, is_read, kind_by_name, stack_at
 from probes.symbols import Untraceable
 
 _BY_HAND = "name the modules yourself: layers=[patterns of sublayers], norms=[patterns of each layer's norm and the final norm]"
@@ -57,9 +59,33 @@ def find_sites(
         module for module in root.modules() if isinstance(getattr(module, "depth_output", None), int)
     )
     holders = tuple(module for name, module in _above(root, found.path) if name)
-    return Sites(
-        root, list(found.layers), found.final, reads, found.change, holders, outputs, norm and norm.module
+    sites = Sites(
+        root,
+        list(found.layers),
+        found.final,
+        reads,
+        found.change,
+        holders,
+        outputs,
+        found.entry,
+        norm and norm.module,
     )
+    return _called(sites)
+
+
+def _called(sites: Sites) -> Sites:
+    """The same with the module that training calls. Lightning calls the training step of its module, and no forward but
+    that of the model inside."""
+    if not hasattr(sites.root, "training_step"):
+        return sites
+    places = [sites.final, *(each for s in sites.layers for each in (s.state, s.output, s.after))]
+    seen = {place.module for place in places if place is not None} | {*sites.reads, *sites.outputs}
+    for child in sites.root.children():
+        if seen <= set(child.modules()):
+            inner = unwrap(child)
+            holders = tuple(m for m in sites.holders if m not in (child, inner))
+            return dataclasses.replace(sites, inner=inner, holders=holders)
+    return sites
 
 
 def _one_device(root: nn.Module) -> None:
@@ -78,21 +104,21 @@ def _only_stack(root: nn.Module) -> Stack | Sites:
         found = _followed_stack(root)
     except RunError as error:
         try:
-            return foreign_sites(root)
+            return _called(foreign_sites(root))
         except Untraceable as other:
             raise RunError(f"{error} As for depth reads: {other}.") from None
     if not own and may_read(root, found):
         with suppress(Untraceable):
             sites = foreign_sites(root)
             if sites.found.is_clear:
-                return sites
+                return _called(sites)
     return found
 
 
 def _followed_stack(root: nn.Module) -> Stack:
     stacks, reasons = find_stacks(root)
     if not stacks:
-        seen = f" What was seen: {'; '.join(reasons[:3])}." if reasons else ""
+        seen = f" Not followed: {'; '.join(reasons[:3])}." if reasons else ""
         raise RunError(
             f"No transformer layers were found in {type(root).__name__}: depthscope looks for a list of blocks that "
             f"each add to what they are given.{seen} Pass the module that holds the blocks, or {_BY_HAND}."
@@ -124,14 +150,15 @@ def _joined(root: nn.Module, stacks: list[Stack]) -> Stack:
         count, blocks = len(first.layers), first.blocks
         moved = tuple(_moved(site, count, blocks) for site in stack.layers)
         change = first.change or stack.change
-        first = Stack(first.path, blocks + stack.blocks, first.layers + moved, stack.final, change)
+        layers = first.layers + moved
+        first = Stack(first.path, blocks + stack.blocks, layers, stack.final, change, first.entry)
     final = first.final or _final_norm(root, first.path)
     if final is None:
         raise RunError(
             f"{type(root).__name__} has layers in {first.path!r} but no norm after them, so the final state cannot "
             f"be seen: {_BY_HAND}."
         )
-    return Stack(first.path, first.blocks, first.layers, final, first.change)
+    return dataclasses.replace(first, final=final)
 
 
 def _moved(site: LayerSite, layers: int, blocks: int) -> LayerSite:
@@ -179,7 +206,17 @@ def _declared(root: nn.Module, layers: str | Sequence[str], norms: str | Sequenc
         )
         for index, ((name, module), state) in enumerate(zip(sublayers.items(), states, strict=False), 1)
     ]
-    return Stack("", len(groups), tuple(sites), states[-1])
+    return Stack("", len(groups), tuple(sites), states[-1], entry=_declared_entry(root, groups[0]))
+
+
+def _declared_entry(root: nn.Module, group: str) -> Place | None:
+    """Where the first transformer block is given the embedding, if it mixes streams."""
+    block = root.get_submodule(group)
+    try:
+        follow(block)
+    except Untraceable:
+        return entry_of(group, block)
+    return None
 
 
 def _marked(count: int) -> Stack:

@@ -1,8 +1,8 @@
 """The sites of a model whose states are depth reads, found by running it once on a few tokens."""
 
 import inspect
-import os
 from collections.abc import Iterator
+from itertools import pairwise, takewhile
 
 import torch
 from torch import nn
@@ -390,7 +390,7 @@ class _Finding:
         zero = [mix for mix in self._reads if any(not source.value.any() for source in mix.sources)]
         if zero:
             notes.append(f"zero sources: {len(zero)} reads weigh a tensor of zeros")
-        if any(set(a) < set(b) for a, b in zip(members, members[1:], strict=False) if a):
+        if any(set(a) < set(b) for a, b in pairwise(members) if a):
             notes.append("cumulative sources: a later source sums an earlier one again")
         detached = {
             edge.source
@@ -434,7 +434,8 @@ def _common(parameters: dict[str, nn.Parameter]) -> str:
     names = [name.rpartition(".")[0] for name in matrices or parameters]
     if not names:
         return ""
-    parts = os.path.commonprefix([name.split(".") for name in names])
+    levels = zip(*(name.split(".") for name in names), strict=False)
+    parts = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
     return ".".join(parts) or names[0]
 
 

@@ -51,10 +51,12 @@ class GradientTaps:
         passes: Passes,
         row: tuple[str, int],
         metrics: Sequence[str],
+        streams: bool = False,
     ) -> None:
         """Add the moments of the gradient of `x` to `sums` [2] when it comes, of the tokens in `mask`.
 
-        `row` says which (place, row) that is; `metrics` are lost where it fails.
+        `row` says which (place, row) that is; `metrics` are lost where it fails. With `streams`, `x` [..., n, D] are
+        copies of a tensor whose gradient is meant: the sum of theirs.
         """
         if not x.requires_grad:
             if not torch.is_grad_enabled():
@@ -69,7 +71,7 @@ class GradientTaps:
             # A recomputation that follows is this pass's.
             passes.now, this.reached = this, True
             with self._faults.guard(*metrics):
-                sums.add_(self._moments_of(gradient, mask))
+                sums.add_(self._moments_of(gradient.sum(-2) if streams else gradient, mask))
             self.seconds += time.perf_counter() - started
 
         x.register_hook(arrived)

@@ -9,11 +9,11 @@ from probes.statistics import add_moments
 
 
 @torch._dynamo.allow_in_graph
-def tap_gradient_in_graph(x: Tensor, row: Tensor, mask: Tensor | None = None) -> None:
+def tap_gradient_in_graph(x: Tensor, row: Tensor, mask: Tensor | None = None, streams: bool = False) -> None:
     # Opaque to dynamo on purpose: where it traces `register_hook` itself, torch 2.13 forgets what the model
     # assigned to attributes of Python objects, and the compiled model computes something else.
     def tap(gradient: Tensor) -> None:
-        add_moments(gradient, row[0], row[1], mask)
+        add_moments(gradient.sum(-2) if streams else gradient, row[0], row[1], mask)
 
     x.register_hook(tap)
 

@@ -1,14 +1,16 @@
 """The layout of a run: which layer, read and source every row and column of a metric stands for.
 
 Numbering (paper: a layer is one sublayer): layers 1..L; source 0 is the token embedding; read row l-1 belongs
-to layer l, the last row is the final read. A read x source triangle is stored packed: row by row, only the
-sources that exist for that read.
+to layer l, the last row is the final read. A triangle, of reads and sources or of states and outputs, is stored packed:
+row by row, only the cells that exist.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
+
+from probes.vocabulary import MIXING, TRIANGLE
 
 
 @dataclass(frozen=True)
@@ -93,18 +95,25 @@ class Layout:
             "source": len(self.sources),
         }[axis]
 
-    def triangle(self) -> np.ndarray:
-        """bool [R, S]: which source exists for which read."""
+    def cells(self, axes: tuple[str, ...] = TRIANGLE) -> int:
+        """Number of existing cells of a triangle."""
+        count = len(self.layers) + 1
+        return count * (count + 1) // 2 if axes == MIXING else sum(read.sources for read in self.reads)
+
+    def triangle(self, axes: tuple[str, ...] = TRIANGLE) -> np.ndarray:
+        """bool, in the lengths of `axes`: which source exists for which read, or which output for which state."""
+        if axes == MIXING:
+            return np.tri(len(self.layers) + 1, dtype=bool)
         counts = np.array([read.sources for read in self.reads])[:, None]
         return np.arange(len(self.sources))[None, :] < counts
 
-    def pack(self, dense: np.ndarray) -> np.ndarray:
+    def pack(self, dense: np.ndarray, axes: tuple[str, ...] = TRIANGLE) -> np.ndarray:
         """[..., R, S] -> [..., cells]: the existing cells, row by row."""
-        return dense[..., self.triangle()]
+        return dense[..., self.triangle(axes)]
 
-    def unpack(self, packed: np.ndarray) -> np.ndarray:
-        """[..., cells] -> float32 [..., R, S], NaN where a source does not exist for a read."""
-        triangle = self.triangle()
+    def unpack(self, packed: np.ndarray, axes: tuple[str, ...] = TRIANGLE) -> np.ndarray:
+        """[..., cells] -> float32 [..., R, S], NaN where a cell does not exist."""
+        triangle = self.triangle(axes)
         dense = np.full((*packed.shape[:-1], *triangle.shape), np.nan, np.float32)
         dense[..., triangle] = packed
         return dense
@@ -131,6 +140,28 @@ class Layout:
             raise ValueError("no reads")
         if not all(isinstance(r.sources, int) and 1 <= r.sources <= len(self.sources) for r in self.reads):
             raise ValueError(f"a read of more than {len(self.sources)} sources or of none")
+
+
+def difference(recorded: Layout, given: Layout) -> str:
+    """What sets the layout of one model apart from another's, in a clause; empty where nothing does."""
+    for what in ("layers", "reads", "sources"):
+        theirs, ours = getattr(recorded, what), getattr(given, what)
+        if len(theirs) != len(ours):
+            return f"it was recorded with {len(theirs)} {what}, and this one has {len(ours)}"
+    for theirs, ours in zip(recorded.layers, given.layers, strict=True):
+        if _plain(theirs) != _plain(ours):
+            return f"its {theirs.label} was {theirs.name}, and here {ours.label} is {ours.name}"
+    for theirs, ours in zip(recorded.reads, given.reads, strict=True):
+        if theirs != ours:
+            return (
+                f"its {theirs.label} had {theirs.sources} sources, and here {ours.label} has {ours.sources}"
+            )
+    return "" if recorded.sources == given.sources else "its depth blocks were others"
+
+
+def _plain(layer: Layer) -> Layer:
+    """A layer as it is called in a model that is not compiled."""
+    return replace(layer, name=layer.name.replace("_orig_mod.", ""))
 
 
 def _sources(layers: Sequence[Layer], counts: Sequence[int]) -> list[Source]:

@@ -1,22 +1,25 @@
-"""The JSON files of a run: run.json (what it is), heartbeat.json (it lives), end.json (how it ended)."""
+"""The JSON files of a run: run.json (what it is), heartbeat.json (it lives), end.json (how it ended).
 
-import json
-import os
-import time
+A resumed recording is an attempt of its own, in a folder of its own, whose attempt.json says what run.json says.
+"""
+
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from probes.careful import printable, read_bytes
+from probes.jsonfile import MOST_BYTES, parse_json
 from probes.layout import Layout
 from probes.schedule import Schedule, schedule
-from probes.vocabulary import FORMAT_VERSION
+from probes.vocabulary import FORMAT_VERSION, MOST_STEP
 
 MANIFEST = "run.json"
+ATTEMPT = "attempt.json"
 HEARTBEAT = "heartbeat.json"
 END = "end.json"
 RANK_FOLDER = "rank-00000"
 
-# A writer beats every two seconds; a run that has been silent this long and left no end marker has stopped.
+# A writer beats every two seconds; one that has been silent this long and left no end marker has stopped.
 HEARTBEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0
 
@@ -27,7 +30,7 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What run.json says: layout of the model, configuration, schedules and versions.
+    """What run.json says: layout of the model, configuration, schedules and versions, and the first `step`.
 
     `vectors` and `matrices` may be given as whatever `schedule` takes; an interval is the simplest.
     """
@@ -40,6 +43,7 @@ class Manifest:
     tags: tuple[str, ...] = ()
     versions: dict = field(default_factory=dict)
     format: int = FORMAT_VERSION
+    step: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vectors", schedule(self.vectors))
@@ -58,6 +62,7 @@ class Manifest:
         return {
             "format": self.format,
             "created": self.created,
+            "step": self.step,
             "every": self.every,
             "matrices_every": self.matrices_every,
             "schedule": {"vectors": self.vectors.to_json(), "matrices": self.matrices.to_json()},
@@ -68,24 +73,22 @@ class Manifest:
         }
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
+    def read(cls, folder: Path, name: str = MANIFEST) -> "Manifest":
         """Raises RunError when run.json is missing, unreadable or from a newer depthscope."""
-        path = folder / MANIFEST
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(read_bytes(folder / name, MOST_BYTES))
         except FileNotFoundError:
             raise RunError(
-                f"There is no run at {folder}: it has no {MANIFEST}. Give the folder that probes.record "
-                "wrote to."
+                f"There is no run at {folder}: it has no {name}. Give the folder that probes.record wrote to."
             ) from None
         except (OSError, ValueError) as error:
             raise RunError(
-                f"The run at {folder} cannot be opened: its {MANIFEST} is unreadable ({error})."
+                f"The run at {folder} cannot be opened: its {name} is unreadable ({printable(error)})."
             ) from error
         try:
-            if data["format"] > FORMAT_VERSION:
+            if int(data["format"]) > FORMAT_VERSION:
                 raise RunError(
-                    f"The run at {folder} has format {data['format']}, newer than this depthscope reads "
+                    f"The run at {folder} has format {int(data['format'])}, newer than this depthscope reads "
                     f"({FORMAT_VERSION}): upgrade depthscope to open it."
                 )
             datetime.fromtimestamp(data["created"], UTC)
@@ -97,11 +100,11 @@ class Manifest:
                 tuple(data.get("tags") or ()),
                 dict(data.get("versions") or {}),
                 int(data["format"]),
+                _step(data.get("step", 0)),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
             raise RunError(
-                f"The run at {folder} cannot be opened: its {MANIFEST} is not a depthscope manifest "
-                f"({error!r})."
+                f"The run at {folder} cannot be opened: its {name} is not a depthscope manifest ({error!r})."
             ) from error
 
 
@@ -115,22 +118,7 @@ def _schedules(data: dict) -> list[Schedule]:
     ]
 
 
-def write_json(path: Path, data: dict) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def beat(folder: Path, step: int, **trouble) -> None:
-    """Say that the run lives: time, process and the last step written."""
-    write_json(folder / HEARTBEAT, {"time": time.time(), "pid": os.getpid(), "step": step, **trouble})
-
-
-def read_json(path: Path) -> dict | None:
-    """The content of a small JSON object, or None when it is missing or not one."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return data if isinstance(data, dict) else None
+def _step(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= MOST_STEP:
+        raise ValueError(f"step {value!r}")
+    return value

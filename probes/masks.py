@@ -25,7 +25,7 @@ class Masks:
 
     def __init__(self, mask: str | MaskOf | None, sites: Sites):
         self.odd = False  # a mask was there, but not one of [B, T]
-        self._of_model = mask if callable(mask) else _finder(mask, sites.root)
+        self._of_model = mask if callable(mask) else _finder(mask, sites.called)
         self.inside = [(holder, _finder(None, holder)) for holder in sites.holders] if mask is None else []
 
     def of_model(self, args: tuple, kwargs: dict) -> Tensor | None:

@@ -217,7 +217,7 @@ class Mixes:
         except _Lost:
             return None
         order = {id(edge): place for place, edge in enumerate(mix.edges)}
-        mix.edges.sort(key=lambda edge: (self._age(edge.source), order[id(edge)]))
+        mix.edges.sort(key=lambda edge: (edge.source.index, order[id(edge)]))
         return mix
 
     def _walk(self, mix: Mix, node: Node, axis: int) -> None:
@@ -235,15 +235,11 @@ class Mixes:
             if child in mix.steps:
                 continue
             source = self.bare(child)
-            if child.tensor.numel() <= self._size and (source in self._plain or self.plain(source)):
-                if self._plain[source]:
-                    self._enter(mix, Edge(node, slot, at, source))
-                    continue
+            if child.tensor.numel() <= self._size and self.plain(source):
+                mix.edges.append(Edge(node, slot, at, source))
+                continue
             if not self._is_blank(child):
                 self._walk(mix, child, at)
-
-    def _enter(self, mix: Mix, edge: Edge) -> None:
-        mix.edges.append(edge)
 
     def _is_blank(self, node: Node) -> bool:
         """An empty store that sources are written to."""
@@ -319,9 +315,6 @@ class Mixes:
             ):
                 return slot, axis
         return None
-
-    def _age(self, source: Node) -> int:
-        return source.index
 
     def terms(self, node: Node, stop: Node | None = None) -> list[Node]:
         """What a plain sum adds up, taken apart down to what layers make; other mixes and `stop` stay whole."""

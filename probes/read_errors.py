@@ -22,10 +22,11 @@ class ReadErrors:
         self._errors[row].copy_(torch.maximum(self._errors[row], error.float()))
         self._allowed[row].fill_(allowed)
 
-    def blanked(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`metrics` and `read_error`, with nothing of a read that is not explained by its weights."""
+    def blanked(self, metrics: dict[str, Tensor], seen: Tensor) -> dict[str, Tensor]:
+        """`metrics` and `read_error`, with nothing of a read that is not explained by its weights; `seen` [R] tells
+        which were computed."""
         wrong = ~(self._errors <= self._allowed)
-        found = {"read_error": self._errors.clone()}
+        found = {"read_error": self._errors.where(seen > 0, torch.nan)}
         for name, values in metrics.items():
             if name in DEPTH_METRICS:
                 rows = wrong if len(values) == len(wrong) and "entropy" in name else wrong[self._row_of_cell]

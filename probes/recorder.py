@@ -27,7 +27,9 @@ from probes.flush import start_copy
 from probes.gradients import NORMS, GradientNorms
 from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, Masks
+from probes.mixing import MIXING_METRICS, of_sample
 from probes.provenance import model_config, versions
+from probes.resuming import first_step, seconds_before
 from probes.scalars import Scalars
 from probes.scaling import LossScale
 from probes.schedule import Schedule, Steps, schedule
@@ -37,9 +39,12 @@ from probes.statistics import DEPTH_METRICS
 from probes.tally import ACTIVATIONS
 from probes.taps import MATRICES, OFF, VECTORS, Taps
 from probes.vocabulary import GRADIENTS, METRICS
+from probes.wrapped import unwrap_optimizer
 from probes.writer import RunWriter
 
 log = logging.getLogger("depthscope")
+
+_WAITING = 2**28  # bytes of samples that may wait for the writer's thread
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -55,12 +60,13 @@ def record(
     matrices_every: Steps = 100,
     config: dict | None = None,
     tags: Sequence[str] = (),
+    resume: bool | int = False,
     stack: str | Sequence[str] | None = None,
     layers: int | str | Sequence[str] | None = None,
     norms: str | Sequence[str] | None = None,
     strict: bool = False,
 ) -> "Recorder":
-    """Attach probes to `model` and record its training at `path`, a new folder.
+    """Attach probes to `model` and record its training at `path`, a new folder or, with `resume`, a run to continue.
 
     Call it before the first forward, also before torch.compile has run. Step s is the number of optimizer
     steps completed; vectors are recorded every `every` steps, matrices (and vectors with them) every
@@ -77,29 +83,38 @@ def record(
     `scaler`: the GradScaler of mixed-precision training; gradients are recorded unscaled.
     `mask`: which tokens count. The name of an argument of the model's forward, or a function of its
     (args, kwargs), that gives [B, T], zero where a token does not count; by default `attention_mask`.
+    `resume`: continue the run at `path`, or begin it where there is none. Give the step at which training goes on, the
+    number of optimizer steps that the checkpoint has seen; True takes it from the state of an Adam-like optimizer that
+    has been loaded. Rows from that step on that were recorded before are hidden by the new ones, and kept.
     `config` (JSON values) is stored beside the model's own configuration.
     `strict`: a failure inside the probe raises. Otherwise it is said once, and what it touched is missing.
 
-    Raises RunError: a run or other files at `path`, a model without recognisable layers or one that has already
+    Raises RunError: a run or other files at `path`, a run to resume that is of another model or still being recorded, a
+    model without recognisable layers or one that has already
     run compiled, a bad interval.
     """
     vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
     sites = find_sites(model, stack, layers, norms)
     created = time.time()
-    optimizers = _optimizers(optimizer)
-    scale = LossScale(scaler)
+    optimizers, found = _optimizers(optimizer)
+    path, step = Path(path), first_step(resume, optimizers, Path(path))
+    scale = LossScale(found if scaler is None else scaler)
     masks = Masks(mask, sites)
     prepare_compiler(sites.root)
     try:
-        described = model_config(sites.root) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
+        described = model_config(sites.called) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise RunError(
             f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
         ) from error
     tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
-    manifest = Manifest(sites.layout, created, vectors, matrices, described, tags, versions(sites.root))
+    manifest = Manifest(
+        sites.layout, created, vectors, matrices, described, tags, versions(sites.root), step=step
+    )
+    # A bool is an int: step 0 is one to resume at, False is not.
+    writer = RunWriter(path, manifest, resume is not False)
     return Recorder(
-        sites, RunWriter(Path(path), manifest), manifest, optimizers, scale, masks, Faults(strict)
+        sites, writer, manifest, optimizers, scale, masks, Faults(strict), seconds_before(path, step)
     )
 
 
@@ -115,30 +130,33 @@ class Recorder:
         scale: LossScale,
         masks: Masks,
         faults: Faults,
+        seconds: float,
     ):
         self._writer, self._manifest, self._optimizers = writer, manifest, optimizers
         self._scale, self._faults = scale, faults
-        self._clock = Clock(optimizers)
+        self._clock = Clock(optimizers, manifest.step)
         faults.step = lambda: self._step
         writer.missing = faults.missing
         self._asked = False
         self._retry = OFF  # a look was in vain, for the update was skipped on the device
         self._closed = False
         self._selfcheck = SelfCheck(sites)
+        self._handed = self._solved = 0  # samples given to the writer's thread, and taken up by it
         self._owed = False  # the writer waits to hear that the recorded step is complete
         self._process = os.getpid()
         self._scalars = Scalars()
         self._stepped_at = time.perf_counter()
+        self._began = self._stepped_at - seconds  # of a clock that nobody sets, as if there had been no pause
         self._taps = Taps(sites, masks, faults)
         self._skipped: torch.Tensor | None = None  # attempts at this step that the scaler skipped
         self._sites = sites
         self._watch_parameters()
-        self._taps.mode = self._mode(0)
+        self._taps.mode = self._mode(manifest.step)
         self._hooks = [
             hook
             for optimizer in optimizers
             for hook in (
-                optimizer.register_step_pre_hook(lambda it, *_: self._before_update(it)),
+                optimizer.register_step_pre_hook(self._before_update),
                 optimizer.register_step_post_hook(lambda it, *_: self._after_update(it)),
             )
         ]
@@ -169,7 +187,7 @@ class Recorder:
         with self._faults.guard(*METRICS):
             if self._taps.mode != OFF and self._taps.seen:
                 self._keep_own(now)
-                self._put(self._measured(), self._taps.counts())
+                self._put(self._measured(), self._taps.counts(), self._sampled())
                 self._owed = True
             elif self._owed or self._scalars.due(now):
                 self._put()
@@ -197,7 +215,7 @@ class Recorder:
         if self._closed or os.getpid() != self._process:
             return
         self._closed = True
-        if not self._optimizers and self._step == 0 and self._taps.seen:
+        if not self._optimizers and self._step == self._manifest.step and self._taps.seen:
             log.warning(
                 "depthscope saw no optimizer step, so nothing but logged scalars was recorded: "
                 "pass optimizer= to probes.record, or call recorder.step() after each update."
@@ -227,11 +245,13 @@ class Recorder:
     def _step(self) -> int:
         return self._clock.step
 
-    def _before_update(self, optimizer: torch.optim.Optimizer) -> None:
+    def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if self._clock.again(optimizer):
             self.step()  # the other optimizers stay out of that one
         if self._taps.mode == OFF or not self._taps.seen:
             return
+        if kwargs.get("closure") is not None or args[1:2] not in ((), (None,)):
+            return  # its backward pass is still to come, perhaps the last of several
         with self._faults.guard("clip_factor"):
             now = self._scale.at_step(optimizer)
             if self._backwards.counts:
@@ -285,7 +305,7 @@ class Recorder:
 
     def _keep_own(self, now: float) -> None:
         """Host-side scalars of a recorded step."""
-        scalars = {"step_time": now - self._stepped_at, "wall_time": time.time() - self._manifest.created}
+        scalars = {"step_time": now - self._stepped_at, "wall_time": now - self._began}
         # Taps inside a compiled graph are not timed.
         scalars["probe_time"] = self._taps.seconds or math.nan
         if self._optimizers:
@@ -307,9 +327,26 @@ class Recorder:
         left_out = self._scalars.logged | self._faults.now | (set() if known else set(GRADIENTS))
         return {name: value for name, value in metrics.items() if name not in left_out}
 
-    def _put(self, metrics: dict | None = None, counts: dict | None = None) -> None:
-        """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed."""
+    def _sampled(self) -> dict[str, torch.Tensor]:
+        """The sample of this step; nothing where the mixing cannot be solved from it, or not in time."""
+        if self._faults.now & set(MIXING_METRICS):
+            return {}
+        sampled = self._taps.sampled()
+        waiting = (self._handed - self._solved) * sum(value.nbytes for value in sampled.values())
+        if waiting > _WAITING:
+            late = {"step": self._step, "cause": "samples before were not solved yet"}
+            for name in MIXING_METRICS:
+                self._faults.missing.setdefault(name, late)
+            return {}
+        return sampled
+
+    def _put(
+        self, metrics: dict | None = None, counts: dict | None = None, sampled: dict | None = None
+    ) -> None:
+        """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed, and `sampled` what
+        the mixing is solved from."""
         now, mode, metrics, counts = self._clock.now, self._taps.mode, metrics or {}, counts or {}
+        sampled = sampled or {}
         vain = self._clock.vain()
         pending = self._scalars.take()
         logged = {
@@ -319,13 +356,15 @@ class Recorder:
         skips = {("skips", m.attempt): m.skips for m in moments if m.skips is not None}
         skips |= {} if vain is None else {("vain",): vain}
         seen = {("count", name): count for name, count in counts.items()}
+        parts = {("sample", name): part for name, part in sampled.items()}
         try:
-            fetch = start_copy(logged | metrics | skips | seen)
+            fetch = start_copy(logged | metrics | skips | seen | parts)
         except Exception as error:
             self._faults.caught(error, *metrics, *(name for name, _, _ in pending))
             return
 
         def rows():
+            self._solved += bool(sampled)  # or will be, before the next
             values = fetch()
             seen = {name: values["count", name] for name in counts}
             lost = int(values.get(("vain",), 0))
@@ -342,25 +381,38 @@ class Recorder:
                 yield "skipped", step_of(now), np.float32(1)
                 return
             self._selfcheck.identity(values.get("identity_error"))
+            self._selfcheck.reads(values.get("read_error"), values.get("depth_weight"))
             for name in metrics:
                 # A metric nobody observed is absent, not a row of blanks.
                 if name not in seen or seen[name].any():
                     yield name, step_of(now), values[name]
             self._selfcheck.rows(seen)
+            if sampled:
+                with self._faults.guard(*MIXING_METRICS):
+                    kept = {name: values["sample", name] for name in sampled}
+                    mixing = of_sample(kept, self._sites.layout, [site.given for site in self._sites.layers])
+                    for name, value in mixing.items():
+                        yield name, step_of(now), value
 
         # Rows of this very step may still be logged until the next forward.
-        self._writer.put(rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
+        taken = self._writer.put(rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
+        self._handed += taken and bool(sampled)
 
 
-def _optimizers(given: Optimizers | None) -> list[torch.optim.Optimizer]:
+def _optimizers(
+    given: Optimizers | None,
+) -> tuple[list[torch.optim.Optimizer], torch.amp.GradScaler | None]:
+    """Those that hooks are hung on, and the scaler that came with one of them."""
     optimizers = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    pairs = [unwrap_optimizer(each) for each in optimizers]
+    optimizers = [optimizer for optimizer, _ in pairs]
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise RunError(
                 f"A {type(optimizer).__name__} is not a torch.optim.Optimizer: leave `optimizer` out and call "
                 "recorder.step() after each update."
             )
-    return optimizers
+    return optimizers, next((scaler for _, scaler in pairs if scaler is not None), None)
 
 
 def schedule_of(name: str, given: Steps) -> Schedule:

@@ -4,8 +4,6 @@ The operations from the sources to the mix are linear in the sources, so that wi
 everything else as it was, they return the weights: channel s of the result is the weight of source s.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, fx, nn
 

@@ -1,8 +1,7 @@
 """Open a run and read it: metrics as numpy arrays, while it grows or long after. Needs no torch."""
 
-import contextlib
+import importlib
 import os
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,31 +9,35 @@ from pathlib import Path
 import numpy as np
 
 from probes import manifest as files
-from probes.layout import Layout
+from probes.attempts import Attempt, attempt_folder, claimed, hide
+from probes.gaps import Gap, gaps_of
+from probes.layout import Layout, difference
 from probes.manifest import Manifest, RunError
-from probes.shard import SUFFIX, ShardError, read_shard, shard_steps
-from probes.vocabulary import TRIANGLE, metric
+from probes.vocabulary import TRIANGLES, metric
 
-_STEP = ".step"
+# The rows of one run may take half of this machine's memory; a stranger's run is no reason to take it all.
+try:
+    _MOST_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+except (AttributeError, ValueError, OSError):
+    _MOST_MEMORY = 4 << 30
 
 
 class Run:
     """One recorded run. Everything read is kept; `refresh()` picks up what was sealed since.
 
-    `problems` holds a sentence for each shard that could not be read.
-
     `run.metrics` names what was recorded, `run.steps(name)` is int64 [N], `run[name]` float32 [N, ...] in the
     shapes of the vocabulary (read x source triangles unpacked, NaN where a source does not exist yet).
+
+    `run.attempts` are its recordings, one more for each time it was resumed: where one began, the rows of those
+    before end. `run.gaps` are the steps that are missing, and why; `run.problems` says all that in sentences.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.manifest = Manifest.read(self.path)
-        self.problems: list[str] = []
-        self._seen: set[str] = set()
-        self._parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self.attempts: list[Attempt] = [Attempt(self.path, 0, self.manifest)]
+        self._left_out: dict[int, str] = {}
         self._whole: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self.size = 0
         self.refresh()
 
     def __repr__(self) -> str:
@@ -79,45 +82,63 @@ class Run:
     @property
     def status(self) -> str:
         """ "running", "finished" or "stopped"; `status_reason` says why or since when."""
-        return self._state()[0]
+        return self.attempts[-1].status
 
     @property
     def status_reason(self) -> str:
-        return self._state()[1]
+        return self.attempts[-1].status_reason
 
     @property
     def last_seen(self) -> datetime:
         """Time of the end marker, else of the last heartbeat, else of creation."""
-        for name in (files.END, files.HEARTBEAT):
-            moment = (files.read_json(self.path / name) or {}).get("time")
-            # A damaged file may hold anything.
-            with contextlib.suppress(TypeError, ValueError, OverflowError, OSError):
-                return datetime.fromtimestamp(moment, UTC)
-        return self.created
+        return self.attempts[-1].last_seen
 
     @property
     def last_step(self) -> int:
         """The last recorded step, -1 before the first."""
-        return max((int(self.steps(name)[-1]) for name in self.metrics), default=-1)
+        return max(attempt.last_step for attempt in self.attempts)
 
-    def _state(self) -> tuple[str, str]:
-        end = files.read_json(self.path / files.END)
-        if end is not None:
-            status = "finished" if end.get("status") == "finished" else "stopped"
-            return status, str(end.get("reason") or "")
-        seen = self.last_seen
-        if time.time() - seen.timestamp() <= files.SILENT_SECONDS:
-            return "running", ""
-        return "stopped", f"no sign of life since {seen:%Y-%m-%d %H:%M:%S} UTC, and no end marker"
+    @property
+    def size(self) -> int:
+        """Bytes of the shards that were read."""
+        return sum(attempt.size for attempt in self.attempts)
+
+    @property
+    def gaps(self) -> list[Gap]:
+        """Steps that are missing, and why, by step."""
+        return gaps_of(self.attempts)
+
+    @property
+    def problems(self) -> list[str]:
+        """A sentence for each gap, and for each attempt that cannot be read."""
+        return [*self._left_out.values(), *map(str, self.gaps)]
+
+    # How it looks
+
+    @property
+    def plot(self):
+        """Its charts, for a notebook: `run.plot.dilution()` is an `alt.Chart`; `app.notebook.Plot` has them all.
+
+        Several runs in one chart: `app.plot([run, other]).dilution()`. Raises ImportError without the dashboard.
+        """
+        # By its name, when it is asked for: reading knows nothing of charts, and needs none of their libraries.
+        app = importlib.import_module("app")
+        if not getattr(app, "__depthscope__", False):
+            raise ImportError(
+                f"{getattr(app, '__file__', None) or 'The module app'} is not depthscope's app: rename it, or leave "
+                "its folder, to draw."
+            )
+        return app.plot(self)
 
     # What it recorded
 
     @property
     def metrics(self) -> list[str]:
-        return sorted(self._parts)
+        names = {name for attempt in self.attempts for name in list(attempt.parts)}
+        return sorted(name for name in names if name in self)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._parts
+        return any(True for attempt in self.attempts for _ in attempt.visible(name))
 
     def steps(self, name: str) -> np.ndarray:
         """Steps at which `name` was recorded, int64 [N], ascending; a scalar logged twice has its step twice.
@@ -131,15 +152,15 @@ class Run:
         return self._series(name)[1]
 
     def _series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        if name not in self._parts:
-            recorded = ", ".join(self.metrics) or "nothing yet"
-            raise KeyError(f"{self.name} did not record {name!r}; it has: {recorded}")
         if name not in self._whole:
-            parts = self._parts[name]
+            parts = [part for attempt in self.attempts for part in attempt.visible(name)]
+            if not parts:
+                recorded = ", ".join(self.metrics) or "nothing yet"
+                raise KeyError(f"{self.name} did not record {name!r}; it has: {recorded}")
             steps = np.concatenate([part[0] for part in parts])
             values = np.concatenate([part[1] for part in parts]).astype(np.float32, copy=False)
-            if metric(name).axes == TRIANGLE:
-                values = self.layout.unpack(values)
+            if (axes := metric(name).axes) in TRIANGLES:
+                values = self.layout.unpack(values, axes)
             order = np.argsort(steps, kind="stable")
             steps, values = steps[order], values[order]
             steps.flags.writeable = values.flags.writeable = False
@@ -147,52 +168,35 @@ class Run:
         return self._whole[name]
 
     def refresh(self) -> bool:
-        """Read the shards sealed since the last look. True if any is new. Broken ones go to `problems`."""
-        new = False
-        folder = self.path / files.RANK_FOLDER
-        try:
-            names = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(SUFFIX))
-        except FileNotFoundError:
-            return False
-        for name in names:
-            if name in self._seen or shard_steps(name) is None:
-                continue
-            try:
-                tensors = read_shard(folder / name)
-                self._take(tensors)
-                self.size += (folder / name).stat().st_size
-            except FileNotFoundError:
-                continue
-            except ShardError as error:
-                first, last = shard_steps(name)
-                self.problems.append(f"Steps {first} to {last} are missing: shard {name} {error}.")
-            self._seen.add(name)
-            new = True
+        """Read the shards sealed since the last look. True if any is new. What cannot be read leaves a gap."""
+        new = self._look_for_attempts()
+        for attempt in self.attempts:
+            new |= attempt.refresh(self.layout, _MOST_MEMORY - sum(each.held for each in self.attempts))
+        if new:
+            self._whole = {}
         return new
 
-    def _take(self, tensors: dict[str, np.ndarray]) -> None:
-        """Add a shard's rows, or none of them when any metric does not fit the layout."""
-        rows = {}
-        for name, values in tensors.items():
-            if name.endswith(_STEP):
+    def _look_for_attempts(self) -> bool:
+        known = {attempt.number for attempt in self.attempts}
+        begun = []
+        for number in claimed(self.path):
+            if number in known or number in self._left_out:
                 continue
-            steps = tensors.get(name + _STEP)
-            if steps is None or steps.dtype != np.int64 or steps.shape != values.shape[:1] or not values.ndim:
-                raise ShardError(f"has no steps for {name}")
-            if values.shape[1:] != row_shape(name, self.layout):
-                raise ShardError(f"holds {name} in shape {list(values.shape)}, which does not fit run.json")
-            rows[name] = steps, values
-        for name, part in rows.items():
-            self._parts.setdefault(name, []).append(part)
-            self._whole.pop(name, None)
-
-
-def row_shape(name: str, layout: Layout) -> tuple[int, ...]:
-    """Stored shape of one recorded step of a metric: triangles packed to one axis."""
-    axes = metric(name).axes
-    if axes == TRIANGLE:
-        return (int(layout.triangle().sum()),)
-    return tuple(layout.length(axis) for axis in axes)
+            folder = attempt_folder(self.path, number)
+            if not (folder / files.ATTEMPT).exists():
+                continue  # not begun yet
+            try:
+                manifest = Manifest.read(folder, files.ATTEMPT)
+            except RunError as error:
+                self._left_out[number] = f"An attempt is left out. {error}"
+                continue
+            if other := difference(self.layout, manifest.layout):
+                self._left_out[number] = f"Attempt {number} is left out: it is of another model, for {other}."
+                continue
+            begun.append(Attempt(self.path, number, manifest))
+        self.attempts = sorted([*self.attempts, *begun], key=lambda attempt: attempt.number)
+        hide(self.attempts)
+        return bool(begun)
 
 
 def open_run(path: str | os.PathLike) -> Run:

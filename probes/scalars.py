@@ -24,7 +24,7 @@ class Scalars:
     def log(self, scalars: dict, moment: Moment) -> None:
         """What the script logs. ValueError for a name that is not free, or for what is no number."""
         for name in scalars:
-            if metric(name).axes or name.endswith(".step") or name.startswith("__"):
+            if not is_free(name):
                 raise ValueError(f"log({name}=…): this name is kept for depthscope's own; choose another.")
         self.logged.update(scalars)
         self._keep(scalars, moment)
@@ -47,6 +47,11 @@ class Scalars:
     def _keep(self, scalars: dict, moment: Moment) -> None:
         for name, value in scalars.items():
             self._pending.append((name, moment, _number(name, value)))
+
+
+def is_free(name: str) -> bool:
+    """Whether a script may log a scalar under this name."""
+    return not (metric(name).axes or name.endswith(".step") or name.startswith("__"))
 
 
 def _number(name: str, value: object) -> float | Tensor:

@@ -61,6 +61,25 @@ class SelfCheck:
             rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
             self._say(f"depthscope saw nothing of {rows}. They are blank as long as that is so. {BEFORE}")
 
+    def reads(self, errors: np.ndarray | None, weights: np.ndarray | None) -> None:
+        """Found reads that were not computed, or whose weights do not give back the state; runs in the writer's
+        thread."""
+        if errors is None or weights is None:
+            return
+        first = self._layout.unpack(weights)[:, 0]
+        rows = list(zip(self._layout.reads, errors, first, strict=True))
+        wrong = [
+            f"{read.label} ({error:.1e})" for read, error, weight in rows if error >= 0 and np.isnan(weight)
+        ]
+        if wrong:
+            self._say(
+                "depthscope computes depth weights that do not give back the state, so those reads are blank: "
+                f"{', '.join(wrong)}. `probes.mark(weights, read=l)` records a model's own."
+            )
+        blank = [read.label for read, error, _ in rows if np.isnan(error)]
+        if blank:
+            self._say(f"depthscope saw nothing of the depth weights of {', '.join(blank)}. {BEFORE}")
+
     def identity(self, errors: np.ndarray | None) -> None:
         """Where the stream of a plain residual does not add up; runs in the writer's thread."""
         if self._identity_checked or errors is None or not self._sites.is_plain:

@@ -4,20 +4,37 @@ A shard holds `<metric>` [n, ...] and `<metric>.step` int64 [n] for each metric.
 but not content, so the metadata carries a CRC-32 over names, shapes and bytes.
 """
 
+import json
+import math
 import os
+import re
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
 from safetensors import numpy as safetensors_numpy
 
+from probes.careful import printable, read_bytes
+
 SUFFIX = ".safetensors"
+MOST_BYTES = 1 << 30  # a writer seals far less at once
+_MOST_HEADER = 16 << 20
+
+_NAME = re.compile(r"([0-9]{12,16})-([0-9]{12,16})\.safetensors")
+_TYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
+}  # fmt: skip
 
 
 class ShardError(Exception):
     """A shard that cannot be trusted; the message says why in one clause."""
+
+
+class UnreadableShard(ShardError):
+    """A shard that may well be sound, but cannot be read now."""
 
 
 def shard_name(first: int, last: int) -> str:
@@ -26,10 +43,17 @@ def shard_name(first: int, last: int) -> str:
 
 def shard_steps(name: str) -> tuple[int, int] | None:
     """First and last step from a shard's file name, or None for a name that is not a shard's."""
-    first, dash, last = name.removesuffix(SUFFIX).partition("-")
-    if not name.endswith(SUFFIX) or not dash or not (first.isdecimal() and last.isdecimal()):
-        return None
-    return int(first), int(last)
+    found = _NAME.fullmatch(name)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a shard holds, checked: tensors by name, and the metadata without the checksum."""
+
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, str]
+    size: int
 
 
 def write_shard(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> int:
@@ -56,22 +80,69 @@ def write_shard(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping
     return len(data)
 
 
-def read_shard(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a shard, checked. Raises ShardError (broken) or FileNotFoundError (gone)."""
+def read_shard(path: Path) -> Shard:
+    """A whole shard, checked. Raises ShardError (broken) or FileNotFoundError (gone)."""
+    # Not mapped into memory: a file that shrinks meanwhile would kill the process.
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        data = read_bytes(path, MOST_BYTES)
     except FileNotFoundError:
         raise
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ShardError(f"is not a complete safetensors file ({error})") from error
+    except ValueError as error:
+        raise ShardError(str(error)) from error
+    except OSError as error:
+        raise UnreadableShard(f"cannot be read ({error.strerror or error})") from error
+    return parse_shard(data)
+
+
+def parse_shard(data: bytes) -> Shard:
+    """A shard from the bytes of its file. Raises ShardError."""
+    try:
+        tensors, metadata = _parse(data)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ShardError(f"is not a complete safetensors file ({printable(error)})") from error
     claimed = metadata.pop("crc32", None)
     if claimed is None:
         raise ShardError("has no checksum, so depthscope did not write it")
     if claimed != checksum(tensors, metadata):
         raise ShardError("does not match its checksum: its content changed after it was written")
-    return tensors
+    return Shard(tensors, metadata, len(data))
+
+
+def _parse(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, of which every byte must have its place."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    if len(data) < 8 or start > len(data):
+        raise ValueError("it ends within its header")
+    if start > _MOST_HEADER or data[8:9] != b"{":
+        raise ValueError("its header is not JSON")
+    header = json.loads(data[8:start].decode(), object_pairs_hook=_distinct)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its metadata are not strings")
+    for text in (*metadata, *metadata.values(), *header):
+        text.encode()  # half a character cannot be summed
+    tensors, place = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"its entry for {name!r} is another's")
+        (first, last), shape, dtype = entry["data_offsets"], entry["shape"], np.dtype(_TYPES[entry["dtype"]])
+        if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
+            raise ValueError(f"its entry for {name!r} has other numbers than sizes")
+        count = math.prod(shape)
+        if first != place or last - first != count * dtype.itemsize or start + last > len(data):
+            raise ValueError(f"it has no room for {name!r}")
+        tensors[name] = np.frombuffer(data, dtype, count, start + first).reshape(shape)
+        place = last
+    if start + place != len(data):
+        raise ValueError("it holds more than its header says")
+    return tensors, metadata
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("its header says something twice")
+    return found
 
 
 def checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:

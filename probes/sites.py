@@ -103,8 +103,17 @@ class Sites:
     change: str = ""
     holders: tuple[nn.Module, ...] = ()  # modules between the root and the stack, outermost first
     outputs: tuple[nn.Module, ...] = ()  # modules called with the plain output of layer `depth_output`
+    entry: Place | None = (
+        None  # where the embedding is seen in blocks that mix streams; elsewhere it is the first state
+    )
     norm: nn.Module | None = None  # the norm after the stack, where one was found: it runs once in a forward
     found: FoundReads | None = None  # depth reads of a model that does not say where they are
+    inner: nn.Module | None = None  # the child that a training step calls instead of the root
+
+    @property
+    def called(self) -> nn.Module:
+        """The module whose forward is a forward of the model."""
+        return self.root if self.inner is None else self.inner
 
     @property
     def is_plain(self) -> bool:

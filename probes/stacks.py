@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from probes.dataflow import follow, follow_within
+from probes.feeding import feeding
 from probes.flow import Call, Flow, Term
 from probes.layout import Layer
+from probes.nodes import has_matrix
 from probes.sites import LayerSite, Place
 from probes.symbols import Untraceable, undisturbed
 
@@ -55,6 +57,7 @@ class Stack:
     layers: tuple[LayerSite, ...]
     final: Place | None
     change: str = ""
+    entry: Place | None = None  # where the embedding is seen, if that is not the first state
 
     def __str__(self) -> str:
         return f"{self.path!r} ({self.blocks} blocks)"
@@ -71,14 +74,15 @@ def find_stacks(root: nn.Module) -> tuple[list[Stack], list[str]]:
         try:
             stack = stack_at(root, path, container)
         except Untraceable as error:
-            reasons.append(f"{path}: {error}")
+            reasons.append(f"{path} ({error})")
             if any(isinstance(member, _UNCALLED) for member in container.children()):
                 done.append(path)  # the lists within are its blocks, not stacks
         else:
             if stack is not None:
                 stacks.append(stack)
                 done.append(path)
-    return stacks, reasons
+    adding = [stack for stack in stacks if stack.entry is None]
+    return adding or stacks, reasons
 
 
 def stack_at(root: nn.Module, path: str, container: nn.Module) -> Stack | None:
@@ -91,7 +95,7 @@ def stack_at(root: nn.Module, path: str, container: nn.Module) -> Stack | None:
     try:
         flows = {name: follow(member) for name, member in members.items()}
     except Untraceable as error:
-        paired = _paired(path, members)
+        paired = _paired(path, members) or _fed(path, members)
         if paired is None and any(list(member.children()) for member in members.values()):
             raise Untraceable(str(error)) from error
         return paired
@@ -169,8 +173,12 @@ def _sublayer(term: Term) -> list[Call]:
     """The calls that do a layer's work: those with matrices, downstream of where the state comes in."""
     names = [call.name for call in term.calls]
     start = names.index(term.state.name) if term.state is not None else 0
-    working = [call for call in term.calls[start:] if any(p.ndim > 1 for p in call.module.parameters())]
-    return working or list(term.calls)
+    return _working(term.calls[start:]) or list(term.calls)
+
+
+def _working(calls: Sequence[Call]) -> list[Call]:
+    """Those with matrices."""
+    return [call for call in calls if has_matrix(call.module)]
 
 
 def _named(path: str, calls: Sequence[Call]) -> str:
@@ -235,7 +243,33 @@ def _paired(path: str, members: dict[str, nn.Module]) -> Stack | None:
             index = len(layers) + 1
             layer = Layer(index, kind, block, f"{name}.{child_name}")
             layers.append(LayerSite(layer, state, output, None, index, (child, norm)))
-    return Stack(path, len(members), tuple(layers), None)
+    return Stack(path, len(members), tuple(layers), None, entry=entry_of(*next(iter(members.items()))))
+
+
+def _fed(path: str, members: dict[str, nn.Module]) -> Stack | None:
+    """Blocks that mix several streams: what their norms receive and their sublayers return. None where they do not."""
+    layers: list[LayerSite] = []
+    try:
+        feedings = {name: feeding(member) for name, member in members.items()}
+    except Untraceable:
+        return None
+    for block, (name, each) in enumerate(feedings.items(), 1):
+        for norm, calls in each.pairs:
+            index, label = len(layers) + 1, _named(name, _working(calls))
+            layer = Layer(index, _kind(_working(calls)), block, label)
+            state, output = _place(name, norm, is_input=True), _place(name, calls[-1], is_input=False)
+            modules = tuple(call.module for call in (norm, *calls))
+            layers.append(LayerSite(layer, state, output, None, index, modules))
+    entry = entry_of(*next(iter(members.items())))
+    return Stack(path, len(members), tuple(layers), None, "mixed by its blocks", entry)
+
+
+def entry_of(name: str, block: nn.Module) -> Place | None:
+    """Where the first block is given the embedding, if it is known to mix it with what its sublayers make."""
+    try:
+        return Place(name, block, is_input=True, keyword=feeding(block).argument)
+    except Untraceable:
+        return None
 
 
 def _pairs(block: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:

@@ -16,18 +16,29 @@ class Untraceable(Exception):
     """The forward does not say what it adds to the stream; the message says where it was lost."""
 
 
-class _Symbol(fx.Proxy):
-    """Some tensor [B, T, D]; its sizes are made up."""
+TOKENS = torch.Size((2, 8, 64))
+STREAMS = torch.Size((2, 8, 4, 64))
+"""Of blocks that are given several streams, [B, T, n, D]."""
 
-    shape = torch.Size((2, 8, 64))
-    ndim = 3
+
+class _Symbol(fx.Proxy):
+    """Some tensor; its sizes are made up."""
+
     dtype = torch.float32
     device = torch.device("cpu")
     is_nested = False
     is_cuda = False
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.tracer.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
     def dim(self) -> int:
-        return 3
+        return self.ndim
 
     def size(self, axis: int | None = None):
         return self.shape if axis is None else self.shape[axis]
@@ -36,9 +47,10 @@ class _Symbol(fx.Proxy):
 class Recording(fx.Tracer):
     """The record of one forward: `graph`, and by node the module called."""
 
-    def __init__(self, module: nn.Module, opened: set[nn.Module], optional: bool):
-        """`optional` says whether arguments that may be left out (None) are given."""
+    def __init__(self, module: nn.Module, opened: set[nn.Module], optional: bool, shape: torch.Size = TOKENS):
+        """`optional` says whether arguments that may be left out (None) are given, `shape` what size tensors claim."""
         super().__init__()
+        self.shape = shape
         self.root = module
         self.graph = fx.Graph(tracer_cls=type(self))
         self.tensor_attrs: dict = {}

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from probes.identity import Sample
+from probes.identity import identity_error
 from probes.passes import Passes
 from probes.read_errors import ReadErrors
 from probes.rows import block_rows, last_layers
+from probes.sample import Sample
 from probes.sites import Sites
 from probes.statistics import DEPTH_METRICS, Tables
 
@@ -25,8 +26,11 @@ class Tally:
             sizes["block"] = len(last_layers(sites))
         shape = sizes, sites.depth_sources
         self.live, self._counted = (Tables(*shape, device) for _ in range(2))
-        self.sample = Sample([site.given for site in sites.layers], device)
         self.errors = ReadErrors(sites.depth_sources, device) if sites.found is not None else None
+        rows = len(sites.layers) + 1
+        self.sample = Sample(rows, device)
+        self.given = torch.tensor([*(site.given for site in sites.layers), rows], device=device)
+        """How many sources each state sums: all before it, but for layers side by side."""
         self.calls = torch.zeros(2, dtype=torch.int64, device=device)
         """How often the embedding and the final norm were seen in compiled forwards."""
         self.passes = Passes(self.live, self._counted)
@@ -64,17 +68,20 @@ class Tally:
                 place, rows = self._block_rows
                 metrics[f"block_{suffix}"] = done[place][rows]
         if matrices:
-            again = self._ran_again() | bool(
-                self.passes.repeated
-            )  # the states of one run, the outputs of another
-            metrics["identity_error"] = self.sample.finish().masked_fill(again, torch.nan)
+            error = identity_error(self.sample, self.given)
+            metrics["identity_error"] = error.masked_fill(self._mixed_up(), torch.nan)
             count = self._counted.forward["state"].count
             metrics["nonfinite"] = self._counted.nonfinite.float().where(count > 0, torch.nan)
             if self._counted.depth is not None:
                 metrics |= self._counted.depth.finish()
             if self.errors is not None:
-                metrics = self.errors.blanked(metrics)
+                metrics = self.errors.blanked(metrics, self._counted.depth.tokens)
         return metrics
+
+    def sampled(self) -> dict[str, Tensor]:
+        """What mixing.py solves, by name."""
+        about = self.sample.about.masked_fill(self._mixed_up(), 0)
+        return {"states": self.sample.state, "outputs": self.sample.output, "about": about}
 
     def counts(self, matrices: bool) -> dict[str, Tensor]:
         """How much each row of the metrics of `finish` has seen, by name; zero for a row that saw nothing."""
@@ -92,6 +99,10 @@ class Tally:
             if self.errors is not None:
                 counts["read_error"] = self._counted.depth.tokens
         return counts
+
+    def _mixed_up(self) -> Tensor:
+        """Whether the sample has the states of one run and the outputs of another; bool [] on the device."""
+        return self._ran_again() | bool(self.passes.repeated)
 
     def _ran_again(self) -> Tensor:
         """Whether compiled layers ran several times in one forward, so that the embedding's row holds later states

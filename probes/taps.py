@@ -17,8 +17,8 @@ from probes.faults import Faults
 from probes.found import FoundReads
 from probes.gradient_taps import GradientTaps
 from probes.hooks import Hook, tap_gradient_in_graph
-from probes.identity import keep_sample
 from probes.masks import Masks, fitting
+from probes.mixing import MIXING_METRICS
 from probes.read_taps import ReadTaps
 from probes.rows import reads_after_blocks, rows_by_arithmetic, unhooked_rows
 from probes.scaling import half_precision
@@ -45,6 +45,7 @@ class Taps:
         self.half = False  # a training forward ran under float16 autocast
         self._live = False  # inside a training forward that is looked at
         self._embedded = False  # this forward's embedding has been seen
+        self._tokens: torch.Size | None = None  # [B, T] of this forward, where there are streams to be told
         self._sites = sites
         self._faults = faults or Faults(strict=True)
         self.masks = masks or Masks(None, sites)
@@ -141,6 +142,10 @@ class Taps:
         """Metrics of the step just taken, float32 on the device, by name of the vocabulary."""
         return self._tally.finish(self._matrices)
 
+    def sampled(self) -> dict[str, Tensor]:
+        """What the mixing of this step is solved from, by name; nothing where no matrices are recorded."""
+        return self._tally.sampled() if self._matrices else {}
+
     def counts(self) -> dict[str, Tensor]:
         """How much each row of the metrics of `finish` has seen, by name; zero for a row that saw nothing."""
         return self._tally.counts(self._matrices)
@@ -153,11 +158,13 @@ class Taps:
     def _attach(self) -> None:
         sites = self._sites
         marks.listen(self)
-        self._handles.append(sites.root.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
+        self._handles.append(sites.called.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
         if sites.reads:
             self._before(sites.reads[0], lambda args, kwargs: self._tap_embedding(args[0][0]))
         for holder, find in self.masks.inside:
             self._before(holder, lambda args, kwargs, find=find: self._mask_inside(find(args, kwargs, ...)))
+        if sites.entry is not None and not sites.reads:
+            self._at(sites.entry, self._entry)
         for row, site in enumerate(sites.layers):
             if site.state is not None:
                 self._at(site.state, lambda x, row=row: self._state(x, row))
@@ -179,7 +186,7 @@ class Taps:
             for block, read in enumerate(reads_after_blocks(sites)):
                 # The newest source of the read after a transformer block is the partial sum the block left.
                 self._before(read, lambda args, kwargs, block=block: self._tap(args[0][-1], "block", block))
-        self._handles.append(sites.root.register_forward_hook(Hook(self._end)))
+        self._handles.append(sites.called.register_forward_hook(Hook(self._end)))
 
     def _attach_found(self, found: FoundReads) -> None:
         if len(found.embedding) == 1:
@@ -221,6 +228,9 @@ class Taps:
             self._embedded = False
         if not self._live:
             return
+        if self._sites.entry is not None:
+            given = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.ndim > 1)
+            self._tokens = next((each.shape[:2] for each in given), None)
         if not compiling:
             self._eagerly(self._begin_eagerly, "hidden_rms", "output_rms", "block_rms")
         elif self._parameter.device != self._device:
@@ -318,11 +328,17 @@ class Taps:
     def _state(self, x: Tensor, row: int) -> None:
         """What layer row+1 receives, or the final state; the first one is the embedding too."""
         self._tap(x, "state", row)
-        if row == 0 and not self._sites.has_reads:
+        entered = self._sites.entry is not None and (torch.compiler.is_compiling() or self._embedded)
+        if row == 0 and not self._sites.has_reads and not entered:
             # With its position and dropout, where a model has them.
             self._tap_embedding(x)
         if row in self._kept_rows and isinstance(x, Tensor) and not self._recomputing:
             self._states[row] = x.detach()
+
+    def _entry(self, x: Tensor) -> None:
+        """What the first of the blocks that mix streams is given: the embedding, or [B, T, n, D] copies of it."""
+        if isinstance(x, Tensor) and (x.ndim < 4 or x.shape[:2] == self._tokens):
+            self._tap_embedding(x, streams=x.ndim == 4)
 
     def _output(self, x: Tensor, row: int) -> None:
         """What layer row+1 adds to the stream."""
@@ -347,14 +363,16 @@ class Taps:
             if row in self._states:
                 self._values(after.detach() - self._states.pop(row).view_as(after), "output", row + 1)
 
-    def _tap(self, x: Tensor, place: str, row: int) -> None:
+    def _tap(self, x: Tensor, place: str, row: int, streams: bool = False) -> None:
         if isinstance(x, Tensor):  # the recorder says which rows were never seen
-            self._values(x.detach(), place, row)
-            self._gradient(x, place, row)
+            self._values(x.detach()[..., 0, :] if streams else x.detach(), place, row)
+            self._gradient(x, place, row, streams)
 
     def _values(self, x: Tensor, place: str, row: int) -> None:
         if torch.compiler.is_compiling():
-            self._add_values(x, place, row, fitting(self._mask, x))
+            mask = fitting(self._mask, x)
+            self._add_values(x, place, row, mask)
+            self._keep(x, place, row, mask)
         elif not self._recomputing:
             self._passes.now.calls[place, row] += 1
             mask = fitting(self._passes.now.mask, x)
@@ -364,38 +382,41 @@ class Taps:
             self._eagerly(
                 lambda: self._add_values(x, place, row, mask), *self._tally.metrics_of(place, "rms")
             )
+            self._eagerly(lambda: self._keep(x, place, row, mask), "identity_error", *MIXING_METRICS)
+
+    def _keep(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
+        if self._matrices and place != "block":
+            self._sample.keep(x, place, row, mask)
 
     def _add_values(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
         forward = self._forward[place]
         add_moments(x, forward.squares[row], forward.count[row], mask)
-        if self._matrices and place != "block":
-            keep_sample(x, self._sample.of(place), row)
         if self._matrices and place == "state":
             add_nonfinite(x, self._nonfinite, row, mask)
 
-    def _gradient(self, x: Tensor, place: str, row: int) -> None:
+    def _gradient(self, x: Tensor, place: str, row: int, streams: bool = False) -> None:
         sums = self._backward[place].rows[row]
         if torch.compiler.is_compiling():
             if x.requires_grad:
-                tap_gradient_in_graph(x, sums, fitting(self._mask, x))
+                tap_gradient_in_graph(x, sums, fitting(self._mask, x), streams)
             return
         metrics = self._tally.metrics_of(place, "grad_rms")
         with self._faults.guard(*metrics):
             mask = fitting(self._passes.now.mask, x)
             if not self._recomputing or self.gradients.owes(place, row):
-                self.gradients.tap(x, sums, mask, self._passes, (place, row), metrics)
+                self.gradients.tap(x, sums, mask, self._passes, (place, row), metrics, streams)
 
-    def _tap_embedding(self, x: Tensor) -> None:
+    def _tap_embedding(self, x: Tensor, streams: bool = False) -> None:
         # Where a stack is run through several times, only the first time starts at the embedding.
         if torch.compiler.is_compiling():
             # Nothing may be noted down inside a compiled checkpoint: `_ran_again` sees to it later.
             self._calls[0].add_(1)
-            self._tap(x, "output", 0)
+            self._tap(x, "output", 0, streams)
         elif not self._embedded and not self._recomputing:
             self._embedded = True
-            self._tap(x, "output", 0)
+            self._tap(x, "output", 0, streams)
         elif self._recomputing and self.gradients.owes("output", 0):
-            self._tap(x, "output", 0)
+            self._tap(x, "output", 0, streams)
 
     def _embedding_part(self, x: Tensor, part: int) -> None:
         """One of several tensors that are summed to the embedding where no hook sees it. What has its full shape has

@@ -6,7 +6,8 @@ else. It imports nothing.
 
 from dataclasses import dataclass
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MOST_STEP = 10**15  # no training gets there, and every reader can count that far
 
 # Axes. "layer" is one sublayer; a triangle axis pair is stored packed (see layout.py).
 SCALAR: tuple[str, ...] = ()
@@ -16,6 +17,8 @@ BLOCK = ("transformer block",)  # B
 LAYER = ("layer",)  # L
 READ = ("read",)  # R = L+1
 TRIANGLE = ("read", "source")  # R x S
+MIXING = (*STATE, *OUTPUT)  # (L+1) x (L+1), a triangle too
+TRIANGLES = (TRIANGLE, MIXING)
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,40 @@ _ROWS = [
         "in a plain residual, of the order of one where the stream is mixed otherwise.",
     ),
     Metric(
+        "mixing_weight",
+        MIXING,
+        "Recovered mixing weight",
+        "",
+        "Weight of each source in each state, solved by least squares on a sample of tokens, mean over them; any "
+        "architecture, a plain residual has ones. Blank where the sources exceed a quarter of the width, or where "
+        "rounding could move the weight by more than 1e-4 (in 16 bits 2e-2): its source is tiny or the condition bad.",
+    ),
+    Metric(
+        "mixing_share",
+        MIXING,
+        "Share of the state",
+        "share of the state",
+        "Part of each state that each source makes up: a_i⟨v_i, h⟩/‖h‖² with the recovered weight a_i, mean over "
+        "tokens. A row sums to mixing_r2, to one where the sources explain the state; a share may be negative.",
+    ),
+    Metric(
+        "mixing_r2",
+        STATE,
+        "Explained by the sources",
+        "share of the state",
+        "How far to believe a row of mixing_weight: one minus the squared distance of the state from its mix, relative "
+        "to the state's square, mean over tokens. It proves nothing where the condition is bad.",
+    ),
+    Metric(
+        "mixing_condition",
+        STATE,
+        "Condition of the sources",
+        "",
+        "By how much the likeness of a state's sources magnifies errors of their weights: the condition number of the "
+        "sources scaled to one length, in Frobenius norms divided by their number, median over tokens. One where they "
+        "are at right angles.",
+    ),
+    Metric(
         "nonfinite",
         STATE,
         "Non-finite values",
@@ -197,7 +234,8 @@ _ROWS = [
         SCALAR,
         "Wall time",
         "s",
-        "Seconds from the start of the recording to the end of the step.",
+        "Seconds of recording up to the end of the step. Time between attempts does not count, nor do steps that were "
+        "trained again.",
     ),
     Metric("tokens", SCALAR, "Training tokens", "tokens", "Training tokens seen so far, as logged."),
     Metric("step_time", SCALAR, "Step time", "s", "Wall time from one optimizer step to the next."),

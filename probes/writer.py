@@ -1,7 +1,7 @@
 """Write a run from a thread of its own: take rows, seal them into shards, beat the heart, mark the end.
 
-Training hands over a callable that yields rows once the device has them; it never waits here. A full queue
-drops the hand-over and counts it.
+Training hands over a callable that yields rows once the device has them; it never waits here. A full queue drops the
+hand-over and counts it. While the disk refuses, rows are kept; the disk is asked again until it takes them.
 """
 
 import contextlib
@@ -9,15 +9,19 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
-from itertools import compress
+from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 from probes import manifest as files
+from probes import place as places
+from probes.attempts import row_shape
+from probes.jsonfile import write_json
+from probes.life import beat
+from probes.lost import Lost
 from probes.manifest import Manifest, RunError
-from probes.run import row_shape
 from probes.shard import shard_name, write_shard
 from probes.vocabulary import FORMAT_VERSION
 
@@ -32,54 +36,69 @@ LATE_SEAL_SECONDS = 10.0
 
 _QUEUE = 256
 _PATIENCE = 60.0  # seconds that closing waits for a disk or a device that does not answer
-_KEPT_ROWS = 100_000  # held back at most while the disk refuses
+_MOST_BYTES = 256 << 20  # held back at most while the disk refuses
+_SHARD_BYTES = 32 << 20
+_ROW_BYTES = 200  # what a row takes beside its numbers
+_FIRST_RETRY, _LAST_RETRY = 0.25, 10.0  # seconds
 
 
 class RunWriter:
-    """The one writer of a run directory. `put` from the training thread, `close` at the end."""
+    """The one writer of a run, or of an attempt that continues one. `put` from the training thread, `close` at the end."""
 
-    def __init__(self, path: Path, manifest: Manifest):
-        """Create the folder and write run.json. Raises RunError when a run is there or the disk refuses."""
+    def __init__(self, path: Path, manifest: Manifest, resume: bool = False):
+        """Claim the folder. Raises RunError when a run is there (and none to resume) or the disk refuses."""
         self.path = path
-        self.dropped = 0
         self.missing: dict[str, dict] = {}  # metrics that could not be measured: from which step, and why
         self._manifest = manifest
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._open: dict[str, tuple[list[int], list[np.ndarray]]] = {}
+        self._open: list[Row] = []
+        self._bytes = 0  # of the open rows
         self._complete = -1  # rows up to this step can be sealed: nothing more will be logged for it
         self._last_step = -1
+        self._shards = 0  # sealed so far, and the number of the next one
+        self._lost = Lost(manifest.every)
         self._warned: set[str] = set()
+        self._refused = ""  # what the disk said last; empty while it takes everything
+        self._patience = _FIRST_RETRY
+        self._gone = False  # another run has taken the place
+        self._end: dict = {}
         # A SimpleQueue, because a signal's handler may put while training is putting.
         self._queue: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
-        _create(path, manifest)
-        self._started = self._sealed = self._beaten = time.monotonic()
+        self._place = (places.resume if resume else places.begin)(path, manifest)
+        self._started = self._beaten = time.monotonic()
+        self._seal_at = self._started + SEAL_SECONDS
         self._thread = threading.Thread(target=self._work, name=f"depthscope writer {path.name}", daemon=True)
         self._thread.start()
 
-    def put(self, fetch: Fetch, complete: int | Callable[[], int]) -> None:
+    @property
+    def dropped(self) -> int:
+        return self._lost.count
+
+    def put(self, fetch: Fetch, complete: int | Callable[[], int]) -> bool:
         """Hand over rows, the last ones of steps up to `complete` (a function is asked when they have come).
-        Never blocks: a full queue drops."""
+        Never blocks: a full queue drops, and False is returned."""
 
         def take() -> Iterable[Row]:
-            yield from fetch()
+            try:
+                yield from fetch()
+            except Exception as error:
+                self._warn("fetch", f"depthscope could not take a step's numbers from the device: {error}.")
+                self._lost.add(_step(complete), f"its numbers could not be taken from the device ({error})")
             self._complete = max(self._complete, complete() if callable(complete) else complete)
 
         if self._queue.qsize() < _QUEUE:
             self._queue.put(take)
-        else:
-            self.dropped += 1
+            return True
+        self._lost.add(_step(complete), "the writer could not keep up")
+        return False
 
     def close(self, status: str, reason: str = "") -> None:
         """Seal everything handed over and mark the end. Waits for the thread, but not for ever."""
+        self._end = {"status": status, "reason": reason}
+        self._queue.put(None)
+        self._thread.join(_PATIENCE)
         if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join(_PATIENCE)
-        end = {"time": time.time(), "status": status, "reason": reason, "step": self._last_step}
-        with self._failing("mark the end of the run"):
-            files.write_json(self.path / files.END, {**end, **self._trouble()})
-
-    def _trouble(self) -> dict:
-        return {"dropped": self.dropped} | ({"missing": dict(self.missing)} if self.missing else {})
+            self._warn("close", f"depthscope gave up waiting for {self.path}: its last steps may be missing.")
 
     # The thread
 
@@ -91,81 +110,138 @@ class RunWriter:
                     break
                 self._take(fetch)
             now = time.monotonic()
-            # A run is looked at most in its first minutes; later, fewer and larger shards.
-            early = now - self._started < EARLY_SECONDS
-            if now - self._sealed >= (SEAL_SECONDS if early else LATE_SEAL_SECONDS):
+            if now >= self._seal_at:
                 self._seal(self._complete)
-                self._sealed = now
+                # A run is looked at most in its first minutes; later, fewer and larger shards.
+                early = now - self._started < EARLY_SECONDS
+                wait = SEAL_SECONDS if early else LATE_SEAL_SECONDS
+                self._seal_at = time.monotonic() + (self._patience if self._refused else wait)
             if now - self._beaten >= files.HEARTBEAT_SECONDS:
-                with self._failing("write its heartbeat"):
-                    files.beat(self.path, self._last_step, **self._trouble())
+                self._write(lambda: beat(self._place.folder, self._last_step, **self._told()))
                 self._beaten = now
+                if self._place.resumed:
+                    self._warn("resumed", f"Another process has continued the run at {self.path} meanwhile.")
         self._seal(None)
+        if self._open:
+            self._shed(len(self._open))
+        end = {"time": time.time(), **self._end, "step": self._last_step, **self._told()}
+        self._write(lambda: write_json(self._place.folder / files.END, end))
+
+    def _told(self) -> dict:
+        told = {"dropped": self.dropped, "shards": self._shards, "gaps": self._lost.gaps()}
+        return told | ({"missing": dict(self.missing)} if self.missing else {})
 
     def _take(self, fetch: Fetch) -> None:
         try:
             for name, step, value in fetch():
                 self._add(name, step, value)
         except Exception as error:
-            self.dropped += 1
-            self._warn("take a step's numbers from the device", error)
+            self._warn("take", f"depthscope could not keep a step's numbers: {error}.")
+            self._lost.count += 1
+        if self._bytes > _MOST_BYTES:
+            self._shed(len(self._open) // 2)
 
     def _add(self, name: str, step: int, value: np.ndarray) -> None:
         shape = self._shapes.setdefault(name, row_shape(name, self._manifest.layout))
         value = np.asarray(value, np.float32)
         if value.shape != shape:
             raise ValueError(f"{name} has shape {value.shape} where {shape} belongs")
-        steps, values = self._open.setdefault(name, ([], []))
-        steps.append(step)
-        values.append(value)
+        self._open.append((name, step, value))
+        self._bytes += _size(value)
         self._last_step = max(self._last_step, step)
-        if len(steps) > _KEPT_ROWS:
-            del steps[: _KEPT_ROWS // 2], values[: _KEPT_ROWS // 2]
-            self.dropped += _KEPT_ROWS // 2
+
+    def _shed(self, count: int) -> None:
+        """Let the `count` oldest rows go, and all others of their steps."""
+        self._open.sort(key=itemgetter(1))
+        last = self._open[count - 1][1]
+        steps = [step for _, step, _ in self._open if step <= last]
+        self._lost.add(steps[0], self._refused or "the writer could not keep up", until=last, rows=len(steps))
+        self._open = self._open[len(steps) :]
+        self._bytes = sum(_size(value) for _, _, value in self._open)
 
     def _seal(self, complete: int | None) -> None:
-        """Write the open rows up to step `complete` (None: all) as a shard; keep them if the disk refuses."""
-        tensors, kept = {}, {}
-        for name, (steps, values) in self._open.items():
-            ready = np.array([complete is None or step <= complete for step in steps])
-            if ready.any():
-                tensors[name] = np.stack(list(compress(values, ready)))
-                tensors[name + ".step"] = np.array(steps, np.int64)[ready]
-            if not ready.all():
-                kept[name] = list(compress(steps, ~ready)), list(compress(values, ~ready))
-        if not tensors:
-            return
-        sealed = np.concatenate([value for name, value in tensors.items() if name.endswith(".step")])
-        target = self.path / files.RANK_FOLDER / shard_name(int(sealed.min()), int(sealed.max()))
-        with self._failing("seal a shard"):
-            write_shard(target, tensors, {"format": str(FORMAT_VERSION), "rank": "0"})
-            self._open = kept
+        """Write the open rows up to step `complete` (None: all) as shards; keep them if the disk refuses."""
+        ready = [row for row in self._open if complete is None or row[1] <= complete]
+        later = [row for row in self._open if complete is not None and row[1] > complete]
+        ready.sort(key=itemgetter(1))
+        for piece in _pieces(ready):
+            steps = [step for _, step, _ in piece]
+            target = self._place.shards / shard_name(steps[0], steps[-1])
+            about = {"rank": "0", "attempt": str(self._place.number), "shard": str(self._shards)}
+            about["format"] = str(FORMAT_VERSION)
+            if not self._write(
+                lambda target=target, piece=piece, about=about: write_shard(target, _tensors(piece), about)
+            ):
+                break
+            self._shards += 1
+            ready = ready[len(piece) :]
+        self._open = ready + later
+        self._bytes = sum(_size(value) for _, _, value in self._open)
 
-    @contextlib.contextmanager
-    def _failing(self, what: str):
-        """Trouble, as a rule the disk's, is said once and never stops training."""
+    def _write(self, act: Callable[[], object]) -> bool:
+        """Ask the disk; whether it did. Trouble is said once and never stops training."""
+        if self._gone:
+            return False
         try:
-            yield
+            if self._place.restore():
+                self._warn(
+                    "disk",
+                    f"{self.path} was deleted while it was recorded. It is made anew, and recording goes on.",
+                )
+            act()
+        except RunError as error:
+            self._gone = True
+            self._warn("gone", f"depthscope records no more at {self.path}: {error}. Training goes on.")
         except Exception as error:
-            self._warn(what, error)
+            why = getattr(error, "strerror", None) or error
+            self._refused = f"{self.path.name} could not be written ({why})"
+            self._patience = min(2 * self._patience, _LAST_RETRY)
+            self._warn(
+                "disk",
+                f"depthscope cannot write to {self.path}: {why}. Training goes on; recording does too when the place is "
+                "back.",
+            )
+            return False
+        else:
+            if self._refused:
+                log.info("depthscope writes to %s again.", self.path)
+            self._refused, self._patience = "", _FIRST_RETRY
+            return True
+        return False
 
-    def _warn(self, what: str, error: Exception) -> None:
+    def _warn(self, what: str, sentence: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            log.warning("depthscope could not %s at %s: %s. Training goes on.", what, self.path, error)
+            log.warning("%s", sentence)
 
 
-def _create(path: Path, manifest: Manifest) -> None:
-    if (path / files.MANIFEST).exists():
-        raise RunError(
-            f"{path} already holds a run: give another path, or delete that folder to record anew."
-        )
-    try:
-        if path.is_dir() and any(path.iterdir()):
-            raise RunError(f"{path} is not empty: give a new folder for the run.")
-        (path / files.RANK_FOLDER).mkdir(parents=True)
-        files.beat(path, -1)
-        # run.json last: with it the folder becomes a run, and by then everything else is there.
-        files.write_json(path / files.MANIFEST, manifest.to_json())
-    except OSError as error:
-        raise RunError(f"The run cannot be recorded at {path}: {error.strerror or error}.") from error
+def _step(complete: int | Callable[[], int]) -> int:
+    """The step of a hand-over that says which steps it completes."""
+    return complete() + 1 if callable(complete) else complete
+
+
+def _size(value: np.ndarray) -> int:
+    return value.nbytes + _ROW_BYTES
+
+
+def _pieces(rows: list[Row]) -> Iterator[list[Row]]:
+    """Rows in order of their steps, cut into shards between two steps."""
+    start = total = 0
+    for place, (_, step, value) in enumerate(rows):
+        if total > _SHARD_BYTES and step != rows[place - 1][1]:
+            yield rows[start:place]
+            start, total = place, 0
+        total += _size(value)
+    if start < len(rows):
+        yield rows[start:]
+
+
+def _tensors(rows: list[Row]) -> dict[str, np.ndarray]:
+    """`<metric>` [n, ...] and `<metric>.step` int64 [n] for each metric of the rows."""
+    found: dict[str, tuple[list[int], list[np.ndarray]]] = {}
+    for name, step, value in rows:
+        steps, values = found.setdefault(name, ([], []))
+        steps.append(step)
+        values.append(value)
+    values = {name: np.stack(values) for name, (_, values) in found.items()}
+    return values | {name + ".step": np.array(steps, np.int64) for name, (steps, _) in found.items()}

@@ -1,11 +1,13 @@
 """Record the sample runs: `python sample_runs/record.py` (run it again to continue where it stopped).
 
-Four decoders of 24 layers (12 transformer blocks) learn the Python standard library's source: PreNorm, Full and Block
-AttnRes to the end, and a Block run whose process is killed on the way, as it happens at night. A finished run is left
-alone, an unfinished one is recorded anew. About 10 minutes on two idle CPU cores (the recorded ones were
-not idle).
+    python sample_runs/record.py --device cuda --minutes 9 --text FILE
+
+A finished run is left alone, an unfinished one is recorded anew; after so many minutes no further run is begun, and one
+that is under way is given up. On a CPU the runs are smaller (plans.py); about half an hour on two idle cores.
 """
 
+import argparse
+import importlib.util
 import shutil
 import signal
 import subprocess
@@ -17,50 +19,79 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 import probes  # noqa: E402
 from probes.manifest import RANK_FOLDER  # noqa: E402
 from probes.shard import read_shard, shard_name, shard_steps, write_shard  # noqa: E402
 from probes.vocabulary import FORMAT_VERSION  # noqa: E402
-
-SHAPE = {"width": 128, "blocks": 12, "heads": 4, "kv_heads": 2, "context": 256}
-RUNS = {
-    "prenorm": {"residual": "prenorm"},
-    "full": {"residual": "full"},
-    "block": {"residual": "block", "layers_per_block": 3},
-    "block-killed": {"residual": "block", "layers_per_block": 6},
-}
-STEPS, KILL_AT = 500, 125
+from sample_runs.plans import Plan, plans  # noqa: E402
 
 
 def main() -> None:
-    for name in RUNS:
-        if _recorded(name):
-            print(f"{name}: there already")
+    options = parsed()
+    known = {plan.name: plan for plan in plans(options.device)}
+    if options.run:
+        record(known[options.run], options)
+        return
+    unknown = sorted(set(options.only) - set(known))
+    if unknown:
+        sys.exit(f"There is no sample run {', '.join(unknown)}: choose among {', '.join(known)}.")
+    until = time.monotonic() + 60 * options.minutes
+    for plan in known.values():
+        if options.only and plan.name not in options.only:
             continue
-        shutil.rmtree(HERE / name, ignore_errors=True)
-        process = subprocess.Popen([sys.executable, __file__, name])
-        if name == "block-killed":
-            _kill_on_the_way(process, name)
-        elif process.wait():
-            sys.exit(f"{name} failed")
-        _join(HERE / name / RANK_FOLDER)
+        if plan.name.startswith("kimi") and importlib.util.find_spec("transformers") is None:
+            print(f"{plan.name}: left out, for transformers is not installed", flush=True)
+        elif _recorded(options.into / plan.name, plan):
+            print(f"{plan.name}: there already", flush=True)
+        elif not _recorded_in_time(plan, options, until):
+            sys.exit(f"{plan.name} is to be recorded yet: give the command again.")
 
 
-def _recorded(name: str) -> bool:
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python sample_runs/record.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing later than this")
+    parser.add_argument("--into", type=Path, default=HERE, help="folder of the runs")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these runs alone")
+    parser.add_argument("--text", type=Path, help="file or folder to learn (default: Python's own library)")
+    parser.add_argument("--steps", type=int, help="at most so many steps of each run: to try the command")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _recorded_in_time(plan: Plan, options: argparse.Namespace, until: float) -> bool:
+    """Record a run in a process of its own; whether it was done in time."""
+    folder = options.into / plan.name
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"{plan.name}: {plan.says}", flush=True)
+    process = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--run", plan.name])
+    while process.poll() is None:
+        time.sleep(0.5)
+        if time.monotonic() > until:
+            process.kill()
+            process.wait()
+            shutil.rmtree(folder, ignore_errors=True)
+            return False
+        if plan.kill_at is not None and _recorded(folder, plan):
+            process.send_signal(signal.SIGKILL)
+    if not _recorded(folder, plan):
+        sys.exit(f"{plan.name} failed")
+    _join(folder / RANK_FOLDER)
+    return True
+
+
+def _recorded(folder: Path, plan: Plan) -> bool:
     try:
-        run = probes.open_run(HERE / name)
+        run = probes.open_run(folder)
     except probes.RunError:
         return False
-    return run.status == "finished" or (name == "block-killed" and run.last_step >= KILL_AT)
-
-
-def _kill_on_the_way(process: subprocess.Popen, name: str) -> None:
-    while process.poll() is None:
-        time.sleep(1)
-        if _recorded(name):
-            process.send_signal(signal.SIGKILL)
-    process.wait()
+    return run.status == "finished" or (plan.kill_at is not None and run.last_step >= plan.kill_at)
 
 
 def _join(folder: Path) -> None:
@@ -68,7 +99,7 @@ def _join(folder: Path) -> None:
     parts = sorted(folder.glob("*.safetensors"))
     rows: dict[str, list[np.ndarray]] = {}
     for part in parts:
-        for metric, values in read_shard(part).items():
+        for metric, values in read_shard(part).tensors.items():
             rows.setdefault(metric, []).append(values)
     last = shard_steps(parts[-1].name)[1]
     whole = {metric: np.concatenate(values) for metric, values in rows.items()}
@@ -80,14 +111,19 @@ def _join(folder: Path) -> None:
     joined.rename(folder)
 
 
-def record(name: str) -> None:
-    from app.training import Corpus, DecoderConfig, RecordedTraining, Schedule, TrainingConfig, in_turn
+def record(plan: Plan, options: argparse.Namespace) -> None:
+    from dataclasses import replace
 
-    config = TrainingConfig(steps=STEPS, batch=4, context=SHAPE["context"])
-    schedule = Schedule(every=4, matrices_every=20, validate_every=20)
-    decoder = DecoderConfig(**SHAPE, **RUNS[name])
-    in_turn([RecordedTraining(HERE / name, decoder, config, Corpus.standard_library(), schedule, ["sample"])])
+    from app.training import Corpus, RecordedTraining, in_turn
+
+    corpus = Corpus.from_path(options.text) if options.text else Corpus.standard_library()
+    steps = min(options.steps or plan.training.steps, plan.training.steps)
+    training = replace(plan.training, steps=steps)
+    recorded = RecordedTraining(
+        options.into / plan.name, plan.model(), training, corpus, plan.schedule, plan.tags
+    )
+    in_turn([recorded])
 
 
 if __name__ == "__main__":
-    record(sys.argv[1]) if sys.argv[1:] else main()
+    main()

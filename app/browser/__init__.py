@@ -86,9 +86,8 @@ def _wide(values: np.ndarray) -> pa.Table:
 def _component(name: str, html: bool):
     # Registered in every run, because a test's runtime knows nothing of the one before; the same text is no change.
     parts = {"html": _text(f"{name}.html"), "css": _text(f"{name}.css")} if html else {}
-    return st.components.v2.component(
-        f"depthscope_{name}", js=_text(f"{name}.js"), isolate_styles=False, **parts
-    )
+    js = _text("cells.js") + _text("chart.js") if name == "chart" else _text(f"{name}.js")
+    return st.components.v2.component(f"depthscope_{name}", js=js, isolate_styles=False, **parts)
 
 
 def _heard(key: str, event: str, tell: Callable[[dict], None]) -> None:

@@ -1,6 +1,7 @@
 // One chart. A new specification is drawn behind the old picture and then takes its place; new numbers for the same
 // specification go into the living view, so that zoom, hover and the page element stay. While somebody holds the
-// player, new numbers wait.
+// player, new numbers wait. A chart whose usermeta tells of `cells` is painted (cells.js); one that tells of `room` is
+// as high as the window leaves it.
 
 const charts = new WeakMap();
 let turn = Promise.resolve();
@@ -25,6 +26,10 @@ class Chart {
     document.addEventListener("depthscope-step", this.onStep);
     this.sizes = new ResizeObserver(() => this.fit());
     this.sizes.observe(this.home);
+    this.onResize = () => this.fit();
+    window.addEventListener("resize", this.onResize);
+    for (const move of ["pointermove", "pointerdown", "pointerleave"])
+      this.home.addEventListener(move, (event) => this.cells?.hover(event), { capture: true });
   }
 
   async show(data) {
@@ -47,11 +52,14 @@ class Chart {
   async draw(next) {
     const look = theme(this.home);
     const shape = next.spec + look.key;
-    const tables = Object.fromEntries(next.tables.map((name) => [name, rows(next[name])]));
+    const painted = JSON.parse(next.spec).usermeta?.cells ? next.tables[0] : null;
+    const tables = Object.fromEntries(next.tables.map((name) => [name, name === painted ? [] : rows(next[name])]));
     if (shape === this.shape) {
       for (const [name, value] of Object.entries(next.signals)) this.view.signal(name, value);
-      for (const [name, values] of Object.entries(tables)) this.view.data(name, values);
+      for (const [name, values] of Object.entries(tables)) if (name !== painted) this.view.data(name, values);
+      this.cells?.take(next[painted]);
       await this.view.runAsync();
+      this.paint();
     } else {
       // One after the other: the first chart of a page is finished before the second begins.
       await (turn = turn.catch(() => {}).then(() => this.embed(next, look, tables)));
@@ -68,6 +76,7 @@ class Chart {
     for (const param of spec.params ?? []) if (param.name in next.signals) param.value = next.signals[param.name];
     spec.datasets = tables;
     spec.width = this.home.clientWidth || 600;
+    spec.height = this.high(spec.usermeta?.room) ?? spec.height;
     spec.autosize = { type: "fit-x", contains: "padding" };
     this.home.style.minHeight ||= `${(spec.height ?? 200) + 70}px`;
     const box = document.createElement("div");
@@ -78,9 +87,14 @@ class Chart {
     if (this.view) await keep(this.view, view);
     if (next.fields.length) this.listen(view, next.fields);
     this.view?.finalize();
+    for (const drawn of box.querySelectorAll("canvas")) drawn.style.display = "block"; // inline ones leave a gap below
     this.box?.remove();
-    box.style.cssText = "";
-    [this.view, this.box] = [view, box];
+    this.cells?.close();
+    box.style.cssText = "position:relative";
+    [this.view, this.box, this.room, this.ink] = [view, box, spec.usermeta?.room, look.ink];
+    this.cells = spec.usermeta?.cells ? new Cells(this.home, spec.usermeta.cells, next.tables[0]) : null;
+    this.cells?.take(next[next.tables[0]]);
+    this.paint();
     // A small picture is not cut, and the page below does not jump when it is redrawn.
     this.home.style.minHeight = `${box.offsetHeight}px`;
   }
@@ -101,6 +115,14 @@ class Chart {
     try {
       for (let at = nearest(data.frames.steps, step()); at !== this.frame && held(); at = nearest(data.frames.steps, step())) {
         this.frame = at;
+        if (this.cells) {
+          const frame = data.frames.fields[this.cells.told.colour];
+          if (frame) this.cells.column(data[frame].getChild(`s${at}`));
+          this.paint();
+          this.home.dataset.step = data.frames.steps[at];
+          await new Promise(requestAnimationFrame);
+          continue;
+        }
         const change = this.view.changeset();
         for (const [field, table] of Object.entries(data.frames.fields)) {
           const column = data[table].getChild(`s${at}`);
@@ -114,14 +136,29 @@ class Chart {
     }
   }
 
-  fit() {
+  paint() {
+    this.cells?.show(this.view, this.ink);
+  }
+
+  async fit() {
+    const { view } = this;
     const width = this.home.clientWidth;
-    if (this.view && width && width !== this.view.width()) this.view.width(width).runAsync();
+    const height = this.high(this.room) ?? view?.height();
+    if (!view || !width || (width === this.wide && height === view.height())) return;
+    this.wide = width;
+    await view.width(width).height(height).runAsync();
+    if (view === this.view) this.paint();
+  }
+
+  // What the window leaves after `taken` pixels of other things, between the least and the most that is legible.
+  high(room) {
+    return room ? Math.round(Math.max(room.least, Math.min(room.most, window.innerHeight - room.taken))) : undefined;
   }
 
   close() {
     document.removeEventListener("depthscope-step", this.onStep);
     this.sizes.disconnect();
+    window.removeEventListener("resize", this.onResize);
     this.view?.finalize();
   }
 }
@@ -187,5 +224,5 @@ function theme(element) {
     text: { color: text },
   };
   const [r, g, b] = [1, 3, 5].map((i) => parseInt(css("background-color").slice(i, i + 2), 16));
-  return { config, dark: r + g + b < 384, key: JSON.stringify(config) };
+  return { config, dark: r + g + b < 384, ink: text, key: JSON.stringify(config) };
 }

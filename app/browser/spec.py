@@ -25,7 +25,7 @@ def separate(chart: alt.TopLevelMixin) -> tuple[str, dict, dict[str, pd.DataFram
     with TURN:
         alt.data_transformers.register("depthscope", take)
         with alt.data_transformers.enable("depthscope"):
-            spec = chart.to_dict(format="vega-lite")
+            spec = chart.to_dict(format="vega-lite", validate=False)
     spec.pop("datasets", None)
     signals: dict = {}
     for encoding in _encodings(spec):

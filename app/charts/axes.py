@@ -5,7 +5,8 @@ import math
 import altair as alt
 import pandas as pd
 
-from probes.vocabulary import BLOCK, LAYER, OUTPUT, READ, STATE, metric
+from app.derived import metric
+from probes.vocabulary import BLOCK, LAYER, OUTPUT, READ, STATE
 
 STEP = "Training step"
 
@@ -30,19 +31,28 @@ FLAT = {
 # Small numbers as 2e-4, not as a row of zeros.
 SMALL = "datum.value > 0 && datum.value < 0.001 ? format(datum.value, '.0e') : format(datum.value, ',~g')"
 
+# A million steps as 1M, not as a row of zeros.
+LARGE = "datum.value >= 1e5 ? format(datum.value, '~s') : format(datum.value, ',d')"
+
 
 def title(text: str) -> alt.TitleParams:
     return alt.TitleParams(text)
 
 
+INCOMPARABLE = ("hidden_grad_rms", "block_grad_rms")  # between residual types: every picture of them says so
+
+
 def measure(name: str) -> str:
     """ "Output RMS (activation units)"."""
     row = metric(name)
-    return f"{row.title} ({row.unit})" if row.unit else row.title
+    more = "; not comparable between residual types" if name in INCOMPARABLE else ""
+    unit = row.unit if row.unit and row.unit not in row.title.lower() else ""
+    told = f"{unit}{more}" if unit else more.removeprefix("; ")
+    return f"{row.title} ({told})" if told else row.title
 
 
 def steps() -> alt.Axis:
-    return alt.Axis(title=STEP, format=",d", tickMinStep=1, grid=False, labelFlush=False, tickCount=6)
+    return alt.Axis(title=STEP, labelExpr=LARGE, tickMinStep=1, grid=False, labelFlush=False, tickCount=6)
 
 
 def along(column: str, x: str, values: pd.Series, scale: str) -> alt.X:

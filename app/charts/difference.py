@@ -3,40 +3,41 @@
 import altair as alt
 import pandas as pd
 
-from app.charts import axes, palette
+from app.charts import palette
 from app.charts.grid import depth_by_step
 from app.charts.triangle import triangle
 
-FACTORS = "format(pow(2, abs(datum.value)), '.2~g') + '×' + (datum.value < 0 ? ' less' : datum.value > 0 ? ' more' : '')"
+FACTORS = (
+    "format(pow(2, abs(datum.value)), abs(datum.value) > 3.3 ? ',.0f' : '.2~g') + '×' + "
+    "(datum.value < 0 ? ' less' : datum.value > 0 ? ' more' : '')"
+)
 
 
 def over_training(frame: pd.DataFrame, name: str, second: str, title: str, height: int = 370) -> alt.Chart:
-    """Rows step, until, depth, place, value (log2 of a ratio)."""
-    shade = colour("value", frame["value"], f"{axes.measure(name)} in {second}", FACTORS)
-    value = alt.Tooltip("factor:N", title=f"In {second}")
+    """Rows step, until, depth, place, value (log2 of a ratio); `second` says of what: "In full", "Against step 0"."""
+    known = frame["value"].abs().dropna()
+    # The outermost percent is left to the ends.
+    top = float(known.quantile(0.99)) if len(known) else 1.0
+    top = top if top > 0 else 1.0
+    # Beside the plot, so that it stands as high as the profile beside it.
+    legend = alt.Legend(
+        title=None,
+        orient="right",
+        gradientLength=height - 60,
+        gradientThickness=8,
+        labelExpr=FACTORS,
+        values=[-top, -top / 2, 0, top / 2, top],
+        offset=14,
+    )
+    shade = alt.Color("value:Q", scale=palette.shades((-top, top)), legend=legend)
+    value = alt.Tooltip("factor:N", title=second)
     return depth_by_step(frame, name, title, height, shade, value, factor=FACTORS)
 
 
-def weights(cells: pd.DataFrame, second: str, title: str, height: int = 500) -> alt.LayerChart:
+def weights(cells: pd.DataFrame, name: str, second: str, title: str, height: int = 500) -> alt.LayerChart:
     """Rows of app.difference.cells: the triangle of differences."""
-    chart = triangle(
-        cells.assign(depth_weight=cells["difference"]), "depth_weight", title, (0, 1), height=height
-    )
-    label = f"Depth weight, more or less in {second}"
-    chart.layer[0].encoding.color = colour("depth_weight", cells["difference"], label, alt.Undefined)
-    return chart
-
-
-def colour(field: str, values: pd.Series, title: str, label) -> alt.Color:
-    """Zero in the middle, both ends equally far; the outermost percent is left to the ends."""
-    known = values.abs().dropna()
-    top = float(known.quantile(0.99)) if len(known) else 1.0
-    top = top if top > 0 else 1.0
-    legend = palette.gradient(title)
-    legend.labelExpr = label
-    legend.values = [-top, -top / 2, 0, top / 2, top] if label is not alt.Undefined else alt.Undefined
-    return alt.Color(
-        f"{field}:Q",
-        scale=alt.Scale(domain=[-top, top], domainMid=0, range="diverging", clamp=True, nice=False),
-        legend=legend,
-    )
+    known = cells["difference"].abs().dropna()
+    top = float(known.quantile(0.995)) if len(known) else 1.0
+    shown = cells.assign(**{name: cells["difference"]}).drop(columns=["depth_weight_std"], errors="ignore")
+    domain = (-top, top) if top > 0 else (-1, 1)
+    return triangle(shown, name, title, domain, height=height, legend=f"More or less {second}")

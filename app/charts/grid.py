@@ -15,9 +15,17 @@ def depth_by_step(
     value: alt.Tooltip,
     **derived: str,
 ) -> alt.Chart:
-    """Rows step, until, depth, place and what `colour` and `value` name; `derived` are Vega expressions."""
+    """Rows step, until, depth, place and value; `colour` has a domain; `derived` are Vega expressions."""
     first, last = (int(frame["depth"].min()), int(frame["depth"].max())) if len(frame) else (0, 1)
     span = [int(frame["step"].min()), int(frame["until"].max())] if len(frame) else [0, 1]
+    painted = palette.painted(
+        "value",
+        colour["scale"].to_dict().get("type", "linear"),
+        left=("step", 0),
+        right=("until", 0),
+        bottom=("depth", -0.5),
+        top=("depth", 0.5),
+    )
     return (
         alt.Chart(frame)
         .transform_calculate(
@@ -43,5 +51,5 @@ def depth_by_step(
                 value,
             ],
         )
-        .properties(title=axes.title(title), height=height, usermeta=palette.CANVAS)
+        .properties(title=axes.title(title), height=height, usermeta=painted)
     )

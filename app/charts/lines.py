@@ -22,22 +22,28 @@ def lines(
 ) -> alt.LayerChart:
     """Rows run, step, `column` and, for bands, low and high. `label` is the axis title with its unit.
 
-    `x` "tokens" or "wall_time" draws against the column x, which holds that.
+    `x` "tokens" or "wall_time" draws against the column x, which holds that. No line joins rows of different `segment`.
     """
     if scale == "log":
         frame = frame[frame[column] > 0]
+        if "low" in frame:
+            frame = frame.assign(low=frame["low"].where(frame["low"] > 0, frame[column]))
     along = "step" if x == "step" else "x"
     if x_scale == "log":
         frame = frame[frame[along] > 0]
+    if "segment" in frame:
+        # A point between two gaps has no line to be seen by.
+        frame = frame.assign(alone=frame.groupby(["run", "segment"])[column].transform("count") == 1)
     y = axes.value(column, label, frame[column], scale, zero)
     base = alt.Chart(frame).encode(
         x=axes.along(along, x, frame[along], x_scale),
         color=palette.colour(colours, symbol="stroke"),
+        detail=["segment:N"] if "segment" in frame else alt.Undefined,
     )
     layers = []
     if "low" in frame and (frame["low"] < frame["high"]).any():
         low = alt.Y("low:Q", scale=y["scale"], axis=y["axis"])
-        layers.append(base.mark_area(opacity=0.18).encode(y=low, y2="high:Q"))
+        layers.append(base.mark_area(opacity=0.13).encode(y=low, y2="high:Q"))
     layers.append(base.mark_line(strokeWidth=1.8).encode(y=y))
     few = frame.groupby("run").size().max() <= FEW if len(frame) else True
     # Invisible points carry the tooltip where visible ones would blur the line. A value, not another chart: a run
@@ -48,13 +54,18 @@ def lines(
     points = (
         base.properties(name="points")
         .add_params(zoom)
-        .mark_circle(size=40, opacity=alt.expr(seen.name))
+        .mark_circle(size=40, opacity=alt.expr(f"{seen.name} || datum.alone ? 1 : 0"))
         .encode(
             y=y,
             tooltip=[
                 alt.Tooltip("run:N", title="Run"),
                 alt.Tooltip("step:Q", title="Step", format=",d"),
                 alt.Tooltip(f"{column}:Q", title=label, format=".4~g"),
+                *(
+                    alt.Tooltip(f"{end}:Q", title=told, format=".4~g")
+                    for end, told in (("low", "Lowest here"), ("high", "Highest here"))
+                    if end in frame
+                ),
             ],
         )
     )

@@ -1,6 +1,6 @@
 """Colours and print settings. Run colours are Okabe and Ito's, apart for every common colour blindness."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import altair as alt
 
@@ -39,16 +39,29 @@ PAPER = {
     "view": {"stroke": None},
 }
 
-# Thousands of cells: drawn as pixels, not as elements of the page.
-CANVAS = {"embedOptions": {"renderer": "canvas"}}
+
+def painted(field: str, scale: str = "linear", room: dict | None = None, **edges: tuple[str, float]) -> dict:
+    """The usermeta of a chart whose cells, the rows of its first table, the browser paints as pixels.
+
+    `field` is coloured on a `scale`; `left`, `right`, `top` and `bottom` are columns and what to add to them. `room` asks
+    for the height that the window leaves: `taken` by other things, `least` and `most`, in pixels.
+    """
+    told = {
+        "embedOptions": {"renderer": "canvas"},
+        "cells": {"colour": field, "scale": scale, **{side: list(edge) for side, edge in edges.items()}},
+    }
+    return told | ({"room": room} if room else {})
 
 
-def assign(everyone: Sequence[str], selected: Sequence[str]) -> dict[str, str]:
-    """A colour for each selected run: its place among all runs decides, the next free one settles a tie."""
+def assign(
+    everyone: Sequence[str], selected: Sequence[str], before: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """A colour for each selected run: the one it had `before`, else by its place among all runs, else the next free one."""
+    before = before or {}
     place = {run: index for index, run in enumerate(everyone)}
     taken: dict[str, str] = {}
-    for run in sorted(selected, key=lambda run: place.get(run, len(place))):
-        want = place.get(run, len(place))
+    for run in sorted(selected, key=lambda run: run not in before):
+        want = RUNS.index(before[run]) if run in before else place.get(run, len(place))
         order = [RUNS[(want + shift) % len(RUNS)] for shift in range(len(RUNS))]
         taken[run] = next((colour for colour in order if colour not in taken.values()), order[0])
     return {run: taken[run] for run in selected}
@@ -73,6 +86,13 @@ def shape(colours: dict[str, str]) -> alt.Shape:
         scale=alt.Scale(domain=list(colours), range=shapes),
         legend=_legend(colours) if len(colours) > 1 else None,
     )
+
+
+def shades(domain: tuple[float, float]) -> alt.Scale:
+    """The colour scale of cells: logarithmic above zero, a square root from zero, and centred on zero from below it."""
+    if domain[0] < 0:
+        return alt.Scale(domain=list(domain), domainMid=0, range="diverging", clamp=True, nice=False)
+    return alt.Scale(type="log" if domain[0] > 0 else "sqrt", domain=list(domain), clamp=True, nice=False)
 
 
 def gradient(title: str, domain: tuple[float, float] | None = None) -> alt.Legend:

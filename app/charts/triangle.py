@@ -10,7 +10,11 @@ from probes.vocabulary import metric
 ODD = (1, 3, 5, 7, 9, 15, 25, 35, 55)
 EVEN = (1, 2, 4, 5, 10, 20, 25, 50)
 
-SHOWN = ("depth_weight", "depth_weight_std", "contribution_rms")
+METRICS = (
+    "depth_weight", "depth_weight_std", "contribution_rms", "mixing_weight", "mixing_share", "mixing_r2",
+    "depth_attribution",
+)  # fmt: skip
+TAKEN = 405  # pixels of a page above and below its first triangle
 
 
 def triangle(
@@ -20,15 +24,18 @@ def triangle(
     domain: tuple[float, float],
     focus: tuple[int | None, int | None] = (None, None),
     height: int = 540,
+    legend: str = "",
 ) -> alt.LayerChart:
-    """Rows row, read, source, from and the metrics of app.frames.cells; `name` is the one drawn.
+    """Rows row, number, read, source, from and metrics, as of app.cells.cells; `name` is the one drawn.
 
-    `focus` frames the row of a read (its number) and the column of a source. Colour is on a square-root scale, so that small weights stay apart from none.
+    `focus` frames the row of a read (its number) and the column of a source. A `domain` from zero colours on a
+    square-root scale, so that small weights stay apart from none; one from below zero is centred there. `legend` replaces
+    the metric's name there.
     """
     reads = dict(zip(cells["row"].astype(int), cells["read"].astype(str), strict=True))
     sources = dict(zip(cells["source"].astype(int), cells["from"].astype(str), strict=True))
     blocks = any(label.startswith("depth block ") for label in sources.values())
-    known = [other for other in SHOWN if cells[other].notna().any()]
+    known = [other for other in METRICS if other in cells and cells[other].notna().any()]
     # Seams between few cells are a grid; between many they are noise.
     wide, high = (palette.under(len(names)) if len(names) > 64 else 0 for names in (sources, reads))
     half = {
@@ -38,7 +45,7 @@ def triangle(
         "bottom": f"row + 0.5 + {high}",
     }
     grid = (
-        alt.Chart(cells[["row", "number", "source", "read", "from", *known]])
+        alt.Chart(cells[["row", "number", "source", "read", "from", *dict.fromkeys([name, *known])]])
         .transform_calculate(**{side: f"datum.{where}" for side, where in half.items()})
         .mark_rect(strokeWidth=0, opacity=1, clip=True)
         .encode(
@@ -59,11 +66,7 @@ def triangle(
                 axis=alt.Axis(title="Read of layer", **_labels(reads, _short_read, ODD), **axes.FLAT),
             ),
             y2="bottom:Q",
-            color=alt.Color(
-                f"{name}:Q",
-                scale=alt.Scale(type="sqrt", domain=list(domain), clamp=True, nice=False),
-                legend=palette.gradient(axes.measure(name)),
-            ),
+            color=_colour(name, domain, _corner(cells), legend),
             tooltip=[
                 alt.Tooltip("read:N", title="Read"),
                 alt.Tooltip("from:N", title="Source"),
@@ -81,13 +84,44 @@ def triangle(
             y2="bottom:Q",
         )
     )
-    return alt.layer(grid, frame).properties(title=axes.title(title), height=height, usermeta=palette.CANVAS)
+    painted = palette.painted(
+        name,
+        "linear" if domain[0] < 0 else "sqrt",
+        _room(len(reads), _corner(cells)),
+        left=("source", -0.5),
+        right=("source", 0.5),
+        top=("row", -0.5),
+        bottom=("row", 0.5),
+    )
+    return alt.layer(grid, frame).properties(title=axes.title(title), height=height, usermeta=painted)
+
+
+def _colour(name: str, domain: tuple[float, float], corner: bool, title: str) -> alt.Color:
+    legend = palette.gradient(title or axes.measure(name))
+    if corner:
+        legend.orient, legend.offset = "top-right", 4
+        legend.gradientLength = 170
+    return alt.Color(f"{name}:Q", scale=palette.shades(domain), legend=legend)
+
+
+def _corner(cells: pd.DataFrame) -> bool:
+    """Whether the upper right corner is free of cells, so that the legend finds its place there."""
+    if cells.empty:
+        return False
+    upper = cells[cells["row"] < 0.17 * (cells["row"].max() + 1)]
+    return bool(upper["source"].max() + 1 <= 0.45 * (cells["source"].max() + 1))
+
+
+def _room(reads: int, corner: bool) -> dict:
+    """As high as the window leaves it, and three pixels a row at least as far as one screen goes."""
+    taken = TAKEN if corner else TAKEN + 60
+    return {"taken": taken, "least": max(300, min(620, 3 * reads)), "most": 900}
 
 
 def outline(cells: pd.DataFrame, read: int | None, source: int | None) -> pd.DataFrame:
     """left, right, top, bottom of the frames around a read's row and a source's column, where they are shown."""
     row = cells[cells["number"] == read] if read is not None else cells[:0]
-    column = cells[cells["source"] == source] if source is not None and len(row) else cells[:0]
+    column = cells[cells["source"] == source] if source is not None else cells[:0]
     return pd.DataFrame(
         [
             (

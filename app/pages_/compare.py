@@ -3,13 +3,14 @@
 import pandas as pd
 import streamlit as st
 
-from app import difference, draw, frames, match, pick, room, words
+from app import cells, difference, draw, findings, frames, match, pick, room, words
 from app.charts import difference as charts
 from app.charts import palette
 from app.charts.profile import profile
 from probes.vocabulary import BLOCK, LAYER, OUTPUT, READ, STATE, metric
 
 DEPTH = (STATE, OUTPUT, LAYER, READ, BLOCK)
+HIGH = 340  # pixels of a profile
 LIKED = ("hidden_rms", "output_rms", "output_grad_rms", "param_grad_norm")
 
 
@@ -31,9 +32,10 @@ def body(shown: list[room.Shown]) -> None:
     name = pick.one("compared", "Measure", {n: metric(n).title for n in known}, where=left)
     scale = pick.choice("compare_scale", "Scale", {"linear": "Linear", "log": "Logarithmic"}, where=right)
     step = pick.asked([a.run], [name], where=player)
-    other = (
-        pick.number("other", f"Step of {b.name}", b.run.last_step, where=matched) if way == "own" else None
-    )
+    other = None
+    if way == "own":
+        label = f"Against step of {b.name}" if a is b else f"Step of {b.name}"
+        other = pick.number("other", label, b.run.last_step, 0 if a is b else None, where=matched)
     at = match.pair(a.run, b.run, way, step, other, (a.name, b.name))
     with picture:
         st.markdown(f":material/balance: {words.plain(at.told)}")
@@ -41,7 +43,7 @@ def body(shown: list[room.Shown]) -> None:
         with left:
             _overlaid(a, b, name, at, scale)
         with right:
-            _grid(a, b, name, "step" if way == "own" else way)
+            _grid(a, b, name, "step" if way == "own" else way, at)
     _weights(a, b, at)
     st.subheader("In numbers", anchor=False)
     st.dataframe(
@@ -65,37 +67,76 @@ def _overlaid(a: room.Shown, b: room.Shown, name: str, at: match.Pair, scale: st
     even = len(a.run.layers) == len(b.run.layers)
     if not even:
         parts = [difference.relative(part, one.run, name) for part, one in zip(parts, (a, b), strict=True)]
-    frame = pd.concat([part for part in parts if len(part)], ignore_index=True)
-    steps = words.joined(words.step(step) for step in (at.first, at.second))
-    title = f"{metric(name).title} over depth at step{'s' if at.first != at.second else ''} " + (
-        steps if at.first != at.second else words.step(at.first)
-    )
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        st.caption("Neither recorded this at the compared steps.")
+        return
+    frame = pd.concat(parts, ignore_index=True)
     draw.show(
-        profile(frame, name, colours, title, scale, relative=not even, height=370),
+        profile(
+            frame, name, colours, findings.side_by_side(frame, name), scale, relative=not even, height=HIGH
+        ),
         key=f"compared {name}",
         data=frame,
     )
 
 
-def _grid(a: room.Shown, b: room.Shown, name: str, way: str) -> None:
+def _grid(a: room.Shown, b: room.Shown, name: str, way: str, at: match.Pair) -> None:
+    """How the two differ over training; of one run, how it differs from its own second step."""
     if a is b:
-        st.caption("Choose two runs to see how they differ over training.")
-        return
-    frame = difference.grid(a.run, b.run, name, way)
+        frame = difference.since(a.run, name, at.second)
+        against = f"Against step {words.step(at.second)}"
+        title = f"{metric(name).title} of {a.name} over training, {words.small(against)}"
+    else:
+        frame = difference.grid(a.run, b.run, name, way)
+        against = f"In {b.name}"
+        title = difference.finding(frame, name, (a.name, b.name))
     if not frame["value"].notna().any():
         st.caption("There is no matched step at which both recorded this.")
         return
-    title = difference.finding(frame, name, (a.name, b.name))
-    draw.show(charts.over_training(frame, name, b.name, title), key=f"difference {name}", data=frame)
+    draw.show(
+        charts.over_training(frame, name, against, title, HIGH + 16), key=f"difference {name}", data=frame
+    )
 
 
 def _weights(a: room.Shown, b: room.Shown, at: match.Pair) -> None:
-    cells = difference.cells(a.run, b.run, at.first, at.second)
-    if cells.empty:
+    """Who reads whom, one less the other."""
+    first, second = (a.run, at.first), (b.run, at.second)
+    labels, legend = (a.name, b.name), f"in {b.name}"
+    if a is b:  # how it has changed since the other step
+        first, second = second, first
+        labels = tuple(f"step {words.step(step)}" for _, step in (first, second))
+        legend = f"than at {labels[0]}"
+    found = {
+        name: difference.cells(first[0], second[0], first[1], second[1], name)
+        for name in cells.PICTURES
+        if name in a.run and name in b.run
+    }
+    found = {name: frame for name, frame in found.items() if len(frame) and frame["difference"].notna().any()}
+    if not found:
         return
-    most = cells.loc[cells["difference"].abs().idxmax()]
-    title = f"The reads differ most where {most['read']} reads {most['from']}: {most['difference']:+.2f} in {b.name}"
-    draw.show(charts.weights(cells, b.name, title), key="difference weights", data=cells)
+    st.subheader("Do they read otherwise?", anchor=False)
+    picture = st.container()
+    name = pick.choice("matrix", "Matrix", {n: metric(n).title for n in found})
+    frame = found[name]
+    most, *others = difference.changes(frame, labels, 9)
+    left, right = picture.columns([9, 5], gap="medium")
+    with left:
+        title = (
+            f"{metric(name).title} differs most in {words.small(most) if most.startswith('The') else most}"
+        )
+        draw.show(charts.weights(frame, name, legend, title), key="difference weights", data=frame)
+        if _of_other_shape(a, b, name):
+            st.caption(
+                "The two have other reads or sources: the finer one’s are put together by relative depth."
+            )
+    with right:
+        st.markdown("**Further differences**")
+        st.markdown("\n".join(f"- {words.plain(other)}" for other in others))
+
+
+def _of_other_shape(a: room.Shown, b: room.Shown, name: str) -> bool:
+    return cells.columns(a.run, name) != cells.columns(b.run, name) or len(a.run.reads) != len(b.run.reads)
 
 
 def _named(shown: list[room.Shown], name: str) -> room.Shown:

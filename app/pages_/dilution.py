@@ -6,6 +6,7 @@ import streamlit as st
 from app import draw, findings, fits, frames, over_depth, pick, room, words
 from app.charts.growth import growth
 from app.charts.lines import lines as curves
+from app.derived import FINAL_SHARE, has
 from probes.vocabulary import metric
 
 HIDDEN, OUTPUT = "hidden_rms", "output_rms"
@@ -22,7 +23,10 @@ def body(shown: list[room.Shown]) -> None:
         ):
             with column:
                 over_depth.profiles(shown, name, step, scale, findings.growth)
+                if name == HIDDEN and step is not None:
+                    _doubling(shown, step)
     _growth(shown, step)
+    _composition(shown, step)
     names = [name for name in MEASURES if any(name in one.run for one in shown)]
     if names:
         st.subheader("How did it get there?", anchor=False)
@@ -30,7 +34,16 @@ def body(shown: list[room.Shown]) -> None:
         name = pick.choice("depth", "Measure", {name: metric(name).title for name in names})
         with heatmaps:
             over_depth.heatmaps(shown, name)
-    room.explain(MEASURES, fits.MEANING)
+    shared = [FINAL_SHARE, "mixing_share"] if any(has(one.run, FINAL_SHARE) for one in shown) else []
+    room.explain([*MEASURES, *shared], fits.MEANING)
+
+
+def _doubling(shown: list[room.Shown], step: int) -> None:
+    have = [one for one in shown if HIDDEN in one.run]
+    parts = [part for one in have if len(part := frames.profile(one.run, one.name, HIDDEN, step))]
+    told = findings.doubling(pd.concat(parts, ignore_index=True)) if parts else ""
+    if told:
+        st.caption(words.plain(told))
 
 
 def _growth(shown: list[room.Shown], step: int | None) -> None:
@@ -56,6 +69,35 @@ def _growth(shown: list[room.Shown], step: int | None) -> None:
             course, "exponent", "Growth exponent", room.colours(have), title, zero=True, height=300
         )
         draw.show(chart, key="growth course", data=course)
+
+
+def _composition(shown: list[room.Shown], step: int | None) -> None:
+    """What the final state is made of: each source's share at this step, the embedding's course, and all of it over
+    training."""
+    have = [one for one in shown if has(one.run, FINAL_SHARE)]
+    if not have or step is None:
+        return
+    st.subheader("What is the final state made of?", anchor=False)
+    left, right = st.columns(2, gap="medium", vertical_alignment="bottom")
+    with left:
+        over_depth.profiles(have, FINAL_SHARE, step, "linear", findings.composition)
+    with right:
+        parts = [frames.of_source(one.run, one.name, FINAL_SHARE, 0) for one in have]
+        course = pd.concat(parts, ignore_index=True)
+        told = words.joined(
+            f"{value:.1%} in {run}"
+            for run, value in course.groupby("run", sort=False)["value"].last().items()
+        )
+        chart = curves(
+            course,
+            "value",
+            "Share of the embedding",
+            room.colours(have),
+            f"The embedding’s share of the final state at the last step: {told}",
+            zero=True,
+        )
+        draw.show(chart, key="embedding share", data=course)
+    over_depth.heatmaps(have, FINAL_SHARE)
 
 
 room.enter(

@@ -4,29 +4,29 @@ import pandas as pd
 import streamlit as st
 
 from app import draw, findings, frames, over_depth, pick, room
+from app.charts import axes
 from app.charts.lines import lines
 from app.charts.profile import profile
 from probes.vocabulary import metric
 
 MEASURES = ("output_grad_rms", "param_grad_norm", "block_grad_rms", "hidden_grad_rms")
-INCOMPARABLE = ("block_grad_rms", "hidden_grad_rms")
 
 
 def body(shown: list[room.Shown]) -> None:
     names = [name for name in MEASURES if any(name in one.run for one in shown)] or [MEASURES[0]]
     picture, player = st.container(), st.container(key="player")
-    controls = st.container()
+    measures, scales = st.columns([3, 1], gap="medium")
     name = pick.choice(
         "gradient",
         "Measure",
-        {n: metric(n).title + (" (not comparable)" if n in INCOMPARABLE else "") for n in names},
-        where=controls,
+        {n: metric(n).title + (" (not comparable)" if n in axes.INCOMPARABLE else "") for n in names},
+        where=measures,
         help="Output gradients mean the same in every architecture; gradients of states do not.",
     )
-    scale = pick.choice("gradient_scale", "Scale", {"log": "Logarithmic", "linear": "Linear"}, where=controls)
+    scale = pick.choice("gradient_scale", "Scale", {"log": "Logarithmic", "linear": "Linear"}, where=scales)
     step = pick.step([one.run for one in shown], [name], where=player)
     with picture:
-        if name in INCOMPARABLE:
+        if name in axes.INCOMPARABLE:
             st.warning(
                 f"{metric(name).title} is not comparable between residual types: compare runs by the output "
                 "gradient, and read this one within a run.",

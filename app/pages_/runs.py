@@ -1,11 +1,9 @@
 """Runs: which runs are here, and how do they learn?"""
 
-import time
-
 import pandas as pd
 import streamlit as st
 
-from app import draw, findings, frames, opener, pick, room, view, words
+from app import draw, findings, frames, pick, room, settings, table
 from app.charts import axes
 from app.charts.lines import lines
 from probes.vocabulary import metric
@@ -16,9 +14,10 @@ NOT_THE_COMPUTE_ADVANTAGE = (
     "cannot show it."
 )
 ALONG = {"step": "Step", "tokens": "Tokens", "wall_time": "Wall time"}
-SMOOTH = {"1": "None", "10": "10 points", "50": "50 points", "200": "200 points"}
+SMOOTH = {"auto": "Automatic", "1": "None", "10": "10 points", "50": "50 points", "200": "200 points"}
 SMOOTHING = (
-    "A running mean; the band keeps the lowest and highest value of its window, so that a spike is not lost."
+    "A running mean, automatically of a fiftieth of the points; the band keeps the lowest and highest value of its "
+    "window, so that a spike is not lost."
 )
 SCALES = {"linear": "Linear", "y": "Log y", "x": "Log x", "xy": "Log both"}
 
@@ -36,21 +35,17 @@ def body(shown: list[room.Shown]) -> None:
         window = pick.one("smooth", "Smoothing", SMOOTH, where=smooth, help=SMOOTHING)
         axis = pick.choice("curve_scale", "Axes", SCALES, where=scale)
         with picture:
-            _curves(shown, name, x, int(window), axis)
+            _curves(shown, name, x, None if window == "auto" else int(window), axis)
     elif shown:
         picture.info("Nothing was logged yet: `recorder.log(loss=loss)` draws the loss here.")
     if len({one.attnres for one in shown}) == 2:
         st.info(NOT_THE_COMPUTE_ADVANTAGE, icon=":material/info:")
-    st.subheader("All runs here", anchor=False)
-    st.dataframe(_table(), hide_index=True, width="stretch")
-    differing = _differing(shown)
-    if len(differing):
-        st.subheader("Where the chosen runs differ", anchor=False)
-        st.dataframe(differing, width="stretch")
+    table.show(shown)
+    _settings(shown)
     room.explain(names or ["loss"])
 
 
-def _curves(shown: list[room.Shown], name: str, x: str, window: int, axis: str) -> None:
+def _curves(shown: list[room.Shown], name: str, x: str, window: int | None, axis: str) -> None:
     have = room.recorded(shown, name)
     if x != "step":
         have = room.recorded(have, x)
@@ -58,7 +53,9 @@ def _curves(shown: list[room.Shown], name: str, x: str, window: int, axis: str) 
     if not parts:
         return
     frame = pd.concat(parts, ignore_index=True)
-    title = findings.losses(frame, name)
+    # The title tells of what was recorded, not of averages on the way to the screen.
+    recorded = [frames.scalar(one.run, one.name, name, x, most=len(one.run.steps(name))) for one in have]
+    title = findings.losses(pd.concat(recorded, ignore_index=True), name)
     y_scale, x_scale = ("log" if side in axis else "linear" for side in ("y", "x"))
     chart = lines(
         frame,
@@ -75,45 +72,22 @@ def _curves(shown: list[room.Shown], name: str, x: str, window: int, axis: str) 
     st.caption("Ctrl and the mouse wheel zoom, dragging moves, a double click shows all again.")
 
 
-def _table() -> pd.DataFrame:
-    """One row a run, newest first."""
-    rows = []
-    kept, _ = pick.matching([entry.name for entry in room.entries()], view.current().search)
-    for entry in reversed(room.entries()):
-        if entry.problem or entry.name not in kept:
-            continue
-        run = opener.opened(entry)
-        loss = frames.series(run, "loss")[1]
-        config = run.config
-        rows.append(
-            {
-                "Run": entry.name,
-                "Status": run.status,
-                "Residual": str(config.get("residual", "–")),
-                "Layers": len(run.layers),
-                "Width": str(config.get("width", "–")),
-                "Last step": words.step(run.last_step) if run.last_step >= 0 else "–",
-                "Loss (last logged)": words.number(float(loss[-1])) if len(loss) else "–",
-                "Started": f"{run.created:%Y-%m-%d %H:%M} UTC",
-                "Age": words.age(time.time() - run.created.timestamp()),
-                "Size": words.size(run.size),
-                "Tags": ", ".join(run.tags),
-            }
-        )
-    table = pd.DataFrame(rows)
-    if table.empty:
-        return table
-    return table if table["Tags"].any() else table.drop(columns="Tags")
-
-
-def _differing(shown: list[room.Shown]) -> pd.DataFrame:
-    """Configuration entries that are not the same in every chosen run: one row each, one column a run."""
-    if len(shown) < 2:
-        return pd.DataFrame()
-    keys = dict.fromkeys(key for one in shown for key in one.run.config)
-    table = {key: [str(one.run.config.get(key, "–")) for one in shown] for key in keys}
-    table = {key: values for key, values in table.items() if len(set(values)) > 1}
-    return pd.DataFrame.from_dict(table, orient="index", columns=[one.name for one in shown])
+def _settings(shown: list[room.Shown]) -> None:
+    """The configuration of the chosen runs: where they differ, or all of it."""
+    if not shown:
+        return
+    st.subheader("Configuration of the chosen runs", anchor=False)
+    which = "all"
+    if len(shown) > 1:
+        which = pick.choice("settings", "Entries", {"differing": "Where they differ", "all": "All"})
+    rows = settings.together([one.run.config for one in shown], which == "differing")
+    if rows:
+        entries = pd.DataFrame.from_dict(rows, orient="index", columns=[one.name for one in shown])
+        st.dataframe(entries.rename_axis("Entry"), width="stretch")
+    elif len(shown) == 1:
+        st.caption("None was recorded: `probes.record(…, config={…})` keeps it.")
+    else:
+        st.caption("They do not differ in any entry.")
 
 
 room.enter(

@@ -1,12 +1,6 @@
 """The pages in a real browser: no error, quick, nothing fetched from elsewhere, and a run that grows."""
 
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -17,38 +11,8 @@ from tests.app import made
 PAGES = ["", "dilution", "gradients", "depth_attention", "compare"]
 CHART = ".depthscope-chart :is(canvas, svg)"
 PLAYER = ".depthscope-player input"
-ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def serve(tmp_path_factory):
-    """serve(folder) starts the real command on a free port and returns its address."""
-    started = []
-
-    def start(folder: Path) -> str:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "app.cli", "dash", str(folder), "--port", str(port), "--no-browser"]
-        log = tmp_path_factory.mktemp("server") / "log"
-        with log.open("wb") as out:
-            started.append(subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT))
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{address}/_stcore/health", timeout=1)
-                return address
-            except (urllib.error.URLError, OSError):
-                assert started[-1].poll() is None, log.read_text()
-                time.sleep(0.1)
-        raise AssertionError(log.read_text())
-
-    yield start
-    for server in started:
-        server.terminate()
-        server.wait(20)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +35,11 @@ def test_a_link_and_the_slider_meet_in_the_url(static, watched):
     watched.locator(PLAYER).press("ArrowLeft")
     watched.wait_for_selector("text=/at step 90/")
     watched.wait_for_url("**/dilution?*step=90*")
-    watched.get_by_role("link", name="Gradients").click()
+    link = watched.get_by_role("link", name="Gradients")
+    watched.wait_for_function("a => a.href.includes('step=90')", arg=link.element_handle())
+    link.click()
+    # At once, and not only when the page has been made.
+    assert "step=90" in watched.url and "runs=full" in watched.url
     watched.wait_for_selector("text=/at step 90/")
     watched.wait_for_url("**/gradients?*step=90*")
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from app import draw, findings, frames
+from app import cells, draw, findings, frames
 from app.charts import axes, palette
 from app.charts.lines import lines
 from app.charts.profile import profile
@@ -92,8 +92,8 @@ def test_a_logarithmic_scale_leaves_zeros_out(depth):
 
 
 def test_triangle_leaves_missing_cells_blank(folder):
-    cells = frames.cells(open_run(folder / "full"), 200)
-    spec = triangle(cells, "depth_weight", "t", (0, 1)).to_dict()
+    frame = cells.cells(open_run(folder / "full"), 200)
+    spec = triangle(frame, "depth_weight", "t", (0, 1)).to_dict()
     data = spec["datasets"][spec["layer"][0]["data"]["name"]]
     assert len(data) == 13 * 14 // 2
     encoding = spec["layer"][0]["encoding"]

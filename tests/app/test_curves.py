@@ -5,6 +5,7 @@ import pytest
 
 from app import frames, pick, words
 from app.charts.lines import lines
+from app.opener import Entry
 from probes import open_run
 from probes.manifest import Manifest
 from probes.writer import RunWriter
@@ -39,6 +40,16 @@ def test_a_smoothed_spike_stays_in_the_band(run):
     assert len(chart["layer"]) == 3
 
 
+def test_automatic_smoothing_leaves_few_points_alone(run, tmp_path):
+    assert (frames.scalar(run, "run", "loss", window=None)["value"] == run["loss"]).all()
+    writer = RunWriter(tmp_path / "long", Manifest(made.layout("prenorm", 1), 0.0, 1, 1))
+    rows = [("loss", step, np.float32(step % 2)) for step in range(200)]
+    writer.put(lambda: rows, 200)
+    writer.close("finished")
+    frame = frames.scalar(open_run(tmp_path / "long"), "run", "loss", window=None)
+    assert frame["value"].iloc[-1] == 0.5 and frame["low"].iloc[-1] == 0 and frame["high"].iloc[-1] == 1
+
+
 @pytest.mark.parametrize("x", ["step", "tokens"])
 def test_logarithmic_axes_leave_zeros_out(run, x):
     frame = frames.scalar(run, "run", "loss", x)
@@ -56,8 +67,12 @@ def test_the_page_draws_what_the_link_says(folder):
 
 
 def test_runs_are_found_by_a_regular_expression(folder):
-    assert pick.matching(["full", "block", "Full-2"], "^full") == (["full", "Full-2"], "")
-    assert pick.matching(["full"], "(")[0] == ["full"]
+    made_up = (("full", ()), ("b", ("Sweep 2",)), ("Full-2", ()))
+    entries = [Entry(name, folder, tags=tags) for name, tags in made_up]
+    assert pick.matching(entries, "^full") == (["full", "Full-2"], "")
+    assert pick.matching(entries, "sweep") == (["b"], "")
+    assert pick.matching(entries[:1], "(")[0] == ["full"]
+    assert not opened(folder).text_input  # three runs are found without a search
     at = opened(folder, runs=["full"], search="^b")
     assert at.multiselect(key="pick runs").options == ["full", "block"]
     assert at.dataframe[0].value["Run"].tolist() == ["block"]

@@ -10,29 +10,6 @@ from probes.writer import RunWriter
 from tests.app import made
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    """Two transformer blocks of Full AttnRes; every number is chosen by hand."""
-    shape = made.layout("full", 2)
-    writer = RunWriter(tmp_path / "tiny", Manifest(shape, 0.0, 10, 20))
-    weight = np.tril(np.ones((5, 5)))
-    weight /= weight.sum(axis=1, keepdims=True)
-    later = weight.copy()
-    later[3] = [0.1, 0.6, 0.1, 0.2, 0]
-    rows = [
-        ("hidden_rms", 0, np.array([1, 2, 3, 4, 5])),
-        ("hidden_rms", 10, np.array([1, 2, 4, 8, np.inf])),
-        ("output_grad_rms", 0, np.array([100, 1, 2, 3, 4])),
-        ("depth_weight", 0, shape.pack(weight)),
-        ("depth_weight", 20, shape.pack(later)),
-        ("contribution_rms", 20, shape.pack(2 * later)),
-        *(("loss", step, np.float32(10 - step)) for step in range(5)),
-    ]
-    writer.put(lambda: rows, 20)
-    writer.close("finished")
-    return open_run(tmp_path / "tiny")
-
-
 def test_profile_takes_the_nearest_step_not_after_the_asked_one(tiny):
     frame = frames.profile(tiny, "tiny", "hidden_rms", 9)
     assert frame["step"].unique().tolist() == [0]
@@ -72,27 +49,6 @@ def test_grid_covers_every_step_and_place(tiny):
     assert len(grid) == 10
     assert grid[["step", "until"]].drop_duplicates().to_numpy().tolist() == [[0, 10], [10, 20]]
     assert grid[(grid["step"] == 10) & (grid["depth"] == 4)]["value"].item() == 8
-
-
-def test_cells_are_exactly_those_that_exist(tiny):
-    cells = frames.cells(tiny, 25)
-    assert len(cells) == 15
-    assert cells["step"].unique().tolist() == [20]
-    row = cells[(cells["read"] == "layer 4 (MLP)") & (cells["from"] == "layer 1 (attention)")].iloc[0]
-    assert row["depth_weight"] == pytest.approx(0.6)
-    assert row["contribution_rms"] == pytest.approx(1.2)
-    assert cells.groupby("row", observed=True)["depth_weight"].sum().tolist() == pytest.approx([1] * 5)
-    assert cells.loc[cells["newest"], "source"].tolist() == [0, 1, 2, 3, 4]
-
-
-def test_attention_and_mlp_reads_are_separable(tiny):
-    cells = frames.cells(tiny, 20, "mlp")
-    assert list(dict.fromkeys(cells["read"])) == ["layer 2 (MLP)", "layer 4 (MLP)", "final read"]
-    assert cells["row"].max() == 2
-
-
-def test_a_metric_of_another_step_is_blank(tiny):
-    assert frames.cells(tiny, 0)["contribution_rms"].isna().all()
 
 
 def test_long_lines_are_thinned_with_their_extremes_kept(tmp_path):

@@ -1,11 +1,18 @@
 """Charts for a notebook: valid, titled, with the recorded numbers, of one run or several."""
 
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import altair as alt
 import pytest
 
 import app
-from app import draw
+from app import cells, draw
 from probes import open_run
+
+ROOT = Path(app.__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("name", ["loss", "dilution", "gradients", "over_training", "depth_attention"])
@@ -13,6 +20,31 @@ def test_every_chart_of_a_run_is_valid(folder, name):
     chart = getattr(app.plot(open_run(folder / "full")), name)()
     assert isinstance(chart, alt.TopLevelMixin)
     assert "full" in chart.to_dict()["title"]["text"]
+
+
+def test_a_run_draws_itself(folder):
+    chart = open_run(folder / "full").plot.dilution(step=100)
+    assert "full" in chart.to_dict()["title"]["text"]
+
+
+def test_reading_a_run_imports_no_chart_library(folder):
+    code = (
+        "import sys, probes\n"
+        f"run = probes.open_run({str(folder / 'full')!r})\n"
+        "assert not {'altair', 'pandas', 'app'} & set(sys.modules)\n"
+        "run.plot.dilution()\n"
+        "assert 'altair' in sys.modules and 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_somebody_elses_app_is_named(folder, monkeypatch):
+    other = ModuleType("app")
+    other.__file__ = "/home/me/app.py"
+    monkeypatch.setitem(sys.modules, "app", other)
+    with pytest.raises(ImportError, match=r"/home/me/app\.py is not depthscope's app"):
+        open_run(folder / "full").plot  # noqa: B018
 
 
 def test_several_runs_share_a_chart(folder):
@@ -41,9 +73,7 @@ def test_pictures(folder, kind, magic):
 def test_numbers_come_back_from_parquet(folder, tmp_path):
     import pandas as pd
 
-    from app import frames
-
-    cells = frames.cells(open_run(folder / "full"), 200)
-    (tmp_path / "cells.parquet").write_bytes(draw.numbers(cells, "parquet"))
+    frame = cells.cells(open_run(folder / "full"), 200)
+    (tmp_path / "cells.parquet").write_bytes(draw.numbers(frame, "parquet"))
     read = pd.read_parquet(tmp_path / "cells.parquet")
-    assert read["depth_weight"].tolist() == cells["depth_weight"].tolist() and list(read) == list(cells)
+    assert read["depth_weight"].tolist() == frame["depth_weight"].tolist() and list(read) == list(frame)

@@ -115,7 +115,7 @@ def test_missing_metrics_are_named(folders):
 
 
 def test_a_stopped_run_says_why(folders):
-    assert "stopped: KeyboardInterrupt" in said(opened(folders["few steps"]))
+    assert "Stopped: KeyboardInterrupt" in said(opened(folders["few steps"]))
 
 
 def test_a_plain_residual_has_nothing_to_read(folders):
@@ -143,7 +143,7 @@ def test_dilution_shows_the_recorded_numbers(folder):
 def test_depth_attention_shows_the_recorded_weights_of_two_runs(folder):
     at = opened(folder, "pages_/depth_attention.py", step="50")
     charts = plotted(at)
-    assert len(charts) == 7  # two triangles, four measures over training, the entropy
+    assert len(charts) == 9  # two triangles, their readers, four measures over training, the entropy
     for (spec, (frame, _)), name in zip(charts[:2], ("full", "block"), strict=True):
         run = open_run(folder / name)
         row = run.steps("depth_weight").tolist().index(40)

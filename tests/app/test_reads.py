@@ -57,7 +57,7 @@ def test_a_read_in_focus_is_shown_as_bars_over_training_and_with_the_other_reade
     )
     assert not at.exception and "Layer 8 (MLP) of full" in said(at)
     charts = plotted(at)
-    assert len(charts) == 9  # the triangle, three of the read, four over training, the entropy
+    assert len(charts) == 10  # the triangle, three of the read, the readers, four over training, the entropy
     run = open_run(folder / "full")
     weight = run["depth_weight"][run.steps("depth_weight").tolist().index(100)]
     bars = next(rows[0] for spec, rows in charts if "chosen" in rows[0] and len(rows[0]) == 8)

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from app import frames, vega
+from app import cells, frames, vega
 from app.browser import arrow, spec
 from app.charts.lines import lines
 from app.charts.profile import profile
@@ -29,7 +29,7 @@ def drawn(path, name: str):
         return profile(frames.profile(run, "a", "hidden_rms", last), "hidden_rms", COLOURS, "t", "log")
     if name == "heatmap":
         return over_training(frames.over_training(run, "hidden_rms"), "hidden_rms", "t", (0.1, 3.0 + last))
-    return triangle(frames.cells(run, last), "depth_weight", "t", (0, 0.5 + last / 1e4))
+    return triangle(cells.cells(run, last), "depth_weight", "t", (0, 0.5 + last / 1e4))
 
 
 @pytest.mark.parametrize("name", ["lines", "profile", "logarithmic", "heatmap", "triangle"])
@@ -43,7 +43,7 @@ def test_a_growing_run_keeps_its_specification(tmp_path, name):
 
 
 def test_domains_and_tables_travel_apart(folder):
-    chart = triangle(frames.cells(open_run(folder / "full"), 200), "depth_weight", "t", (0, 0.7))
+    chart = triangle(cells.cells(open_run(folder / "full"), 200), "depth_weight", "t", (0, 0.7))
     told, signals, tables = spec.separate(chart)
     colour = json.loads(told)["layer"][0]["encoding"]["color"]["scale"]
     assert [signals[end["expr"]] for end in colour["domain"]] == [0, 0.7]

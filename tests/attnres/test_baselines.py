@@ -5,6 +5,7 @@ import torch
 
 from attnres import Decoder
 from attnres.baselines import DeepNorm
+from attnres.decoder import parameter_groups
 from attnres.definition import rescaled
 from tests.attnres.models import (
     RESIDUALS,
@@ -87,7 +88,7 @@ def test_the_first_layer_of_the_rescaled_residual_halves_the_sum():
 @pytest.mark.parametrize("kind", ["postnorm", "deepnorm", "rescaled"])
 def test_a_baseline_learns(kind):
     model, inputs = seeded_decoder(**RESIDUALS[kind]), tokens()
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-2)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
     losses = []
     for _ in range(20):
         loss = loss_of(model(inputs), inputs)

@@ -10,7 +10,7 @@ from torch import nn
 
 import attnres
 from attnres import Decoder, DecoderConfig
-from attnres.decoder import initialise
+from attnres.decoder import initialise, parameter_groups
 from attnres.layers import Attention, Rotary
 from tests.attnres.models import RESIDUALS, lively_decoder, loss_of, seeded_decoder, small_config, tokens
 
@@ -112,7 +112,7 @@ def test_queries_survive_a_generic_init(kind):
 
 def test_parameter_groups_hold_every_parameter_once_and_decay_matrices_only():
     model = seeded_decoder(residual="full")
-    decayed, spared = model.parameter_groups(0.1)
+    decayed, spared = parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed_names, spared_names = ([names.pop(id(p)) for p in group["params"]] for group in (decayed, spared))
@@ -125,7 +125,7 @@ def test_parameter_groups_hold_every_parameter_once_and_decay_matrices_only():
 def test_weight_decay_leaves_queries_alone():
     model, inputs = lively_decoder(residual="full"), tokens()
     before = [read.query.clone() for read in model.residual.reads]
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.5), lr=0.1)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.5), lr=0.1)
     (0 * loss_of(model(inputs), inputs)).backward()
     optimizer.step()
     assert all(torch.equal(read.query, old) for read, old in zip(model.residual.reads, before, strict=True))

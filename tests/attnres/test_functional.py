@@ -89,7 +89,7 @@ def test_bfloat16_sources_have_logits_of_float32(any_norm):
 @pytest.mark.parametrize(
     ("sources", "proj", "says"),
     [
-        ([], nn.Linear(4, 1, bias=False), "blocks must hold"),
+        ([], nn.Linear(4, 1, bias=False), "sources must hold"),
         ([torch.ones(1, 2, 4), torch.ones(1, 3, 4)], nn.Linear(4, 1, bias=False), "one shape"),
         ([torch.ones(1, 2, 4)], nn.Linear(5, 1, bias=False), r"proj must be Linear\(4, 1"),
         ([torch.ones(1, 2, 4)], nn.Linear(4, 2, bias=False), "proj must be"),

@@ -110,7 +110,10 @@ def stack(*kinds):
 REFUSED = [
     ((PostNormBlock, PostNormBlock), r"blocks\.0\.first reads the state without a norm before it.*post-norm"),
     ((Block, ParallelBlock), r"blocks\.1\.norm2 reads the same state as the norm before it.*parallel block"),
-    ((Block, OneNormBlock), r"blocks\.1\.first and blocks\.1\.second read one norm.*parallel block"),
+    (
+        (Block, OneNormBlock),
+        r"blocks\.1\.first and blocks\.1\.second run side by side, as in a parallel block",
+    ),
     ((Block, ScaledBlock), r"^blocks\.1\.second does not receive the embedding plus the sum"),
     ((Block, PeekingBlock, Block), r"through blocks\.1\.second|^blocks\.2\.first does not receive"),
     ((Block, NormAtTheEndBlock), r"^the final state does not receive the embedding plus the sum"),

@@ -220,7 +220,7 @@ class Foreign(nn.Module):
         self.ln_f, self.head = nn.RMSNorm(width), nn.Linear(width, 19, bias=False)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None):
-        B, T = idx.shape
+        _, T = idx.shape
         x = self.wte(idx) + self.wpe(torch.arange(T, device=idx.device))
         done, partial = [x], None
         if "embedding twice" in self.quirks:

@@ -169,7 +169,7 @@ def test_a_shard_comes_back_as_it_was(tmp_path_factory, content, metadata):
     size = write_shard(path, content, metadata)
     assert path.stat().st_size == size
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file left
-    read = read_shard(path)
+    read = read_shard(path).tensors
     assert set(read) == set(content)
     for name, value in content.items():
         assert read[name].dtype == value.dtype
@@ -181,7 +181,7 @@ def test_a_shard_is_never_rewritten(tmp_path):
     write_shard(path, {"a": np.zeros(1, np.float32)}, {})
     with pytest.raises(FileExistsError):
         write_shard(path, {"a": np.ones(1, np.float32)}, {})
-    assert read_shard(path)["a"] == 0
+    assert read_shard(path).tensors["a"] == 0
 
 
 @quick

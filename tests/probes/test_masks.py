@@ -10,10 +10,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import probes
 from probes.masks import fitting
+from probes.mixing import MIXING_METRICS
 from probes.statistics import DepthSums, Moments, add_moments, add_nonfinite, token_mean_square
 from tests.probes import zoo
 from tests.probes.models import batches, decoder, loss_of, sgd
-from tests.probes.test_checkpointing import WAYS, Stack, assert_same
+from tests.probes.test_checkpointing import UNLIKE, WAYS, Stack, assert_same
 
 CPU = torch.device("cpu")
 
@@ -200,7 +201,8 @@ def test_depth_weights_of_padded_batches(tmp_path):
                     model(row[None, :length]).square().sum().backward()
             recorder.step()
         numbers[way] = probes.open_run(tmp_path / way)
-    assert_same(numbers["padded"], numbers["single"], 1e-4)
+    # The mixing is that of a sample of the last micro-batch.
+    assert_same(numbers["padded"], numbers["single"], 1e-4, UNLIKE | set(MIXING_METRICS))
 
 
 def test_a_mask_of_other_tokens_than_the_stack_has_is_said(tmp_path, caplog):

@@ -20,14 +20,14 @@ def test_a_growing_run(tmp_path, hasty):
         run = probes.open_run(tmp_path / "run")
         assert (run.status, run.metrics, run.last_step) == ("running", [], -1)
         train(model, optimizer, 3)
-        wait_for(lambda: run.refresh() and run.last_step == 1)
+        wait_for(lambda: (run.refresh(), run.last_step == 1)[1])
         recorder.log(val_loss=2.0)  # still belongs to step 2, so step 2 must not have been sealed
         time.sleep(0.5)
         run.refresh()
         assert run.last_step == 1
         assert not run.refresh()
         train(model, optimizer, 1, start=3)
-        wait_for(lambda: run.refresh() and run.last_step == 2)
+        wait_for(lambda: (run.refresh(), run.last_step == 2)[1])
         assert run.steps("val_loss").tolist() == [2]
         before = run["hidden_rms"]
     assert run.refresh()
@@ -44,7 +44,7 @@ def test_a_recorded_step_is_sealed_without_waiting_for_the_next(tmp_path, hasty)
     with probes.record(model, tmp_path / "run", optimizer=optimizer, every=1000, matrices_every=1000):
         train(model, optimizer, 2)
         run = probes.open_run(tmp_path / "run")
-        wait_for(lambda: run.refresh() and run.last_step == 0)
+        wait_for(lambda: (run.refresh(), run.last_step == 0)[1])  # it may have been there when opened
 
 
 # log and now

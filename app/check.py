@@ -1,0 +1,40 @@
+"""`depthscope check RUN…`: is every byte of a run as it was written? `--repair` puts damaged shards aside."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--repair", "mend", is_flag=True, help="Move damaged shards into a quarantine inside the run.")
+def check(folders: tuple[Path, ...], mend: bool) -> None:
+    """Verify every byte of the runs at or below FOLDERS, and explain what is wrong.
+
+    The exit code is 1 when anything is wrong and not repaired. A repair moves shards that cannot be trusted, which no
+    reader uses, and touches nothing else.
+    """
+    from probes import checking
+    from probes.run import find_runs
+
+    wrong = False
+    for folder in folders:
+        paths = find_runs(folder)
+        if not paths:
+            raise click.ClickException(f"There is no run at or below {folder}: give a run's folder.")
+        for path in paths:
+            found = checking.check(path)
+            click.echo(found)
+            if found.defects and mend:
+                try:
+                    for sentence in checking.repair(found):
+                        click.echo(f"  {sentence}")
+                except OSError as error:
+                    raise click.ClickException(
+                        f"{path} cannot be repaired: {error.strerror or error}."
+                    ) from error
+                found = checking.check(path)
+                click.echo(found)
+            wrong |= bool(found.defects)
+    if wrong:
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,230 @@
+"""Attempts: a run is recorded in one or several, each begun at a step of its own, each in a folder of its own.
+
+The first attempt's folder is the run's. Where a later attempt began, the rows of earlier ones end: those steps were
+trained again.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from probes import manifest as files
+from probes.careful import is_folder, printable
+from probes.layout import Layout
+from probes.life import Life
+from probes.manifest import Manifest
+from probes.shard import SUFFIX, Shard, ShardError, UnreadableShard, read_shard, shard_steps
+from probes.vocabulary import METRICS, MOST_STEP, TRIANGLES, metric
+
+QUARANTINE = "quarantine"
+
+_STEP = ".step"
+_FOLDER = re.compile(r"attempt-([0-9]{5})")
+_LONGEST = 200  # characters of a metric's name
+
+Part = tuple[np.ndarray, np.ndarray]  # steps int64 [n], values [n, ...]
+
+
+class Attempt:
+    """One recording of a run, from `step` on: its state, and the rows it sealed, those hidden by later ones too.
+
+    `number` counts from 0. `hidden_from` is the step at which a later attempt began, None if none did.
+    """
+
+    def __init__(self, run: Path, number: int, manifest: Manifest):
+        self.number, self.manifest = number, manifest
+        self.folder = attempt_folder(run, number)
+        self.step = manifest.step
+        self.hidden_from: int | None = None
+        self.size = 0  # bytes on the disk
+        self.held = 0  # and in memory
+        self.parts: dict[str, list[Part]] = {}
+        self.sealed: dict[str, tuple[int | None, int, int]] = {}  # sound shards: number, first and last step
+        self.broken: dict[str, tuple[int, int, str]] = {}  # first and last step, and what is wrong
+        self.unreadable: set[str] = set()  # those of them that may be sound
+        self.quarantined: dict[str, tuple[int, int]] = {}
+        self.told: dict = {}  # what it said last
+        self.ended: tuple[str, str] = ("running", "")  # and how it was, when the shards were listed
+        self._life = Life(self.folder, manifest.created)
+        self._run = run
+        self._last: tuple[object, int] = None, -1
+
+    def __repr__(self) -> str:
+        hidden = "" if self.hidden_from is None else f", hidden from step {self.hidden_from}"
+        return f"<Attempt {self.number} from step {self.step}: {self.status}{hidden}>"
+
+    @property
+    def created(self) -> datetime:
+        return datetime.fromtimestamp(self.manifest.created, UTC)
+
+    @property
+    def status(self) -> str:
+        """ "running", "finished" or "stopped"; `status_reason` says why or since when."""
+        return self._life.state()[0]
+
+    @property
+    def status_reason(self) -> str:
+        return self._life.state()[1]
+
+    @property
+    def last_seen(self) -> datetime:
+        return self._life.seen
+
+    @property
+    def received(self) -> int:
+        """The last step the writer says it has received, sealed or not; -1 before the first."""
+        step = self.told.get("step")
+        return step if type(step) is int and 0 <= step <= MOST_STEP else -1
+
+    @property
+    def last_step(self) -> int:
+        """The last visible step, -1 if there is none."""
+        if self.hidden_from is None:
+            return max((last for _, _, last in self.sealed.values()), default=-1)
+        known = self.hidden_from, len(self.sealed)
+        if self._last[0] != known:
+            visible = [steps[-1] for name in list(self.parts) for steps, _ in self.visible(name)]
+            self._last = known, int(max(visible, default=-1))
+        return self._last[1]
+
+    def visible(self, name: str) -> Iterator[Part]:
+        """The rows of a metric that no later attempt hides."""
+        for steps, values in self.parts.get(name, ()):
+            shown = len(steps) if self.hidden_from is None else np.searchsorted(steps, self.hidden_from)
+            if shown:
+                yield steps[:shown], values[:shown]
+
+    def refresh(self, layout: Layout, room: int | None) -> bool:
+        """Read the shards sealed since the last look, as far as there is `room` [bytes] in memory for their rows.
+
+        With `room` None they are checked, and nothing is kept.
+        """
+        # What it says first, and then what is there: in the other order a shard sealed between would be missed.
+        self.ended, self.told = self._life.state(), self._life.told()
+        folder, new = self.folder / files.RANK_FOLDER, False
+        for name in shard_names(folder):
+            if name in self.sealed or (name in self.broken and name not in self.unreadable):
+                continue
+            try:
+                shard = read_shard(folder / name)
+                rows = self._rows(name, shard, layout)
+                held = sum(steps.nbytes + _unpacked(each, v, layout) for each, (steps, v) in rows.items())
+                if room is not None and held > room:
+                    raise UnreadableShard("is left out, for the run would not fit into this machine's memory")
+            except FileNotFoundError:
+                continue
+            except ShardError as error:
+                new |= name not in self.broken
+                self.broken[name] = *shard_steps(name), str(error)
+                if isinstance(error, UnreadableShard):
+                    self.unreadable.add(name)  # it may be read the next time
+                continue
+            self.broken.pop(name, None)
+            number = shard.metadata.get("shard", "")
+            self.sealed[name] = (
+                int(number) if re.fullmatch("[0-9]{1,9}", number) else None,
+                *shard_steps(name),
+            )
+            self.size += shard.size
+            if room is not None:
+                room -= held
+                self.held += held
+                for each, part in rows.items():
+                    self.parts.setdefault(each, []).append(part)
+            new = True
+        kept = quarantine_folder(self._run, self.number)
+        self.quarantined = {name: shard_steps(name) for name in shard_names(kept)}
+        return new
+
+    def _rows(self, name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
+        place = {"rank": 0, "attempt": self.number}
+        for what, number in place.items():
+            if shard.metadata.get(what, str(number)) != str(number):
+                raise ShardError(f"is of {what} {printable(shard.metadata[what], 20)}, and was put here")
+        return rows_of(name, shard, layout)
+
+
+def hide(attempts: list[Attempt]) -> None:
+    """Let the rows of each attempt, given in order, end where a later one began."""
+    limit = None
+    for attempt in reversed(attempts):
+        attempt.hidden_from = limit
+        limit = attempt.step if limit is None else min(limit, attempt.step)
+
+
+def attempt_folder(run: Path, number: int) -> Path:
+    return run / f"attempt-{number:05d}" if number else run
+
+
+def quarantine_folder(run: Path, number: int) -> Path:
+    """Where broken shards of an attempt are put aside."""
+    below = run / QUARANTINE
+    return (attempt_folder(below, number) if number else below) / files.RANK_FOLDER
+
+
+def claimed(run: Path) -> list[int]:
+    """Numbers of the attempts after the first that somebody has begun, or was about to."""
+    try:
+        names = [entry.name for entry in os.scandir(run)]
+    except OSError:
+        return []
+    found = [_FOLDER.fullmatch(name) for name in names]
+    return sorted(int(match[1]) for match in found if match is not None and int(match[1]))
+
+
+def shard_names(folder: Path) -> list[str]:
+    """Names of the shards in a folder, in order; none where there is no such folder."""
+    if not is_folder(folder):
+        return []
+    try:
+        names = [entry.name for entry in os.scandir(folder) if entry.name.endswith(SUFFIX)]
+    except OSError:
+        return []
+    return sorted(name for name in names if shard_steps(name) is not None)
+
+
+def rows_of(name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
+    """The rows in a shard of this name, by metric. Raises ShardError when one does not fit the name or the layout."""
+    rows, steps_seen = {}, []
+    for each, values in shard.tensors.items():
+        if each.endswith(_STEP):
+            continue
+        if len(each) > _LONGEST or not each.isprintable():
+            raise ShardError("holds a metric with a name that nobody can read")
+        if each not in METRICS and values.ndim != 1:
+            continue  # of a later depthscope
+        steps = shard.tensors.get(each + _STEP)
+        if steps is None or steps.dtype != np.int64 or steps.shape != values.shape[:1]:
+            raise ShardError(f"has no steps for {each!r}")
+        if values.dtype.kind != "f" or values.shape[1:] != row_shape(each, layout):
+            raise ShardError(f"holds {each} in shape {list(values.shape)}, which does not fit run.json")
+        if (steps[1:] < steps[:-1]).any():
+            order = np.argsort(steps, kind="stable")
+            steps, values = steps[order], values[order]
+        rows[each] = steps, values
+        steps_seen.append(steps)
+    first, last = shard_steps(name)
+    there = np.concatenate(steps_seen) if steps_seen else np.empty(0, np.int64)
+    if len(there) and (there.min() != first or there.max() != last or last > MOST_STEP):
+        raise ShardError(f"holds steps {there.min()} to {there.max()}, which are not those of its name")
+    return rows
+
+
+def row_shape(name: str, layout: Layout) -> tuple[int, ...]:
+    """Stored shape of one recorded step of a metric: triangles packed to one axis."""
+    axes = metric(name).axes
+    if axes in TRIANGLES:
+        return (layout.cells(axes),)
+    return tuple(layout.length(axis) for axis in axes)
+
+
+def _unpacked(name: str, values: np.ndarray, layout: Layout) -> int:
+    """Bytes of the rows of a metric as the reader gives them."""
+    axes = metric(name).axes
+    count = math.prod(map(layout.length, axes)) if axes in TRIANGLES else 1
+    return 4 * max(values.size, len(values) * count)

@@ -1,0 +1,45 @@
+"""Read what a stranger may have made: regular files of bounded size, or a refusal. Never waits, follows no link."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of `path`, at most `most` bytes.
+
+    Raises FileNotFoundError when it is gone, ValueError for a link, a pipe, a device, a folder or a file too large,
+    OSError when it cannot be read.
+    """
+    # A pipe would keep us waiting for its writer, a device for ever.
+    careful = os.O_NONBLOCK | os.O_NOFOLLOW if os.name == "posix" else os.O_BINARY
+    try:
+        descriptor = os.open(path, os.O_RDONLY | careful)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK):
+            raise ValueError("is a link to somewhere else") from None
+        raise
+    with open(descriptor, "rb") as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("is not a regular file")
+        if about.st_size > most:
+            raise ValueError(f"is larger than the {most >> 20} MiB that belong there")
+        return file.read(about.st_size)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a folder itself, not a link to one."""
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def printable(text: object, most: int = 300) -> str:
+    """Somebody's text on one line, at most `most` characters, without what a terminal would obey."""
+    return "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}"
+        for character in str(text)[:most]
+    )

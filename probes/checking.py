@@ -1,0 +1,142 @@
+"""Check a run: every byte of it, each defect in a sentence; and put damaged shards aside."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from probes import manifest as files
+from probes.attempts import Attempt, attempt_folder, claimed, hide, quarantine_folder
+from probes.careful import is_folder, read_bytes
+from probes.gaps import gaps_of, vanished
+from probes.jsonfile import MOST_BYTES, intact, parse_json
+from probes.layout import difference
+from probes.manifest import Manifest, RunError
+
+
+@dataclass(frozen=True)
+class Defect:
+    """What is wrong with one file of a run, in a sentence. `damaged`: it is a shard that can be put aside."""
+
+    path: Path
+    sentence: str
+    damaged: bool = False
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+@dataclass
+class Checked:
+    """What was found: `defects`, and `notes` on what is missing without any file being wrong."""
+
+    path: Path
+    defects: list[Defect] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if self.defects:
+            said = [f"{self.path}: {_count(len(self.defects), 'defect')}."]
+            said += [f"  {defect}" for defect in self.defects]
+        else:
+            shards = sum(len(attempt.sealed) for attempt in self.attempts)
+            size = sum(attempt.size for attempt in self.attempts)
+            many = f"{_count(shards, 'shard')} in {_count(len(self.attempts), 'attempt')}"
+            said = [f"{self.path}: sound. {many}, {size:,} bytes."]
+        return "\n".join([*said, *(f"  Note: {note}" for note in self.notes)])
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def check(path: Path) -> Checked:
+    """Read every byte of the run at `path`. Nothing is changed, and little is kept in memory."""
+    found = Checked(path)
+    first = _manifest(found, path, files.MANIFEST)
+    if first is None:
+        return found
+    found.attempts.append(Attempt(path, 0, first))
+    for number in claimed(path):
+        folder = attempt_folder(path, number)
+        if not (folder / files.ATTEMPT).exists():
+            found.notes.append(f"{folder.name} was claimed by a writer that never began.")
+        elif (begun := _manifest(found, folder, files.ATTEMPT)) is not None:
+            if other := difference(first.layout, begun.layout):
+                found.defects.append(Defect(folder, f"{folder.name} is of another model: {other}."))
+            else:
+                found.attempts.append(Attempt(path, number, begun))
+    hide(found.attempts)
+    for attempt in found.attempts:
+        _attempt(found, attempt)
+    for gap in gaps_of(found.attempts):
+        if not any(gap.cause in defect.sentence for defect in found.defects):
+            found.notes.append(str(gap))
+    return found
+
+
+def repair(found: Checked) -> list[str]:
+    """Move the damaged shards of a checked run into its quarantine, which readers pass over; a sentence for each.
+
+    No other file is touched. Raises OSError when the disk refuses.
+    """
+    done = []
+    for attempt in found.attempts:
+        for defect in found.defects:
+            if defect.damaged and defect.path.parent == attempt.folder / files.RANK_FOLDER:
+                aside = quarantine_folder(found.path, attempt.number)
+                aside.mkdir(parents=True, exist_ok=True)
+                target = aside / defect.path.name
+                while target.exists():
+                    target = target.with_name(f"again-{target.name}")
+                os.rename(defect.path, target)
+                done.append(f"{defect.path.name} was put aside: {target.relative_to(found.path)}.")
+    return done
+
+
+def _attempt(found: Checked, attempt: Attempt) -> None:
+    where = attempt.folder.relative_to(found.path) / files.RANK_FOLDER
+    if not is_folder(attempt.folder / files.RANK_FOLDER):
+        found.defects.append(
+            Defect(attempt.folder, f"{where} is missing or a link, which readers pass over.")
+        )
+    attempt.refresh(found.attempts[0].manifest.layout, None)
+    for name, (first, last, why) in attempt.broken.items():
+        path = attempt.folder / files.RANK_FOLDER / name
+        sentence = f"Steps {first} to {last} are missing: shard {name} {why}."
+        found.defects.append(Defect(path, sentence, name not in attempt.unreadable))
+    found.defects += [Defect(attempt.folder, str(gap)) for gap in vanished(attempt)]
+    for name in (files.HEARTBEAT, files.END):
+        if os.path.lexists(attempt.folder / name):
+            _small(found, attempt.folder / name, attempt.manifest.format)
+
+
+def _manifest(found: Checked, folder: Path, name: str) -> Manifest | None:
+    try:
+        manifest = Manifest.read(folder, name)
+    except RunError as error:
+        found.defects.append(Defect(folder / name, str(error)))
+        return None
+    _small(found, folder / name, manifest.format)
+    return manifest
+
+
+def _small(found: Checked, path: Path, version: int) -> None:
+    """A JSON file, which since format 2 ends with a checksum."""
+    wrong = ""
+    try:
+        content = read_bytes(path, MOST_BYTES)
+        parse_json(content)
+        sound = intact(content)
+        if sound is False:
+            wrong = "does not match its checksum: it was changed after it was written"
+        elif sound is None and version > 1:
+            wrong = "has lost its checksum: it was changed after it was written"
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        wrong = f"is unreadable ({error})"
+    except OSError as error:
+        wrong = f"cannot be read ({error.strerror or error})"
+    if wrong:
+        found.defects.append(Defect(path, f"{path.relative_to(found.path)} {wrong}."))

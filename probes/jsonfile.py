@@ -1,0 +1,62 @@
+"""One small JSON file of a run: replaced whole or not at all, with a checksum as its last field, read with care."""
+
+import json
+import os
+import re
+import zlib
+from pathlib import Path
+
+from probes.careful import read_bytes
+
+MOST_BYTES = 16 << 20
+
+_CHECKSUM = re.compile(rb'"crc32": "([0-9a-f]{8})"\n\}\n\Z')
+
+
+def write_json(path: Path, data: dict, durable: bool = True) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it; `durable`: a power cut too.
+
+    The last field is `crc32`, the CRC-32 of every byte before its name.
+    """
+    body = json.dumps(data, indent=1, ensure_ascii=False)[: -len("\n}")] + ",\n "
+    content = body.encode()
+    content += b'"crc32": "%08x"\n}\n' % zlib.crc32(content)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def parse_json(content: bytes) -> dict:
+    """The object that `content` holds. Raises ValueError, in a clause, for anything else."""
+    try:
+        data = json.loads(content.decode())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(data, dict):
+        raise ValueError("not a JSON object")
+    data.pop("crc32", None)
+    return data
+
+
+def read_json(path: Path) -> dict | None:
+    """The content of a small JSON object, or None when it is missing or not one."""
+    try:
+        return parse_json(read_bytes(path, MOST_BYTES))
+    except (OSError, ValueError):
+        return None
+
+
+def intact(content: bytes) -> bool | None:
+    """Whether a file's bytes match the checksum they end with; None where there is none."""
+    found = _CHECKSUM.search(content)
+    if found is None:
+        return None
+    return int(found[1], 16) == zlib.crc32(content[: found.start()])

@@ -1,0 +1,127 @@
+"""Is a recording alive? What its heartbeat and its end marker say, whatever the clocks say."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+from probes import manifest as files
+from probes.careful import printable, read_bytes
+from probes.jsonfile import MOST_BYTES, read_json, write_json
+
+log = logging.getLogger("depthscope")
+
+WATCH_SECONDS = 10.0  # several beats, and a network's file cache
+
+
+class Life:
+    """How the recording in `folder` is; it was begun at `created` [seconds since 1970].
+
+    A heartbeat counts as fresh by its time, or because it was seen to change a moment ago: then the two clocks
+    need not agree.
+    """
+
+    def __init__(self, folder: Path, created: float):
+        self._folder, self._created = folder, created
+        self._last: object = None
+        self._moved = -float("inf")
+
+    def state(self) -> tuple[str, str]:
+        """ "running", "finished" or "stopped", and why or since when."""
+        end = read_json(self._folder / files.END)
+        if end is not None:
+            status = "finished" if end.get("status") == "finished" else "stopped"
+            return status, printable(end.get("reason") or "")
+        seen = self.seen
+        if self._moves() or abs(time.time() - seen.timestamp()) <= files.SILENT_SECONDS:
+            return "running", ""
+        return "stopped", f"no sign of life since {seen:%Y-%m-%d %H:%M:%S} UTC, and no end marker"
+
+    @property
+    def seen(self) -> datetime:
+        """Time of the end marker, else of the last heartbeat, else of creation."""
+        for name in (files.END, files.HEARTBEAT):
+            moment = (read_json(self._folder / name) or {}).get("time")
+            # A damaged file may hold anything.
+            with contextlib.suppress(TypeError, ValueError, OverflowError, OSError):
+                return datetime.fromtimestamp(moment, UTC)
+        return datetime.fromtimestamp(self._created, UTC)
+
+    def told(self) -> dict:
+        """What the recording said last: the end marker, else the heartbeat."""
+        return read_json(self._folder / files.END) or read_json(self._folder / files.HEARTBEAT) or {}
+
+    def _moves(self) -> bool:
+        """Whether the heartbeat changed, before our eyes, within the time of silence."""
+        beat, now = _last_beat(self._folder), time.monotonic()
+        if self._last not in (None, beat):
+            self._moved = now
+        self._last = beat
+        return now - self._moved < files.SILENT_SECONDS
+
+
+def beat(folder: Path, step: int, **more) -> None:
+    """Say that the recording in `folder` lives: time, process and the last step received. Raises OSError."""
+    who = {"pid": os.getpid(), "host": platform.node(), "machine": machine()}
+    write_json(folder / files.HEARTBEAT, {"time": time.time(), **who, "step": step, **more}, durable=False)
+
+
+def beating(folder: Path) -> bool:
+    """Whether a living process records into `folder`.
+
+    An end marker, or a process of this very machine that is gone, answers at once. Otherwise the heartbeat is
+    watched for ten seconds: that needs no lock, which a network's file system may not have, and no common clock.
+    """
+    before = _last_beat(folder)
+    if (folder / files.END).exists() or _gone(folder):
+        return False
+    log.info("depthscope looks whether somebody still records at %s; that takes %g s.", folder, WATCH_SECONDS)
+    limit = time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < limit:
+        time.sleep(0.1)
+        if (folder / files.END).exists():
+            return False
+        if _last_beat(folder) != before:
+            return True
+    return False
+
+
+def _last_beat(folder: Path) -> bytes | None:
+    try:
+        return read_bytes(folder / files.HEARTBEAT, MOST_BYTES)
+    except (OSError, ValueError):
+        return None
+
+
+def _gone(folder: Path) -> bool:
+    """Whether the process of the last heartbeat ran on this machine, and runs no more."""
+    beat = read_json(folder / files.HEARTBEAT) or {}
+    pid = beat.get("pid")
+    if os.name != "posix" or beat.get("machine") != machine() or type(pid) is not int or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
+@cache
+def machine() -> str:
+    """What tells apart the machines, and the containers on one, that number their processes by themselves.
+
+    It changes when the machine is started again.
+    """
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

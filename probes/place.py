@@ -1,0 +1,142 @@
+"""The place of one recording: a folder claimed by one writer, made anew when it vanishes, left alone when it is another's.
+
+No locks, which a network's file system may not have or may hold for a dead process: what exactly one process can do
+is to make a folder, and so making it is the claim. A writer that was taken for dead and wakes up again writes into its
+own attempt's folder, where it harms nobody.
+"""
+
+import os
+from pathlib import Path
+
+from probes import manifest as files
+from probes.attempts import attempt_folder, claimed
+from probes.jsonfile import read_json, write_json
+from probes.layout import difference
+from probes.life import beat, beating
+from probes.manifest import Manifest, RunError
+
+
+class Place:
+    """Where one attempt writes. `begin` and `resume` give one."""
+
+    def __init__(self, run: Path, number: int, about: dict[Path, dict]):
+        self.run, self.number = run, number
+        self.folder = attempt_folder(run, number)
+        self.shards = self.folder / files.RANK_FOLDER
+        self._about = about  # the content of run.json, and of attempt.json
+        self._device = os.stat(run).st_dev
+        self._stamp: object = None
+
+    @property
+    def resumed(self) -> bool:
+        """Whether a later attempt has begun: its rows hide ours from its first step on."""
+        return any(number > self.number for number in claimed(self.run))
+
+    def restore(self) -> bool:
+        """Make anew what has been deleted; whether anything was.
+
+        Not where the disk itself is gone: that place will come back. Raises RunError when another run is there now,
+        OSError when the disk refuses.
+        """
+        manifest = self.run / files.MANIFEST
+        if _stamp(manifest) != self._stamp:
+            there = read_json(manifest)
+            if there is not None and there.get("created") != self._about[manifest]["created"]:
+                raise RunError(f"another run was begun at {self.run}")
+        lost = [path for path in self._about if not path.exists()]
+        if not lost and self.shards.is_dir():
+            self._stamp = _stamp(manifest)
+            return False
+        above = next(folder for folder in (self.run, *self.run.absolute().parents) if folder.is_dir())
+        if os.stat(above).st_dev != self._device:
+            raise FileNotFoundError(f"{self.run} is gone, and its disk with it")
+        self.shards.mkdir(parents=True, exist_ok=True)
+        for path in lost:
+            write_json(path, self._about[path])
+        return True
+
+
+def begin(run: Path, manifest: Manifest) -> Place:
+    """Claim `run` for a new run. Raises RunError when something is there or the disk refuses."""
+    if (run / files.MANIFEST).exists():
+        raise RunError(
+            f"{run} already holds a run: give another path, or delete that folder to record anew, or continue the run "
+            "with resume=True."
+        )
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if any(not _unborn(path) for path in run.iterdir()):
+            raise RunError(f"{run} is not empty: give a new folder for the run.")
+        try:
+            (run / files.RANK_FOLDER).mkdir()
+        except FileExistsError:  # somebody is beginning one, or was killed when he did
+            if beating(run) or (run / files.MANIFEST).exists():
+                raise RunError(_recorded(run, run)) from None
+        # run.json last: with it the folder becomes a run, and by then everything else is there.
+        beat(run, -1)
+        return _made(Place(run, 0, {run / files.MANIFEST: manifest.to_json()}))
+    except OSError as error:
+        raise _refused(run, error) from error
+
+
+def resume(run: Path, manifest: Manifest) -> Place:
+    """Claim the next attempt of `run`, or begin the run where there is none.
+
+    Raises RunError when the run is of another model, when somebody still records it, or when the disk refuses.
+    """
+    if not (run / files.MANIFEST).exists():
+        return begin(run, manifest)
+    recorded = Manifest.read(run)
+    if other := difference(recorded.layout, manifest.layout):
+        raise RunError(f"The run at {run} cannot be continued with this model: {other}. Give another path.")
+    number = max(claimed(run), default=0)
+    if beating(attempt_folder(run, number)):
+        raise RunError(_recorded(run, attempt_folder(run, number)))
+    folder = attempt_folder(run, number + 1)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        raise RunError(_recorded(run, folder)) from None
+    except OSError as error:
+        raise _refused(run, error) from error
+    try:
+        (folder / files.RANK_FOLDER).mkdir()
+        beat(folder, -1)
+        about = {run / files.MANIFEST: read_json(run / files.MANIFEST) or recorded.to_json()}
+        return _made(Place(run, number + 1, {**about, folder / files.ATTEMPT: manifest.to_json()}))
+    except OSError as error:
+        raise _refused(run, error) from error
+
+
+def _made(place: Place) -> Place:
+    """Write what is not there yet; with it the attempt becomes visible."""
+    place.restore()
+    return place
+
+
+def _unborn(path: Path) -> bool:
+    """Whether a file of a folder is what a process leaves that is killed while it begins a run."""
+    if path.name == files.RANK_FOLDER:
+        return not any(path.iterdir())
+    return path.name == files.HEARTBEAT or path.name.startswith(
+        (f".{files.HEARTBEAT}.", f".{files.MANIFEST}.")
+    )
+
+
+def _stamp(path: Path) -> object:
+    """Changes when a file is replaced."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns, about.st_size
+
+
+def _recorded(run: Path, folder: Path) -> str:
+    beat = read_json(folder / files.HEARTBEAT) or {}
+    who = f"process {beat['pid']} on {beat.get('host')}" if "pid" in beat else "another process"
+    return f"{run} is being recorded by {who}: stop that one first, or give another path."
+
+
+def _refused(run: Path, error: OSError) -> RunError:
+    return RunError(f"The run cannot be recorded at {run}: {error.strerror or error}.")
