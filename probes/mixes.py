@@ -70,6 +70,7 @@ class Mixes:
         leaves = [each for each in tape.nodes if each.func is None]
         self._parameters = sum(1 << each.index for each in leaves if id(each.tensor) in own)
         self._sources = self._parameters | sum(1 << n.index for n in leaves if id(n.tensor) in given)
+        self._whole: set[Node] = set()  # weighted sums that count as one: other mixes, experts of one layer
         self.found: dict[Node, Mix] = {}
         self.single: dict[
             Node, Mix
@@ -92,6 +93,7 @@ class Mixes:
             self.found[node] = mix
         elif mix is not None and len(mix.edges) == 1 and self._learned(mix):
             self.single[node] = mix
+        self._whole.add(node)
         self._plain[node] = True  # whatever sums it up has it as one source
 
     def _learned(self, mix: Mix) -> bool:
@@ -248,7 +250,7 @@ class Mixes:
 
     def bare(self, node: Node) -> Node:
         """What stands behind views and casts."""
-        while node.func is not None and node not in self.found:
+        while node.func is not None and node not in self._whole:
             axis = _axis(node, self.width)
             operands = self.linear(node, axis) if axis is not None else None
             if not operands or len(operands) > 1 or self.weighted(node):
@@ -320,7 +322,7 @@ class Mixes:
         """What a plain sum adds up, taken apart down to what layers make; other mixes and `stop` stay whole."""
         node = self.bare(node)
         axis = _axis(node, self.width)
-        if node is stop or node in self.found or node.func is None or axis is None:
+        if node is stop or node in self._whole or node.func is None or axis is None:
             return [node]
         operands = self.linear(node, axis)
         if operands is None or self.weighted(node):
