@@ -91,6 +91,7 @@ class _Finding:
 
     def __init__(self, tape: Tape, twin: Tape, mixes: Mixes):
         self._tape, self._twin, self._mixes = tape, twin, mixes
+        self._runs = {moment.module: moment.turn + 1 for moment in tape.moments}
         wide = [mix for mix in mixes.found.values() if len(mix.edges) > 1]
         self._embedding = self._find_embedding(wide)
         first = min(wide, key=lambda mix: mix.node.index).node
@@ -118,7 +119,7 @@ class _Finding:
             tuple(reads),
             tuple(rows),
             columns,
-            self._embedding_spots(),
+            self._embedding_places(),
             tuple([*self._oddities(), *notes]),
         )
         final = self._place(self._final) if self._final is not None else None
@@ -176,11 +177,11 @@ class _Finding:
             (each for each in candidates if self._tape.made_from(output, each)), key=lambda each: each.index
         )
 
-    def _embedding_spots(self) -> tuple[Spot, ...]:
+    def _embedding_places(self) -> tuple[Place, ...]:
         """Where the embedding is seen; where nowhere, the parts that it sums, in order."""
         spot = self._seen_at(self._embedding)
         if spot is not None:
-            return (spot,)
+            return (self._as_place(spot),)
         node = self._embedding
         parts = [node.slots[slot] for slot, _ in self._mixes.linear(node, node.value.ndim - 1) or ()]
         spots = [self._seen_at(part) for part in parts]
@@ -192,7 +193,7 @@ class _Finding:
             return ()
         if not any(p.tensor.shape == node.tensor.shape and len(self._tape.users[p]) == 1 for p in parts):
             return ()
-        return tuple(sorted(spots, key=lambda spot: spot.moment))
+        return tuple(self._as_place(spot) for spot in sorted(spots, key=lambda spot: spot.moment))
 
     # Layers
 
@@ -245,14 +246,16 @@ class _Finding:
 
     def _seen_at(self, node: Node, before: bool | None = None) -> Spot | None:
         """Where hooks meet a tensor, or the same behind a view or cast; best where its module runs once."""
-        runs = {moment.module: moment.turn + 1 for moment in self._tape.moments}
         spots = [
             spot
             for each in (node, *self._same(node))
             for spot in self._tape.spots.get(each, ())
             if spot.name and before in (None, spot.before)
         ]
-        return min(spots, key=lambda spot: (runs[spot.module], spot.moment), default=None)
+        return min(spots, key=lambda spot: (self._runs[spot.module], spot.moment), default=None)
+
+    def _as_place(self, spot: Spot) -> Place:
+        return place_of(spot, self._runs[spot.module])
 
     def _same(self, node: Node) -> Iterator[Node]:
         for user in self._tape.users.get(node, ()):
@@ -264,7 +267,7 @@ class _Finding:
         """A state is seen best where it is received."""
         is_state = node in self._mixes.found or node in self._states
         spot = (self._seen_at(node, before=True) if is_state else None) or self._seen_at(node)
-        return place_of(spot) if spot is not None else None
+        return self._as_place(spot) if spot is not None else None
 
     # Reads
 

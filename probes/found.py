@@ -63,14 +63,14 @@ class FoundRead:
 
 @dataclass(frozen=True)
 class FoundReads:
-    """All reads of a model, as rows and columns of its layout; `embedding` is where source 0 is seen, or the parts that it
+    """All reads of a model, as rows and columns of its layout; `embedding` are places (sites.py): where source 0 is seen, or the parts that it
     sums, and `notes` name
     what is odd about the model."""
 
     reads: tuple[FoundRead, ...]
     rows: tuple[Read, ...]
     columns: tuple[Source, ...]
-    embedding: tuple[Spot, ...]
+    embedding: tuple
     notes: tuple[str, ...] = ()
 
     @property

@@ -21,6 +21,7 @@ class Place:
     key: int = 0
     keyword: str | None = None
     within: tuple = ()  # where it is in that argument or element, if that holds several
+    turn: int | None = None  # at which call of the module in a forward; None: it has but one
 
     def given(self, args: tuple, kwargs: dict) -> Tensor | None:
         """The tensor, from the arguments of a call."""
@@ -48,14 +49,17 @@ class Place:
         return f"{'input' if self.is_input else 'output'} of {self.name}"
 
 
-def place_of(spot: Spot) -> Place:
-    """A spot as a place, wherever its module runs."""
+def place_of(spot: Spot, runs: int = 1) -> Place:
+    """A spot as a place; its module `runs` so many times in a forward."""
+    turn = spot.turn if runs > 1 else None
     if not spot.before:
-        return Place(spot.name, spot.module, False, key=(spot.path or (0,))[0], within=spot.path[1:])
+        return Place(
+            spot.name, spot.module, False, key=(spot.path or (0,))[0], within=spot.path[1:], turn=turn
+        )
     (kind, key), within = spot.path[:2], spot.path[2:]
     if kind == 0:
-        return Place(spot.name, spot.module, True, key=key, within=within)
-    return Place(spot.name, spot.module, True, keyword=key, within=within)
+        return Place(spot.name, spot.module, True, key=key, within=within, turn=turn)
+    return Place(spot.name, spot.module, True, keyword=key, within=within, turn=turn)
 
 
 def reached(tree: object, path: tuple) -> object:

@@ -22,7 +22,7 @@ from probes.mixing import MIXING_METRICS
 from probes.read_taps import ReadTaps
 from probes.rows import reads_after_blocks, rows_by_arithmetic, unhooked_rows
 from probes.scaling import half_precision
-from probes.sites import Place, Sites, place_of
+from probes.sites import Place, Sites
 from probes.statistics import DEPTH_METRICS, add_moments, add_nonfinite, token_mean_square
 from probes.tally import ACTIVATIONS, Tally
 
@@ -61,6 +61,8 @@ class Taps:
         self._states: dict[int, Tensor] = {}
         self._read_taps = ReadTaps(sites.found, self._found) if sites.found is not None else None
         self._parts: dict[int, Tensor] = {}
+        self._turns: dict[int, int] = {}  # calls so far in this forward, of modules that run several times
+        self._turns_of: list[int] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             self._attach()
@@ -190,9 +192,9 @@ class Taps:
 
     def _attach_found(self, found: FoundReads) -> None:
         if len(found.embedding) == 1:
-            self._at(place_of(found.embedding[0]), self._tap_embedding)
-        for part, spot in enumerate(found.embedding if len(found.embedding) > 1 else ()):
-            self._at(place_of(spot), lambda x, part=part: self._embedding_part(x, part))
+            self._at(found.embedding[0], self._tap_embedding)
+        for part, place in enumerate(found.embedding if len(found.embedding) > 1 else ()):
+            self._at(place, lambda x, part=part: self._embedding_part(x, part))
         for module, before, met in self._read_taps.places():
             if before:
                 self._before(module, lambda args, kwargs, met=met: self._meet(met, (args, kwargs)))
@@ -258,6 +260,7 @@ class Taps:
     def _forget(self) -> None:
         self._mean_squares.clear()
         self._states.clear()
+        self._turns.clear()
         if self._read_taps is not None:
             self._read_taps.forget()
             self._parts.clear()
@@ -281,10 +284,27 @@ class Taps:
             self._passes.now.mask = None if mask is None else mask != 0
 
     def _at(self, place: Place, action: Callable[[Tensor], None]) -> None:
+        if place.turn is not None:
+            action = self._in_turn(place.turn, action)
         if place.is_input:
             self._before(place.module, lambda args, kwargs: action(place.given(args, kwargs)))
         else:
             self._after(place.module, lambda args, kwargs, output: action(place.made(output)))
+
+    def _in_turn(self, turn: int, action: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        """`action` at the `turn`-th call in a forward. Recomputations come in another order, so they do not count."""
+        key = len(self._turns_of)
+        self._turns_of.append(key)
+
+        def counted(x: Tensor) -> None:
+            if self._recomputing and not torch.compiler.is_compiling():
+                return
+            now = self._turns.get(key, 0)
+            self._turns[key] = now + 1
+            if now == turn:
+                action(x)
+
+        return counted
 
     def _before(self, module: nn.Module, action: Callable) -> None:
         def hook(module, args, kwargs):
