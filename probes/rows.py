@@ -52,4 +52,5 @@ def unhooked_rows(sites: Sites) -> dict[str, set[int]]:
         states.add(len(sites.layers))
     if 0 in states and not sites.has_reads:
         outputs.add(0)
-    return {"state": states, "output": outputs}
+    reads = set(range(len(sites.layers) + 1)) if sites.is_marked else set()
+    return {"state": states, "output": outputs, "read": reads}

@@ -21,6 +21,8 @@ class SelfCheck:
         self._name = type(sites.root).__name__
         self._rows_checked = self._identity_checked = False
         self._said: set[str] = set()
+        for note in sites.found.notes if sites.found is not None else ():
+            self._say(f"depthscope: {self._name}, whose depth reads were found by running it once: {note}.")
 
     def step(self, taps: Taps, reached: bool) -> None:
         """What was noticed in a step that was looked at, in whose backward passes gradients `reached` parameters."""
@@ -74,7 +76,7 @@ class SelfCheck:
         if wrong:
             self._say(
                 "depthscope computes depth weights that do not give back the state, so those reads are blank: "
-                f"{', '.join(wrong)}. `probes.mark(weights, read=l)` records a model's own."
+                f"{', '.join(wrong)}. docs/foreign-models.md says what may be the cause."
             )
         blank = [read.label for read, error, _ in rows if np.isnan(error)]
         if blank:

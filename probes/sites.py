@@ -125,6 +125,11 @@ class Sites:
         return not self.has_reads and not self.change
 
     @property
+    def is_marked(self) -> bool:
+        """Whether nothing but the author's marks shows the layers."""
+        return self.final is None and not any(site.state or site.output or site.after for site in self.layers)
+
+    @property
     def has_reads(self) -> bool:
         return bool(self.reads) or self.found is not None
 
@@ -133,6 +138,8 @@ class Sites:
         """Number of sources of each read."""
         if self.found is not None:
             return [read.sources for read in self.found.rows]
+        if self.is_marked:
+            return list(range(1, len(self.layers) + 2))
         return [read.depth_sources for read in self.reads]
 
     @property

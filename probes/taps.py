@@ -60,6 +60,7 @@ class Taps:
         # By row, where an output is a difference of states or a state a sum.
         self._states: dict[int, Tensor] = {}
         self._read_taps = ReadTaps(sites.found, self._found) if sites.found is not None else None
+        self._marked: dict[int, Tensor] = {}  # outputs by row
         self._parts: dict[int, Tensor] = {}
         self._turns: dict[int, int] = {}  # calls so far in this forward, of modules that run several times
         self._turns_of: list[int] = []
@@ -155,7 +156,26 @@ class Taps:
     def marked(self, x: Tensor, place: str, row: int) -> None:
         """A tensor that the author has named; only for rows that no hook sees."""
         if row in self._unhooked[place] and self._wants():
-            self._timed(self._tap, x, place, row)
+            self._timed(self._marked_read if place == "read" else self._tap, x, place, row)
+            if place == "output" and self._matrices and isinstance(x, Tensor):
+                self._marked[row] = x.detach()
+
+    def _marked_read(self, weights: Tensor, place: str, row: int) -> None:
+        """Weights [S, B, T] of the embedding and the outputs before; their contributions are known where all of those
+        have been marked."""
+        if not self._matrices or self._recomputing:
+            return
+        if weights.ndim != 3 or len(weights) != row + 1:
+            raise ValueError(
+                f"mark(weights, read={row + 1}) wants the weights [{row + 1}, B, T] of the embedding and the layers "
+                f"before, not {list(weights.shape)}"
+            )
+        unknown = torch.full_like(weights[0], torch.nan, dtype=torch.float32)
+        squares = [
+            self._mean_square(self._marked[source]) if source in self._marked else unknown
+            for source in range(row + 1)
+        ]
+        self._depth.add(row, weights, squares, fitting(self._mask, weights.movedim(0, -1)))
 
     def _attach(self) -> None:
         sites = self._sites
@@ -260,6 +280,7 @@ class Taps:
     def _forget(self) -> None:
         self._mean_squares.clear()
         self._states.clear()
+        self._marked.clear()
         self._turns.clear()
         if self._read_taps is not None:
             self._read_taps.forget()

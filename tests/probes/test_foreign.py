@@ -204,3 +204,35 @@ def test_compiled_without_a_graph_break(layout, tmp_path):
     torch._dynamo.reset()
     assert counter.frame_count == 3
     assert_own(probes.open_run(tmp_path / "run"), own)
+
+
+def test_an_author_gives_the_weights_by_hand(tmp_path):
+    """Where nothing else shows them: one line per read, in a model recorded with `layers=L`."""
+
+    class Marked(Foreign):
+        def forward(self, idx, targets):
+            x = probes.mark(self.wte(idx), output=0)
+            sources = [x]
+            for number, layer in enumerate((self.blocks[0].attn, self.blocks[0].mlp), 1):
+                x = probes.mark(layer(self.read(number, sources, None)), output=number)
+                sources.append(x)
+            logits = self.head(self.read(3, sources, None))
+            return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+        def read(self, number, done, partial):
+            read = self.reads[number - 1]
+            values = torch.stack(done)
+            weight = probes.mark(read.kept(read.logits(read.keys(values)).softmax(0)), read=number)
+            return (weight.unsqueeze(-1) * values).sum(0)
+
+    model, batch = Marked(blocks=1), tokens(3, 8)
+    optimizer = sgd(model)
+    for read in model.reads:
+        read.asked = True
+    with probes.record(model, tmp_path / "run", optimizer=optimizer, matrices_every=1, layers=2, strict=True):
+        step(model, optimizer, batch)
+    run = probes.open_run(tmp_path / "run")
+    assert_own(run, [read.weight.numpy() for read in model.reads])
+    assert np.isfinite(run["contribution_rms"][0][2]).all()
+    with pytest.raises(ValueError, match="one of the three"):
+        probes.mark(torch.zeros(1), read=1, state=1)
