@@ -331,6 +331,8 @@ class _Finding:
         around = self._around(mix.node)
         names = {getattr(node.func, "__name__", "") for node in mix.steps}
         kernel = " by an attention kernel" if "scaled_dot_product_attention" in names else ""
+        if mix.node.opaque:
+            kernel = ", a kernel that shows nothing: least squares over its sources"
         values = ", normalised values" if mix.normalised else ""
         made = any(not spot.before and spot.name == around for spot in self._tape.spots.get(mix.node, ()))
         return f"{'read module' if made else 'inline in'} {around or type(self._tape.root).__name__}{kernel}{values}"

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from probes.tape import Node, Tape
 
+_AT_ONCE = 1024  # tokens that are solved in float64 at a time
+SHARE_OF_WIDTH = 4  # with more sources than this share of the channels, any weights explain a mix
 _TOLERANCE = 2e-2  # operations that cast to bfloat16 are linear to 4e-3
 _MIXING_CHANNELS = {
     "linear",
@@ -86,6 +88,11 @@ class Mixes:
                     self._look_at(node)
 
     def _look_at(self, node: Node) -> None:
+        if node.opaque and (mix := self._behind_kernel(node)) is not None:
+            self.found[node] = mix
+            self._whole.add(node)
+            self._plain[node] = True
+            return
         if self.linear(node, node.value.ndim - 1) is None or self.plain(node) or not self._ends(node):
             return
         mix = self._walked(node)
@@ -212,6 +219,27 @@ class Mixes:
 
     # The sources of a mix
 
+    def _behind_kernel(self, node: Node) -> Mix | None:
+        """The mix that a kernel makes of the sources it is given, where least squares can tell their weights."""
+        mix = Mix(node, {}, [])
+        for slot, each in enumerate(node.slots):
+            if (
+                not each.tensor.is_floating_point()
+                or each.func is None
+                or self.width not in each.tensor.shape
+            ):
+                continue
+            source, axis = self.bare(each), _axis(each, self.width)
+            if self.is_stream(source):
+                mix.edges.append(Edge(node, slot, axis, source))
+            elif each.tensor.numel() > self._size and self.linear(each, axis) is not None:
+                self._walk(mix, each, axis)
+        if not _chained(self.tape, mix) or len(mix.edges) * SHARE_OF_WIDTH > self.width:
+            return None
+        weights = solved(mix_values := [edge.source.value for edge in mix.edges], node.value)
+        made = sum(weight.unsqueeze(-1) * value for weight, value in zip(weights, mix_values, strict=True))
+        return mix if (made - node.value).norm() < _TOLERANCE * node.value.norm() else None
+
     def _walked(self, node: Node) -> Mix | None:
         mix = Mix(node, {}, [])
         try:
@@ -331,6 +359,21 @@ class Mixes:
             return [node]  # scaled or dropped out: what is added is this
         found = [term for slot, _ in operands for term in self.terms(node.slots[slot], stop)]
         return list(dict.fromkeys(found)) or [node]
+
+
+def solved(sources: list[Tensor], mix: Tensor) -> Tensor:
+    """The weights [S, B, T] that bring the sum of sources nearest to a mix [B, T, D], for each token by itself."""
+    weights = []
+    flat = [source.reshape(-1, mix.shape[-1]) for source in sources]
+    for at in range(0, flat[0].shape[0], _AT_ONCE):
+        values = torch.stack([source[at : at + _AT_ONCE] for source in flat], 1).double()  # [N, S, D]
+        size = values.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        values = values / size
+        target = mix.reshape(-1, mix.shape[-1])[at : at + _AT_ONCE].double().unsqueeze(-1)
+        # Without a check of the result, which would wait for the device: what fails does not give the mix back.
+        found = torch.linalg.solve_ex(values @ values.mT, values @ target)[0]
+        weights.append((found / size).squeeze(-1))
+    return torch.cat(weights).T.reshape(len(sources), *mix.shape[:-1]).float()
 
 
 class _Lost(Exception):

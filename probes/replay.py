@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from probes.found import Moment, Replay, Spot
-from probes.mixes import Mix
+from probes.mixes import Mix, solved
 from probes.tape import Node, Tape
 
 _DRAWING = {
@@ -64,8 +64,11 @@ class _Cutting:
             self._real[node] = self._graph.placeholder(f"x{node.index}")
         spots = tuple(self._spot(node) for node in self._inputs if self._spot(node) is not None)
         held = tuple(self._holder(node) for node in self._inputs if self._spot(node) is None)
-        weights = self._weights()
         sources = [self._emit(edge.source) for edge in self._mix.edges]
+        if self._mix.node.opaque:
+            weights = self._graph.call_function(solved, (sources, self._emit(self._mix.node)))
+        else:
+            weights = self._weights()
         self._graph.output((weights, sources, self._emit(self._mix.node)))
         module = fx.GraphModule(nn.Module(), self._graph)
         return Replay(module.forward, spots, held, self._mix.normalised)
@@ -80,7 +83,9 @@ class _Cutting:
             done.add(node)
             if len(done) > _MOST:
                 raise Unreplayable("too much lies between what hooks see and the weights")
-            if node is not self._mix.node and (self._spot(node) is not None or node.func is None):
+            if (node is not self._mix.node or node.opaque) and (
+                self._spot(node) is not None or node.func is None
+            ):
                 found.append(node)
                 continue
             if getattr(node.func, "__name__", "") in _DRAWING:

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ class Node:
     pick: int | None = None
     writes: bool = False
     kept: Tensor | None = None  # its values, where something overwrote them later
+    opaque: bool = False  # a kernel made it that shows no operation
 
     def __post_init__(self):
         self.slots: list[Node] = []
@@ -126,6 +128,15 @@ class _Running(TorchFunctionMode):
         self.nodes.append(node)
         self._newest[id(tensor)] = node
 
+    def applied(self, apply: Callable, args: tuple, result: object) -> None:
+        """A function with a backward pass of its own has run. Where it filled an empty tensor and no operation was
+        seen to do that, a kernel did."""
+        for path, tensor in leaves(result):
+            node = self._newest.get(id(tensor))
+            if len(path) < 2 and (node is None or "empty" in getattr(node.func, "__name__", "")):
+                self._add(tensor, apply, args, {}, pick=path[0] if path else None)
+                self.nodes[-1].opaque = True
+
     def node_of(self, tensor: Tensor) -> Node:
         if id(tensor) not in self._newest:
             node = Node(len(self.nodes), tensor)
@@ -157,12 +168,21 @@ def record_tape(root: nn.Module, args: tuple, kwargs: dict, items: int, tokens: 
     with _as_before(root), torch.enable_grad():
         root.train()
         nn.Module.__call__ = lambda module, *args, **kwargs: running.visit(real, module, args, kwargs)
+        apply = vars(torch.autograd.Function)["apply"]
+
+        def applied(function, *args, **kwargs):
+            result = apply.__func__(function, *args, **kwargs)
+            running.applied(partial(apply.__func__, function), args, result)
+            return result
+
+        torch.autograd.Function.apply = classmethod(applied)
         try:
             with running, torch.compiler.set_stance("force_eager"):
                 given = [running.node_of(tensor) for _, tensor in leaves((args, kwargs))]
                 root(*args, **kwargs)
         finally:
             nn.Module.__call__ = real
+            torch.autograd.Function.apply = apply
     return Tape(root, running.nodes, running.spots, running.moments, given, items, tokens)
 
 

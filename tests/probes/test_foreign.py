@@ -236,3 +236,45 @@ def test_an_author_gives_the_weights_by_hand(tmp_path):
     assert np.isfinite(run["contribution_rms"][0][2]).all()
     with pytest.raises(ValueError, match="one of the three"):
         probes.mark(torch.zeros(1), read=1, state=1)
+
+
+class Kernel(torch.autograd.Function):
+    """A fused read as a Triton kernel is one: it fills an empty tensor, and torch sees no operation."""
+
+    @staticmethod
+    def forward(ctx, query, values):
+        ctx.save_for_backward(query, values)
+        mix = torch.empty_like(values[0])
+        v = values.detach().numpy()
+        logits = (v / np.sqrt((v * v).mean(-1, keepdims=True) + 1e-6)) @ query.detach().numpy()
+        weight = np.exp(logits - logits.max(0))
+        mix.numpy()[...] = ((weight / weight.sum(0))[..., None] * v).sum(0)
+        return mix
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, values = (each.detach().requires_grad_() for each in ctx.saved_tensors)
+        with torch.enable_grad():
+            return torch.autograd.grad(Fused.plain(query, values)[0], (query, values), gradient)
+
+
+class Fused(Foreign):
+    @staticmethod
+    def plain(query, values):
+        keys = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + 1e-6)
+        weight = (keys @ query).softmax(0)
+        return (weight.unsqueeze(-1) * values).sum(0), weight
+
+    def read(self, number, done, partial):
+        values = torch.stack([*done, *([] if partial is None else [partial])])
+        if self.reads[number].asked:
+            self.reads[number].kept(self.plain(self.reads[number].query, values)[1])
+        return Kernel.apply(self.reads[number].query, values)
+
+
+def test_a_kernel_that_shows_nothing_is_solved_for(tmp_path):
+    model, batch = Fused(size=2, width=32), tokens(3, 8)
+    own = own_weights(model, batch)
+    run = recorded(model, tmp_path / "run", batch)
+    assert_own(run, own[-len(run.reads) :])
+    assert "least squares" in str(probes.describe(model))
