@@ -85,13 +85,17 @@ def played(run: Run, name: str, stops: list[int], kind: str = "all") -> np.ndarr
 
 
 def span(values: np.ndarray, top: float | None = None) -> tuple[float, float]:
-    """The colours' domain: from zero to `top` (else the largest), or as far below zero where values go there.
+    """The colours' domain: from zero to `top`, or as far below zero where values go there.
 
-    Recovered weights stray a little below zero; only what matters beside the largest is drawn as negative.
+    Without `top` the largest half of a percent is left to the scale's end, so that the short reads at the top of a deep
+    triangle do not flatten the rest. Recovered weights stray a little below zero; only what matters beside the largest is
+    drawn as negative.
     """
     known = values[np.isfinite(values)]
-    high = float(known.max(initial=0.0)) if top is None else top
-    low = float(known.min(initial=0.0))
+    if not len(known):
+        return 0.0, 1.0
+    low, high = (float(value) for value in np.quantile(known, [0.005, 0.995]))
+    high = top if top is not None else high
     if low < -0.1 * max(high, 0.0):
         far = max(high, -low)
         return -far, far

@@ -141,13 +141,14 @@ def _nearest_reads(coarse: Run, fine: Run) -> list[int]:
     return found
 
 
-def changes(frame: pd.DataFrame, names: tuple[str, str], count: int = 8) -> list[str]:
-    """ "layer 9 (attention) and the embedding: 0.12 in full, 0.33 in block", the largest differences of `cells` first."""
+def changes(frame: pd.DataFrame, name: str, labels: tuple[str, str], count: int = 8) -> list[str]:
+    """ "Layer 9 (attention) reads the embedding: 0.12 in full, 0.33 in block", the largest differences of `cells` first."""
     known = frame.dropna(subset=["difference"])
     largest = known.loc[known["difference"].abs().sort_values(ascending=False).index[:count]]
+    verb = "receives" if name in pictures.RECOVERED else "reads"
     return [
-        f"{words.capital(words.the(str(row['read'])))} from {words.the(str(row['from']))}: "
-        f"{row['first']:.2f} in {names[0]}, {row['second']:.2f} in {names[1]}"
+        f"{words.capital(words.the(str(row['read'])))} {verb} {words.the(str(row['from']))}: "
+        f"{words.number(row['first'])} {labels[0]}, {words.number(row['second'])} {labels[1]}"
         for _, row in largest.iterrows()
     ]
 

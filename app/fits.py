@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from app import words
+from app import gaps, words
 from app.frames import POINTS, series
 from probes import Run
 from probes.vocabulary import OUTPUT, metric
@@ -46,14 +46,15 @@ def fitted(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_training(run: Run, label: str, name: str) -> pd.DataFrame:
-    """run, step, exponent, r2 at every recorded step."""
+    """run, step, exponent, r2, segment at every recorded step."""
     steps, values = series(run, name)
     if not len(steps):
-        return pd.DataFrame(columns=["run", "step", "exponent", "r2"])
+        return pd.DataFrame(columns=["run", "step", "exponent", "r2", "segment"])
     keep = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), POINTS)).round().astype(int))
     values = values[keep][:, 1:] if metric(name).axes == OUTPUT else values[keep]
     slope, _, r2 = slopes(values)
-    return pd.DataFrame({"run": label, "step": steps[keep], "exponent": slope, "r2": r2})
+    segment = gaps.segments(run, steps)[keep]
+    return pd.DataFrame({"run": label, "step": steps[keep], "exponent": slope, "r2": r2, "segment": segment})
 
 
 def finding(lines: pd.DataFrame, name: str) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from app import cells, draw, frames, room, view, words
+from app import cells, draw, frames, gaps, room, view, words
 from app.charts import palette
 from app.charts.bars import bars
 from app.charts.lines import lines
@@ -106,8 +106,11 @@ def _history(one: room.Shown, read: int, row: pd.DataFrame, name: str) -> None:
     if not len(strongest):
         return
     labels = cells.columns(one.run, name)
+    segment = gaps.segments(one.run, steps)
     parts = [
-        pd.DataFrame({"run": short(labels[s]), "step": steps, "value": values[:, read - 1, s]})
+        pd.DataFrame(
+            {"run": short(labels[s]), "step": steps, "value": values[:, read - 1, s], "segment": segment}
+        )
         for s in strongest
     ]
     frame = pd.concat(parts, ignore_index=True)

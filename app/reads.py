@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from app import cells, words
+from app import cells, gaps, words
 from app.frames import nearest, series
 from probes import Run
 
@@ -37,7 +37,7 @@ READERS, SINK, MOST, BALLAST = 3, 1.5, 0.75, 0.5
 
 
 def over_training(run: Run, label: str, kind: str = "all", name: str = "depth_weight") -> pd.DataFrame:
-    """run, step, newest, embedding, embedding_even (in even shares), distance, entropy: one row a recorded matrix.
+    """run, step, newest, embedding, embedding_even (in even shares), distance, entropy, segment: one row a recorded matrix.
 
     `kind` keeps those reads. What was not measured (blank cells) is left out of the mean; a distance needs a whole row.
     """
@@ -45,7 +45,7 @@ def over_training(run: Run, label: str, kind: str = "all", name: str = "depth_we
     counts = cells.exists(run, name).sum(axis=1)
     rows = [row for row in cells.rows(run, kind) if counts[row] > 2]
     if not len(steps) or not rows:
-        return pd.DataFrame(columns=["run", "step", "embedding_even", *MEASURES])
+        return pd.DataFrame(columns=["run", "step", "embedding_even", *MEASURES, "segment"])
     weight = values[:, rows].astype(np.float64)
     count = counts[rows]
     real = np.arange(weight.shape[2])[None, :] < count[:, None]
@@ -58,7 +58,8 @@ def over_training(run: Run, label: str, kind: str = "all", name: str = "depth_we
         "distance": np.where(whole, np.nansum(np.where(real, weight * back, 0), axis=2), np.nan),
     }
     told = {measure: _mean(part) for measure, part in told.items()}
-    return pd.DataFrame({"run": label, "step": steps, **told, "entropy": _entropy(run, steps, rows)})
+    told |= {"entropy": _entropy(run, steps, rows), "segment": gaps.segments(run, steps)}
+    return pd.DataFrame({"run": label, "step": steps, **told})
 
 
 @dataclass(frozen=True)

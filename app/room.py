@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import streamlit as st
 from altair.utils import schemapi
 
-from app import menu, notices, opener, pick, words
+from app import explained, menu, notices, opener, pick, words
 from app.charts import palette
 from app.derived import has, metric
 from app.opener import Entry
@@ -114,12 +114,11 @@ def recorded(shown: Sequence[Shown], name: str) -> list[Shown]:
 
 
 def explain(names: Sequence[str], extra: str = "") -> None:
-    """What each metric on the page means, in the vocabulary's words."""
+    """What each metric on the page means, its equation and how to read it."""
     with st.expander("What is measured here", icon=":material/help:"):
         for name in names:
-            row = metric(name)
-            unit = f", in {row.unit}" if row.unit else ""
-            st.markdown(f"**{row.title}** (`{name}`{unit}). {words.plain(row.meaning)}")
+            st.markdown(explained.told(name))
+        st.markdown(explained.SYMBOLS)
         st.markdown(
             "A *layer* is one sublayer, attention or MLP; a *transformer block* is the pair; a *depth block* "
             "is one of Block AttnRes. Source 0 is the token embedding, source *i* the output of layer *i*. "

@@ -58,5 +58,5 @@ class AttentiveDepth:
         logits = [rest[row - start] for start, rest in self.logits]
         query = self.queries[row : row + 1]
         logits += [source_logits(source, query, self.reads[row].eps)[0] for source in running]
-        mix, _ = self.reads[row]([*self.sources, *running], torch.stack(logits))
+        mix, _ = self.reads[row]([*self.sources, *running], logits)
         return mix

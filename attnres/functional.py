@@ -38,7 +38,7 @@ def full_attn_res(sources: Sequence[Tensor], proj: nn.Linear, norm: nn.Module) -
     # Exactly this class, here and below: what somebody made of it may compute something else.
     if fused is not None and type(norm) is nn.RMSNorm and norm.weight is not None:
         return fused(sources, proj.weight[0], norm.weight, _eps(norm, sources[0]))[0]
-    logits = torch.stack([_logit(source, proj.weight, norm) for source in sources])
+    logits = [_logit(source, proj.weight, norm) for source in sources]
     return softmax_mix(sources, logits)[0]
 
 

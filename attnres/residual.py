@@ -142,19 +142,18 @@ class FullStream(Stream):
         return [*self.sources]
 
     def read(self) -> Tensor:
-        mix, _ = self.reads[0](self.visible(), torch.stack(self.logits[0]))
+        mix, _ = self.reads[0](self.visible(), self.logits[0])
         return mix
 
     def read_through(self, norm: nn.Module) -> Tensor:
         if not self.recompute or not torch.is_grad_enabled():
             return norm(self.read())
-        read = self.reads[0]
+        read, logits, sources = self.reads[0], self.logits[0], self.visible()
 
-        def compute(logits: Tensor, *sources: Tensor) -> Tensor:
-            return norm(read([*sources], logits)[0])
+        def compute(*given: Tensor) -> Tensor:
+            return norm(read(given[len(logits) :], given[: len(logits)])[0])
 
-        logits = torch.stack(self.logits[0])
-        return checkpoint(compute, logits, *self.visible(), use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(compute, *logits, *sources, use_reentrant=False, preserve_rng_state=False)
 
     def write(self, output: Tensor, given: Tensor | None = None) -> None:
         check_output(1 + self.written, len(self.queries) - 1, output, self.sources[0])

@@ -1,7 +1,8 @@
 """How quick the dashboard feels: `python benchmarks/dashboard.py [FOLDER]`; needs Chromium and Playwright.
 
-Prints medians: opening each page on a warm server until its first chart, a frame of playback while the slider is
-dragged, and, for a run that grows, the time from a sealed shard to its step on screen.
+Prints medians: opening each page on a warm server until its first chart, and turning to it by its link in an open
+dashboard; a frame of playback while the slider is dragged, with 24, 64 and 200 layers; and, for a run that grows, the
+time from a sealed shard to its step on screen.
 """
 
 import contextlib
@@ -25,17 +26,24 @@ from probes.writer import RunWriter  # noqa: E402
 from tests.app import made  # noqa: E402
 
 PAGES = ("", "dilution", "gradients", "depth_attention", "compare")
+TITLES = {"": "Runs", "depth_attention": "Depth attention"}
+DEPTHS = (12, 32, 100)  # transformer blocks whose triangles are played
 CHART = ".depthscope-chart :is(canvas, svg)"
+DRAWN = """() => {
+    const charts = [...document.querySelectorAll('.depthscope-chart')];
+    const seen = charts.filter(chart => chart.getBoundingClientRect().top < innerHeight);
+    return seen.length > 0 && seen.every(chart => chart.querySelector('canvas, svg'));
+}"""
 LIVE = "Number(document.body.innerText.match(/live, step ([\\d,]+)/)?.[1].replace(/,/g, ''))"
 
 
 @contextlib.contextmanager
-def served(folder: Path):
-    """The address of the real command's server on a folder."""
+def served(*folders: Path):
+    """The address of the real command's server on some folders."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "app", "dash", str(folder), "--port", str(port), "--no-browser"]
+    command = [sys.executable, "-m", "app", "dash", *map(str, folders), "--port", str(port), "--no-browser"]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):
@@ -60,10 +68,28 @@ def opening(page: Page, address: str, name: str) -> float:
     return statistics.median(took[1:])
 
 
+def turning(page: Page, address: str, name: str) -> float:
+    """Seconds from a click on the page's link to all charts in sight, median of five after one to warm up."""
+    before = "gradients" if name != "gradients" else "dilution"
+    took = []
+    for _ in range(6):
+        page.goto(f"{address}/{before}")
+        page.wait_for_function(DRAWN)
+        page.wait_for_timeout(1500)
+        page.evaluate(
+            "document.querySelectorAll('.depthscope-chart').forEach(chart => (chart.dataset.old = 1))"
+        )
+        start = time.monotonic()
+        page.get_by_role("link", name=TITLES.get(name, name.capitalize()), exact=True).click()
+        page.wait_for_function(f"() => !document.querySelector('.depthscope-chart[data-old]') && ({DRAWN})()")
+        took.append(time.monotonic() - start)
+    return statistics.median(took[1:])
+
+
 def scrubbing(page: Page, address: str) -> tuple[float, int]:
     """Median milliseconds from a move of the player to a redrawn triangle, and how many moves were measured."""
     page.goto(f"{address}/depth_attention")
-    page.wait_for_selector(".depthscope-chart canvas")
+    page.wait_for_function(DRAWN)
     page.wait_for_timeout(1500)
     took = page.evaluate(
         """async () => {
@@ -139,9 +165,14 @@ def main() -> None:
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         with served(given) as address:
             for name in PAGES:
-                print(f"open {name or 'runs':<16} {opening(page, address, name):.2f} s")
-            median, count = scrubbing(page, address)
-            print(f"a frame of playback  {median:.0f} ms (median of {count})")
+                print(f"open {name or 'runs':<16} {opening(page, address, name):.2f} s", end="")
+                print(f", turn to it {turning(page, address, name):.2f} s")
+        for blocks in DEPTHS:
+            with tempfile.TemporaryDirectory() as folder:
+                made.run(Path(folder) / "full", "full", blocks=blocks, steps=31)
+                with served(Path(folder)) as address:
+                    median, count = scrubbing(page, address)
+            print(f"a frame of playback  {median:.0f} ms with {2 * blocks} layers (median of {count})")
         took = growing(page)
         print(
             f"shard to screen      {statistics.median(took):.2f} s median, {max(took):.2f} s at most of {len(took)}"

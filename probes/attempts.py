@@ -105,7 +105,7 @@ class Attempt:
         With `room` None they are checked, and nothing is kept.
         """
         # What it says first, and then what is there: in the other order a shard sealed between would be missed.
-        self.ended, self.told = self._life.state(), self._life.told()
+        self.ended, self.told = self._life.look()
         folder, new = self.folder / files.RANK_FOLDER, False
         for name in shard_names(folder):
             if name in self.sealed or (name in self.broken and name not in self.unreadable):

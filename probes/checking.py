@@ -6,7 +6,7 @@ from pathlib import Path
 
 from probes import manifest as files
 from probes.attempts import Attempt, attempt_folder, claimed, hide, quarantine_folder
-from probes.careful import is_folder, read_bytes
+from probes.careful import is_folder, printable, read_bytes
 from probes.gaps import gaps_of, vanished
 from probes.jsonfile import MOST_BYTES, intact, parse_json
 from probes.layout import difference
@@ -35,14 +35,15 @@ class Checked:
     attempts: list[Attempt] = field(default_factory=list)
 
     def __str__(self) -> str:
+        path = printable(self.path)
         if self.defects:
-            said = [f"{self.path}: {_count(len(self.defects), 'defect')}."]
+            said = [f"{path}: {_count(len(self.defects), 'defect')}."]
             said += [f"  {defect}" for defect in self.defects]
         else:
             shards = sum(len(attempt.sealed) for attempt in self.attempts)
             size = sum(attempt.size for attempt in self.attempts)
             many = f"{_count(shards, 'shard')} in {_count(len(self.attempts), 'attempt')}"
-            said = [f"{self.path}: sound. {many}, {size:,} bytes."]
+            said = [f"{path}: sound. {many}, {size:,} bytes."]
         return "\n".join([*said, *(f"  Note: {note}" for note in self.notes)])
 
 
@@ -59,7 +60,9 @@ def check(path: Path) -> Checked:
     found.attempts.append(Attempt(path, 0, first))
     for number in claimed(path):
         folder = attempt_folder(path, number)
-        if not (folder / files.ATTEMPT).exists():
+        if not is_folder(folder):
+            found.defects.append(Defect(folder, f"{folder.name} is not a folder, and readers pass over it."))
+        elif not (folder / files.ATTEMPT).exists():
             found.notes.append(f"{folder.name} was claimed by a writer that never began.")
         elif (begun := _manifest(found, folder, files.ATTEMPT)) is not None:
             if other := difference(first.layout, begun.layout):
@@ -84,14 +87,21 @@ def repair(found: Checked) -> list[str]:
     for attempt in found.attempts:
         for defect in found.defects:
             if defect.damaged and defect.path.parent == attempt.folder / files.RANK_FOLDER:
-                aside = quarantine_folder(found.path, attempt.number)
-                aside.mkdir(parents=True, exist_ok=True)
+                aside = _folders(found.path, quarantine_folder(found.path, attempt.number))
                 target = aside / defect.path.name
                 while target.exists():
                     target = target.with_name(f"again-{target.name}")
                 os.rename(defect.path, target)
                 done.append(f"{defect.path.name} was put aside: {target.relative_to(found.path)}.")
     return done
+
+
+def _folders(run: Path, folder: Path) -> Path:
+    """Make a folder below a run, through no link that leads out of it."""
+    for part in [*reversed(folder.relative_to(run).parents), folder.relative_to(run)][1:]:
+        if not is_folder(run / part):
+            (run / part).mkdir()  # FileExistsError where it is a link
+    return folder
 
 
 def _attempt(found: Checked, attempt: Attempt) -> None:
@@ -135,7 +145,7 @@ def _small(found: Checked, path: Path, version: int) -> None:
     except FileNotFoundError:
         return
     except ValueError as error:
-        wrong = f"is unreadable ({error})"
+        wrong = f"is unreadable ({printable(error)})"
     except OSError as error:
         wrong = f"cannot be read ({error.strerror or error})"
     if wrong:

@@ -5,6 +5,7 @@ by the recovered mixing (mixing.py).
 """
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -15,12 +16,26 @@ from probes.symbols import STREAMS, Recording, Untraceable
 
 
 @dataclass(frozen=True)
+class Layer:
+    """The call of a norm and those that it feeds, one by the other; the output of the last is what the layer makes.
+    `read` names the call whose output is, in part, what the norm is given; None where it is given something else."""
+
+    norm: Call
+    fed: tuple[Call, ...]
+    read: str | None
+
+
+@dataclass(frozen=True)
 class Feeding:
-    """`argument` carries the streams. `pairs` are the calls of norms, in order, each with the calls that it feeds one by
-    the other; the output of the last is what the layer makes."""
+    """Layers in order; `argument` carries the streams."""
 
     argument: str
-    pairs: tuple[tuple[Call, tuple[Call, ...]], ...]
+    layers: tuple[Layer, ...]
+
+    def reads(self, states: Sequence[Call | None]) -> bool:
+        """Whether `states`, the calls that receive what looks like the state of each layer, only read it from streams for
+        the norm of the layer."""
+        return [layer.read for layer in self.layers] == [state.name if state else "" for state in states]
 
 
 def feeding(module: nn.Module) -> Feeding:
@@ -30,10 +45,10 @@ def feeding(module: nn.Module) -> Feeding:
         reading = _Reading(Recording(module, {module}, optional=False))
     except Untraceable:
         reading = _Reading(Recording(module, {module}, optional=False, shape=STREAMS))
-    pairs = tuple(pair for node in reading.calls if (pair := reading.pair(node)) is not None)
-    if not pairs or not reading.passes_by({call.name for _, fed in pairs for call in fed}):
+    layers = tuple(layer for node in reading.calls if (layer := reading.layer(node)) is not None)
+    if not layers or not reading.passes_by({call.name for layer in layers for call in layer.fed}):
         raise Untraceable("it does not mix what sublayers make into what it is given")
-    return Feeding(reading.argument, pairs)
+    return Feeding(reading.argument, layers)
 
 
 class _Reading:
@@ -45,16 +60,18 @@ class _Reading:
         targets = [node.target for node in calls]
         self.calls = [node for node in calls if targets.count(node.target) == 1]
 
-    def pair(self, node: fx.Node) -> tuple[Call, tuple[Call, ...]] | None:
-        """A norm and what it feeds; None for a call of something else, or that feeds nothing with a matrix."""
-        norm, name, fed = self._modules[node.target], node.target, []
+    def layer(self, node: fx.Node) -> Layer | None:
+        """That of a norm's call; None for a call of something else, or that feeds nothing with a matrix."""
+        norm, called, fed = self._modules[node.target], node, []
         if has_matrix(norm) or list(norm.children()) or not list(norm.parameters()):
             return None
         while (following := self._following(node)) is not None:
             node = following
             keys = [user.args[1] for user in node.users if _takes_part(user)]
             fed.append(Call(node.target, self._modules[node.target], min(keys, default=0)))
-        return (Call(name, norm), tuple(fed)) if any(has_matrix(call.module) for call in fed) else None
+        if not any(has_matrix(call.module) for call in fed):
+            return None
+        return Layer(Call(called.target, norm), tuple(fed), self._read(called))
 
     def passes_by(self, names: set[str]) -> bool:
         """Whether what is given reaches the result without the calls of those names."""
@@ -67,6 +84,14 @@ class _Reading:
                 seen.add(node)
                 waiting += node.all_input_nodes
         return False
+
+    def _read(self, node: fx.Node) -> str | None:
+        (given, *others) = node.all_input_nodes
+        while not others and given.op != "call_module" and keeps(given, self._modules):
+            (given, *others) = given.all_input_nodes
+        if others or not _takes_part(given) or given.args[0] not in self.calls:
+            return None
+        return given.args[0].target
 
     def _following(self, node: fx.Node) -> fx.Node | None:
         """The only call that is given what this one returns; None where there are others, where something comes between,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from probes.attempts import Attempt
 from probes.careful import printable
+from probes.lost import MOST_GAPS
 from probes.vocabulary import MOST_STEP
 
 
@@ -45,7 +46,7 @@ def _broken(attempt: Attempt) -> Iterator[Gap]:
 def _let_go(attempt: Attempt) -> Iterator[Gap]:
     """What the writer says it could not write."""
     told = attempt.told.get("gaps")
-    for entry in told if isinstance(told, list) else ():
+    for entry in told[:MOST_GAPS] if isinstance(told, list) else ():
         match entry:
             case {"first": int(first), "last": int(last), "cause": str(cause)} if first <= last <= MOST_STEP:
                 yield Gap(first, last, printable(cause))

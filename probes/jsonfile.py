@@ -8,7 +8,9 @@ from pathlib import Path
 
 from probes.careful import read_bytes
 
-MOST_BYTES = 16 << 20
+MOST_BYTES = 16 << 20  # of run.json
+MOST_SIGN = 1 << 20  # of a heartbeat or an end marker
+_DEEPEST = 50
 
 _CHECKSUM = re.compile(rb'"crc32": "([0-9a-f]{8})"\n\}\n\Z')
 
@@ -42,14 +44,26 @@ def parse_json(content: bytes) -> dict:
         raise ValueError("nested too deeply") from None
     if not isinstance(data, dict):
         raise ValueError("not a JSON object")
+    _bounded(data)
     data.pop("crc32", None)
     return data
 
 
-def read_json(path: Path) -> dict | None:
+def _bounded(data: dict) -> None:
+    """ValueError where values are nested so deeply that nobody dares to walk through them."""
+    inner, depth = [data], 0
+    while inner:
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError("nested too deeply")
+        below = [value for each in inner for value in (each.values() if isinstance(each, dict) else each)]
+        inner = [value for value in below if isinstance(value, dict | list)]
+
+
+def read_json(path: Path, most: int = MOST_SIGN) -> dict | None:
     """The content of a small JSON object, or None when it is missing or not one."""
     try:
-        return parse_json(read_bytes(path, MOST_BYTES))
+        return parse_json(read_bytes(path, most))
     except (OSError, ValueError):
         return None
 

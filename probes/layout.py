@@ -12,6 +12,10 @@ import numpy as np
 
 from probes.vocabulary import MIXING, TRIANGLE
 
+# What a stranger's run.json may say at most.
+_MOST = 4096
+_LONGEST = 300
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -132,13 +136,24 @@ class Layout:
         return layout
 
     def _check(self) -> None:
-        """ValueError where rows and columns do not fit together."""
-        numbers = [n for layer in self.layers for n in (layer.index, layer.block)]
-        if not all(isinstance(n, int) and n >= 1 for n in numbers):
-            raise ValueError("layers and blocks are counted from 1")
-        if not self.reads:
-            raise ValueError("no reads")
-        if not all(isinstance(r.sources, int) and 1 <= r.sources <= len(self.sources) for r in self.reads):
+        """ValueError where rows and columns do not fit together, or are more than any model has."""
+        if max(len(self.layers), len(self.sources)) > _MOST:
+            raise ValueError(f"more than {_MOST} layers or sources")
+        texts = [text for row in (*self.layers, *self.reads, *self.sources) for text in (row.label, row.kind)]
+        texts += [layer.name for layer in self.layers]
+        if not all(isinstance(text, str) and text.isprintable() and len(text) <= _LONGEST for text in texts):
+            raise ValueError("names are texts on one line")
+        if [layer.index for layer in self.layers] != list(range(1, len(self.layers) + 1)):
+            raise ValueError("layers are counted from 1")
+        ends = [n for source in self.sources for n in (source.first, source.last)]
+        read = [each.layer for each in self.reads if each.layer is not None]
+        if not all(type(n) is int and 0 <= n <= _MOST for n in (*ends, *read)):
+            raise ValueError("a source or a read of no layer")
+        if not all(type(layer.block) is int and 1 <= layer.block <= _MOST for layer in self.layers):
+            raise ValueError("blocks are counted from 1")
+        if not 1 <= len(self.reads) <= _MOST:
+            raise ValueError(f"{len(self.reads)} reads")
+        if not all(type(r.sources) is int and 1 <= r.sources <= len(self.sources) for r in self.reads):
             raise ValueError(f"a read of more than {len(self.sources)} sources or of none")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from probes import manifest as files
 from probes.careful import printable, read_bytes
-from probes.jsonfile import MOST_BYTES, read_json, write_json
+from probes.jsonfile import MOST_SIGN, read_json, write_json
 
 log = logging.getLogger("depthscope")
 
@@ -33,28 +33,32 @@ class Life:
 
     def state(self) -> tuple[str, str]:
         """ "running", "finished" or "stopped", and why or since when."""
-        end = read_json(self._folder / files.END)
-        if end is not None:
-            status = "finished" if end.get("status") == "finished" else "stopped"
-            return status, printable(end.get("reason") or "")
-        seen = self.seen
-        if self._moves() or abs(time.time() - seen.timestamp()) <= files.SILENT_SECONDS:
-            return "running", ""
-        return "stopped", f"no sign of life since {seen:%Y-%m-%d %H:%M:%S} UTC, and no end marker"
+        return self.look()[0]
 
     @property
     def seen(self) -> datetime:
         """Time of the end marker, else of the last heartbeat, else of creation."""
-        for name in (files.END, files.HEARTBEAT):
-            moment = (read_json(self._folder / name) or {}).get("time")
+        return self._time(read_json(self._folder / files.END), read_json(self._folder / files.HEARTBEAT))
+
+    def look(self) -> tuple[tuple[str, str], dict]:
+        """The state, and what the recording said last: the end marker, else the heartbeat."""
+        end = read_json(self._folder / files.END)
+        if end is not None:
+            status = "finished" if end.get("status") == "finished" else "stopped"
+            return (status, printable(end.get("reason") or "")), end
+        beat = read_json(self._folder / files.HEARTBEAT)
+        seen = self._time(beat)
+        if self._moves() or abs(time.time() - seen.timestamp()) <= files.SILENT_SECONDS:
+            return ("running", ""), beat or {}
+        silent = f"no sign of life since {seen:%Y-%m-%d %H:%M:%S} UTC, and no end marker"
+        return ("stopped", silent), beat or {}
+
+    def _time(self, *signs: dict | None) -> datetime:
+        for sign in signs:
             # A damaged file may hold anything.
             with contextlib.suppress(TypeError, ValueError, OverflowError, OSError):
-                return datetime.fromtimestamp(moment, UTC)
+                return datetime.fromtimestamp((sign or {}).get("time"), UTC)
         return datetime.fromtimestamp(self._created, UTC)
-
-    def told(self) -> dict:
-        """What the recording said last: the end marker, else the heartbeat."""
-        return read_json(self._folder / files.END) or read_json(self._folder / files.HEARTBEAT) or {}
 
     def _moves(self) -> bool:
         """Whether the heartbeat changed, before our eyes, within the time of silence."""
@@ -93,7 +97,7 @@ def beating(folder: Path) -> bool:
 
 def _last_beat(folder: Path) -> bytes | None:
     try:
-        return read_bytes(folder / files.HEARTBEAT, MOST_BYTES)
+        return read_bytes(folder / files.HEARTBEAT, MOST_SIGN)
     except (OSError, ValueError):
         return None
 

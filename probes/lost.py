@@ -1,6 +1,6 @@
 """What a writer had to let go: how often, and which steps."""
 
-_MOST_GAPS = 100
+MOST_GAPS = 100
 
 
 class Lost:
@@ -23,7 +23,7 @@ class Lost:
             first, last, cause = self._added.pop(0)
             before = self._gaps[-1] if self._gaps else None
             near = before and before["cause"] == cause and first <= before["last"] + self._near
-            if near or len(self._gaps) == _MOST_GAPS:
+            if near or len(self._gaps) == MOST_GAPS:
                 before["first"], before["last"] = min(before["first"], first), max(before["last"], last)
             else:
                 self._gaps.append({"first": first, "last": last, "cause": cause})

@@ -19,6 +19,8 @@ HEARTBEAT = "heartbeat.json"
 END = "end.json"
 RANK_FOLDER = "rank-00000"
 
+_MOST_RANGES, _MOST_PER_DECADE = 10_000, 10_000
+
 # A writer beats every two seconds; one that has been silent this long and left no end marker has stopped.
 HEARTBEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0
@@ -75,20 +77,21 @@ class Manifest:
     @classmethod
     def read(cls, folder: Path, name: str = MANIFEST) -> "Manifest":
         """Raises RunError when run.json is missing, unreadable or from a newer depthscope."""
+        where = printable(folder)
         try:
             data = parse_json(read_bytes(folder / name, MOST_BYTES))
         except FileNotFoundError:
             raise RunError(
-                f"There is no run at {folder}: it has no {name}. Give the folder that probes.record wrote to."
+                f"There is no run at {where}: it has no {name}. Give the folder that probes.record wrote to."
             ) from None
         except (OSError, ValueError) as error:
             raise RunError(
-                f"The run at {folder} cannot be opened: its {name} is unreadable ({printable(error)})."
+                f"The run at {where} cannot be opened: its {name} is unreadable ({printable(error)})."
             ) from error
         try:
             if int(data["format"]) > FORMAT_VERSION:
                 raise RunError(
-                    f"The run at {folder} has format {int(data['format'])}, newer than this depthscope reads "
+                    f"The run at {where} has format {int(data['format'])}, newer than this depthscope reads "
                     f"({FORMAT_VERSION}): upgrade depthscope to open it."
                 )
             datetime.fromtimestamp(data["created"], UTC)
@@ -97,14 +100,14 @@ class Manifest:
                 float(data["created"]),
                 *_schedules(data),
                 dict(data.get("config") or {}),
-                tuple(data.get("tags") or ()),
+                _tags(data.get("tags") or []),
                 dict(data.get("versions") or {}),
                 int(data["format"]),
                 _step(data.get("step", 0)),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
             raise RunError(
-                f"The run at {folder} cannot be opened: its {name} is not a depthscope manifest ({error!r})."
+                f"The run at {where} cannot be opened: its {name} is not a depthscope manifest ({printable(repr(error))})."
             ) from error
 
 
@@ -112,10 +115,24 @@ def _schedules(data: dict) -> list[Schedule]:
     """Those of vectors and of matrices; a run that says nothing but its intervals has no other part."""
     intervals = {"vectors": int(data["every"]), "matrices": int(data["matrices_every"])}
     told = dict(data.get("schedule") or {})
-    return [
+    found = [
         Schedule.from_json(told[kind]) if kind in told else schedule(interval)
         for kind, interval in intervals.items()
     ]
+    for each in found:
+        steps = [
+            each.interval or 0,
+            *(number for steps in each.ranges for number in (steps.stop, steps.step)),
+        ]
+        if max(steps) > MOST_STEP or len(steps) > _MOST_RANGES or (each.per_decade or 0) > _MOST_PER_DECADE:
+            raise ValueError("a schedule of more steps than there are")
+    return found
+
+
+def _tags(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(tag, str) for tag in value):
+        raise ValueError("tags are a list of texts")
+    return tuple(value)
 
 
 def _step(value: object) -> int:

@@ -6,12 +6,7 @@ are the leading sources of state l+1. It runs in the writer's thread, on the hos
 them, and training for the GPU.
 """
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
-
-from probes.layout import Layout
-from probes.vocabulary import MIXING
 
 MIXING_METRICS = ("mixing_weight", "mixing_share", "mixing_r2", "mixing_condition")
 
@@ -41,22 +36,6 @@ def definition(state: np.ndarray, sources: np.ndarray) -> tuple[np.ndarray, np.n
     return weight, share, r2, condition
 
 
-def of_sample(
-    sampled: Mapping[str, np.ndarray], layout: Layout, given: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """The mixing metrics of what sample.py kept, by name, triangles packed; those of which nothing is known are left
-    out."""
-    about = sampled["about"]
-    tokens, width = (int(n) for n in about[:, :2].max(0))
-    if not tokens * width:
-        return {}
-    shape = len(about), tokens, width
-    states, outputs = (sampled[name][:, : tokens * width].reshape(shape) for name in ("states", "outputs"))
-    found = recover(states, outputs, np.array([*given, len(about)]), about[:, 2])
-    packed = {name: layout.pack(value, MIXING) if value.ndim == 2 else value for name, value in found.items()}
-    return {name: value for name, value in packed.items() if not np.isnan(value).all()}
-
-
 def recover(
     states: np.ndarray, outputs: np.ndarray, given: np.ndarray, eps: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -66,7 +45,8 @@ def recover(
     over tokens, of the condition the median. Tokens with a value that is not finite are left out, and rows that are
     NaN throughout count as not seen. Blank (NaN) is a state that was not seen, or one of whose sources was not, or that
     has more sources than a quarter of the width; a weight or share that rounding could have moved by more than 1e-4 (in
-    16 bits: 2e-2), for its source is tiny or the condition bad; the weight of a source that is zero.
+    16 bits: 2e-2), for its source is tiny or the condition bad; the weight of a source that is zero at half of the tokens
+    or more (elsewhere the mean is over the others).
     """
     rows, _, width = states.shape
     unseen = np.isnan(outputs).all((1, 2))
@@ -128,11 +108,14 @@ def _solved(v: np.ndarray, h: np.ndarray, given: np.ndarray) -> tuple[np.ndarray
 
 
 def _mean(values: np.ndarray, deviation: np.ndarray, limit: np.ndarray) -> np.ndarray:
-    """Mean over the tokens [T, ...] whose standard deviation is small; NaN where that is fewer than half, or where three
-    standard deviations of the mean are more than `limit`."""
-    good = deviation <= 2 * limit
-    total = good.sum(0)
+    """Mean over tokens [T, ...]; NaN where three of its standard deviations are more than `limit`.
+
+    Tokens at which nothing is known, for the source is zero there, are left out if they are fewer than half. No others
+    are: those that are hard to tell have other weights than the rest.
+    """
+    known = np.isfinite(deviation)
+    total = known.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(good, values, 0).sum(0) / total
-        spread = np.sqrt((np.where(good, deviation, 0) ** 2).sum(0)) / total
-    return np.where((2 * total >= len(values)) & (3 * spread <= limit), mean, np.nan)
+        mean = np.where(known, values, 0).sum(0) / total
+        spread = np.sqrt((np.where(known, deviation, 0) ** 2).sum(0)) / total
+    return np.where((2 * total > len(values)) & (3 * spread <= limit), mean, np.nan)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from probes import manifest as files
 from probes.attempts import attempt_folder, claimed
-from probes.jsonfile import read_json, write_json
+from probes.jsonfile import MOST_BYTES, read_json, write_json
 from probes.layout import difference
 from probes.life import beat, beating
 from probes.manifest import Manifest, RunError
@@ -40,7 +40,7 @@ class Place:
         """
         manifest = self.run / files.MANIFEST
         if _stamp(manifest) != self._stamp:
-            there = read_json(manifest)
+            there = read_json(manifest, MOST_BYTES)
             if there is not None and there.get("created") != self._about[manifest]["created"]:
                 raise RunError(f"another run was begun at {self.run}")
         lost = [path for path in self._about if not path.exists()]
@@ -102,7 +102,7 @@ def resume(run: Path, manifest: Manifest) -> Place:
     try:
         (folder / files.RANK_FOLDER).mkdir()
         beat(folder, -1)
-        about = {run / files.MANIFEST: read_json(run / files.MANIFEST) or recorded.to_json()}
+        about = {run / files.MANIFEST: read_json(run / files.MANIFEST, MOST_BYTES) or recorded.to_json()}
         return _made(Place(run, number + 1, {**about, folder / files.ATTEMPT: manifest.to_json()}))
     except OSError as error:
         raise _refused(run, error) from error

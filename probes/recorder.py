@@ -27,9 +27,9 @@ from probes.flush import start_copy
 from probes.gradients import NORMS, GradientNorms
 from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, Masks
-from probes.mixing import MIXING_METRICS, of_sample
 from probes.provenance import model_config, versions
 from probes.resuming import first_step, seconds_before
+from probes.sampled import SAMPLED_METRICS, of_sample
 from probes.scalars import Scalars
 from probes.scaling import LossScale
 from probes.schedule import Schedule, Steps, schedule
@@ -328,14 +328,14 @@ class Recorder:
         return {name: value for name, value in metrics.items() if name not in left_out}
 
     def _sampled(self) -> dict[str, torch.Tensor]:
-        """The sample of this step; nothing where the mixing cannot be solved from it, or not in time."""
-        if self._faults.now & set(MIXING_METRICS):
+        """The sample of this step; nothing where its metrics cannot be made, or not in time."""
+        if self._faults.now & set(SAMPLED_METRICS):
             return {}
         sampled = self._taps.sampled()
         waiting = (self._handed - self._solved) * sum(value.nbytes for value in sampled.values())
         if waiting > _WAITING:
             late = {"step": self._step, "cause": "samples before were not solved yet"}
-            for name in MIXING_METRICS:
+            for name in SAMPLED_METRICS:
                 self._faults.missing.setdefault(name, late)
             return {}
         return sampled
@@ -343,8 +343,8 @@ class Recorder:
     def _put(
         self, metrics: dict | None = None, counts: dict | None = None, sampled: dict | None = None
     ) -> None:
-        """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed, and `sampled` what
-        the mixing is solved from."""
+        """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed, and `sampled` is
+        the sample."""
         now, mode, metrics, counts = self._clock.now, self._taps.mode, metrics or {}, counts or {}
         sampled = sampled or {}
         vain = self._clock.vain()
@@ -388,10 +388,10 @@ class Recorder:
                     yield name, step_of(now), values[name]
             self._selfcheck.rows(seen)
             if sampled:
-                with self._faults.guard(*MIXING_METRICS):
+                with self._faults.guard(*SAMPLED_METRICS):
                     kept = {name: values["sample", name] for name in sampled}
-                    mixing = of_sample(kept, self._sites.layout, [site.given for site in self._sites.layers])
-                    for name, value in mixing.items():
+                    solved = of_sample(kept, self._sites.layout, [site.given for site in self._sites.layers])
+                    for name, value in solved.items():
                         yield name, step_of(now), value
 
         # Rows of this very step may still be logged until the next forward.

@@ -10,10 +10,13 @@ import numpy as np
 
 from probes import manifest as files
 from probes.attempts import Attempt, attempt_folder, claimed, hide
+from probes.careful import is_folder
 from probes.gaps import Gap, gaps_of
 from probes.layout import Layout, difference
 from probes.manifest import Manifest, RunError
 from probes.vocabulary import TRIANGLES, metric
+
+_MOST_PROBLEMS = 30
 
 # The rows of one run may take half of this machine's memory; a stranger's run is no reason to take it all.
 try:
@@ -111,7 +114,11 @@ class Run:
     @property
     def problems(self) -> list[str]:
         """A sentence for each gap, and for each attempt that cannot be read."""
-        return [*self._left_out.values(), *map(str, self.gaps)]
+        found = [*self._left_out.values(), *map(str, self.gaps)]
+        more = len(found) - _MOST_PROBLEMS
+        return found[:_MOST_PROBLEMS] + (
+            [f"And {more} more like these: run depthscope check."] if more > 0 else []
+        )
 
     # How it looks
 
@@ -183,6 +190,9 @@ class Run:
             if number in known or number in self._left_out:
                 continue
             folder = attempt_folder(self.path, number)
+            if not is_folder(folder):
+                self._left_out[number] = f"{folder.name} is left out: it is not a folder."
+                continue
             if not (folder / files.ATTEMPT).exists():
                 continue  # not begun yet
             try:

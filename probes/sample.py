@@ -14,12 +14,13 @@ TOKENS = 512
 
 class Sample:
     """Rows are states and outputs as the metrics have them, [L+1, ELEMENTS] float32: tokens one after the other, then
-    NaN. `about` says of each state how many tokens, how many channels, and the machine epsilon of its type."""
+    NaN. `about` [2, L+1, 3] says of each state and each output how many tokens, how many channels, and the machine epsilon
+    of its type."""
 
     def __init__(self, rows: int, device: torch.device):
         self.state = torch.full((rows, ELEMENTS), torch.nan, device=device)
         self.output = torch.full_like(self.state, torch.nan)
-        self.about = torch.zeros(rows, 3, device=device)
+        self.about = torch.zeros(2, rows, 3, device=device)
 
     def reset(self) -> None:
         """Forget the forward before: a layer that this one leaves out would otherwise be compared with that."""
@@ -37,13 +38,12 @@ class Sample:
         x = x.reshape(-1, width)
         count = min(x.shape[0], TOKENS, max(1, ELEMENTS // width))
         few = _spread(x, count, mask)[:, :ELEMENTS].reshape(-1)
-        rows = self.state if place == "state" else self.output
+        rows, about = (self.state, self.about[0]) if place == "state" else (self.output, self.about[1])
         rows[row, : few.shape[0]].copy_(few)
-        if place == "state":
-            tokens, channels, eps = self.about[row]
-            tokens.fill_(count)
-            channels.fill_(width)
-            eps.fill_(torch.finfo(x.dtype).eps)
+        tokens, channels, eps = about[row]
+        tokens.fill_(count)
+        channels.fill_(width)
+        eps.fill_(torch.finfo(x.dtype).eps)
 
 
 def _spread(x: Tensor, count: int, mask: Tensor | None) -> Tensor:

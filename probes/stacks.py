@@ -99,6 +99,8 @@ def stack_at(root: nn.Module, path: str, container: nn.Module) -> Stack | None:
         if paired is None and any(list(member.children()) for member in members.values()):
             raise Untraceable(str(error)) from error
         return paired
+    if all(_reads_streams(member, flows[name]) for name, member in members.items()):
+        return _fed(path, members)
     layers: list[LayerSite] = []
     for block, (name, member) in enumerate(members.items(), 1):
         layers += _layers(name, member, flows[name], len(layers), lambda term, block=block: block)
@@ -254,14 +256,22 @@ def _fed(path: str, members: dict[str, nn.Module]) -> Stack | None:
     except Untraceable:
         return None
     for block, (name, each) in enumerate(feedings.items(), 1):
-        for norm, calls in each.pairs:
-            index, label = len(layers) + 1, _named(name, _working(calls))
-            layer = Layer(index, _kind(_working(calls)), block, label)
-            state, output = _place(name, norm, is_input=True), _place(name, calls[-1], is_input=False)
-            modules = tuple(call.module for call in (norm, *calls))
+        for fed in each.layers:
+            index, working = len(layers) + 1, _working(fed.fed)
+            layer = Layer(index, _kind(working), block, _named(name, working))
+            state, output = _place(name, fed.norm, is_input=True), _place(name, fed.fed[-1], is_input=False)
+            modules = tuple(call.module for call in (fed.norm, *fed.fed))
             layers.append(LayerSite(layer, state, output, None, index, modules))
     entry = entry_of(*next(iter(members.items())))
     return Stack(path, len(members), tuple(layers), None, "mixed by its blocks", entry)
+
+
+def _reads_streams(block: nn.Module, flow: Flow) -> bool:
+    """Whether a block adds to several streams, of which its layers read one."""
+    try:
+        return feeding(block).reads([term.state for term in flow.terms])
+    except Untraceable:
+        return False
 
 
 def entry_of(name: str, block: nn.Module) -> Place | None:

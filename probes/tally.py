@@ -79,7 +79,7 @@ class Tally:
         return metrics
 
     def sampled(self) -> dict[str, Tensor]:
-        """What mixing.py solves, by name."""
+        """The sample, by name."""
         about = self.sample.about.masked_fill(self._mixed_up(), 0)
         return {"states": self.sample.state, "outputs": self.sample.output, "about": about}
 

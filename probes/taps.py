@@ -18,9 +18,9 @@ from probes.found import FoundReads
 from probes.gradient_taps import GradientTaps
 from probes.hooks import Hook, tap_gradient_in_graph
 from probes.masks import Masks, fitting
-from probes.mixing import MIXING_METRICS
 from probes.read_taps import ReadTaps
 from probes.rows import reads_after_blocks, rows_by_arithmetic, unhooked_rows
+from probes.sampled import SAMPLED_METRICS
 from probes.scaling import half_precision
 from probes.sites import Place, Sites
 from probes.statistics import DEPTH_METRICS, add_moments, add_nonfinite, token_mean_square
@@ -45,7 +45,9 @@ class Taps:
         self.half = False  # a training forward ran under float16 autocast
         self._live = False  # inside a training forward that is looked at
         self._embedded = False  # this forward's embedding has been seen
-        self._tokens: torch.Size | None = None  # [B, T] of this forward, where there are streams to be told
+        self._given: list[
+            torch.Size
+        ] = []  # of this forward, [B, T] among them, where there are streams to be told
         self._sites = sites
         self._faults = faults or Faults(strict=True)
         self.masks = masks or Masks(None, sites)
@@ -146,7 +148,7 @@ class Taps:
         return self._tally.finish(self._matrices)
 
     def sampled(self) -> dict[str, Tensor]:
-        """What the mixing of this step is solved from, by name; nothing where no matrices are recorded."""
+        """The sample of this step, by name; nothing where no matrices are recorded."""
         return self._tally.sampled() if self._matrices else {}
 
     def counts(self) -> dict[str, Tensor]:
@@ -251,8 +253,8 @@ class Taps:
         if not self._live:
             return
         if self._sites.entry is not None:
-            given = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.ndim > 1)
-            self._tokens = next((each.shape[:2] for each in given), None)
+            given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.ndim > 1]
+            self._given = [each.shape[:2] for each in given]
         if not compiling:
             self._eagerly(self._begin_eagerly, "hidden_rms", "output_rms", "block_rms")
         elif self._parameter.device != self._device:
@@ -378,7 +380,7 @@ class Taps:
 
     def _entry(self, x: Tensor) -> None:
         """What the first of the blocks that mix streams is given: the embedding, or [B, T, n, D] copies of it."""
-        if isinstance(x, Tensor) and (x.ndim < 4 or x.shape[:2] == self._tokens):
+        if isinstance(x, Tensor) and (x.ndim < 4 or x.shape[:2] in self._given):
             self._tap_embedding(x, streams=x.ndim == 4)
 
     def _output(self, x: Tensor, row: int) -> None:
@@ -423,7 +425,7 @@ class Taps:
             self._eagerly(
                 lambda: self._add_values(x, place, row, mask), *self._tally.metrics_of(place, "rms")
             )
-            self._eagerly(lambda: self._keep(x, place, row, mask), "identity_error", *MIXING_METRICS)
+            self._eagerly(lambda: self._keep(x, place, row, mask), "identity_error", *SAMPLED_METRICS)
 
     def _keep(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
         if self._matrices and place != "block":

@@ -160,7 +160,7 @@ _ROWS = [
         STATE,
         "Residual identity error",
         "relative",
-        "How far each state is from the embedding plus the outputs before it, on a few tokens: zero but for rounding "
+        "How far each state is from the embedding plus the outputs before it, on a sample of tokens: zero but for rounding "
         "in a plain residual, of the order of one where the stream is mixed otherwise.",
     ),
     Metric(
@@ -196,6 +196,29 @@ _ROWS = [
         "By how much the likeness of a state's sources magnifies errors of their weights: the condition number of the "
         "sources scaled to one length, in Frobenius norms divided by their number, median over tokens. One where they "
         "are at right angles.",
+    ),
+    Metric(
+        "hidden_max",
+        STATE,
+        "Largest value of the state",
+        "activation units",
+        "Largest absolute value of each state in a sample of tokens, an estimate from below of that of all.",
+    ),
+    Metric(
+        "hidden_kurtosis",
+        STATE,
+        "Kurtosis of the state",
+        "",
+        "Mean fourth power over squared mean square of each state, over channels and a sample of tokens: 3 for normal "
+        "values, as many as there are channels where one holds everything.",
+    ),
+    Metric(
+        "output_cosine",
+        LAYER,
+        "Cosine of output and state",
+        "",
+        "Cosine between what each layer receives and what it makes of it, mean over a sample of tokens: in a plain "
+        "residual, whether it writes along the stream or against it.",
     ),
     Metric(
         "nonfinite",

@@ -18,10 +18,11 @@ import numpy as np
 from probes import manifest as files
 from probes import place as places
 from probes.attempts import row_shape
+from probes.disk import Disk
 from probes.jsonfile import write_json
 from probes.life import beat
 from probes.lost import Lost
-from probes.manifest import Manifest, RunError
+from probes.manifest import Manifest
 from probes.shard import shard_name, write_shard
 from probes.vocabulary import FORMAT_VERSION
 
@@ -39,7 +40,6 @@ _PATIENCE = 60.0  # seconds that closing waits for a disk or a device that does 
 _MOST_BYTES = 256 << 20  # held back at most while the disk refuses
 _SHARD_BYTES = 32 << 20
 _ROW_BYTES = 200  # what a row takes beside its numbers
-_FIRST_RETRY, _LAST_RETRY = 0.25, 10.0  # seconds
 
 
 class RunWriter:
@@ -58,13 +58,11 @@ class RunWriter:
         self._shards = 0  # sealed so far, and the number of the next one
         self._lost = Lost(manifest.every)
         self._warned: set[str] = set()
-        self._refused = ""  # what the disk said last; empty while it takes everything
-        self._patience = _FIRST_RETRY
-        self._gone = False  # another run has taken the place
         self._end: dict = {}
         # A SimpleQueue, because a signal's handler may put while training is putting.
         self._queue: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
         self._place = (places.resume if resume else places.begin)(path, manifest)
+        self._disk = Disk(self._place)
         self._started = self._beaten = time.monotonic()
         self._seal_at = self._started + SEAL_SECONDS
         self._thread = threading.Thread(target=self._work, name=f"depthscope writer {path.name}", daemon=True)
@@ -115,9 +113,9 @@ class RunWriter:
                 # A run is looked at most in its first minutes; later, fewer and larger shards.
                 early = now - self._started < EARLY_SECONDS
                 wait = SEAL_SECONDS if early else LATE_SEAL_SECONDS
-                self._seal_at = time.monotonic() + (self._patience if self._refused else wait)
+                self._seal_at = time.monotonic() + (self._disk.wait if self._disk.refused else wait)
             if now - self._beaten >= files.HEARTBEAT_SECONDS:
-                self._write(lambda: beat(self._place.folder, self._last_step, **self._told()))
+                self._disk.do(lambda: beat(self._place.folder, self._last_step, **self._told()))
                 self._beaten = now
                 if self._place.resumed:
                     self._warn("resumed", f"Another process has continued the run at {self.path} meanwhile.")
@@ -125,7 +123,7 @@ class RunWriter:
         if self._open:
             self._shed(len(self._open))
         end = {"time": time.time(), **self._end, "step": self._last_step, **self._told()}
-        self._write(lambda: write_json(self._place.folder / files.END, end))
+        self._disk.do(lambda: write_json(self._place.folder / files.END, end))
 
     def _told(self) -> dict:
         told = {"dropped": self.dropped, "shards": self._shards, "gaps": self._lost.gaps()}
@@ -155,12 +153,16 @@ class RunWriter:
         self._open.sort(key=itemgetter(1))
         last = self._open[count - 1][1]
         steps = [step for _, step, _ in self._open if step <= last]
-        self._lost.add(steps[0], self._refused or "the writer could not keep up", until=last, rows=len(steps))
+        self._lost.add(
+            steps[0], self._disk.refused or "the writer could not keep up", until=last, rows=len(steps)
+        )
         self._open = self._open[len(steps) :]
         self._bytes = sum(_size(value) for _, _, value in self._open)
 
     def _seal(self, complete: int | None) -> None:
         """Write the open rows up to step `complete` (None: all) as shards; keep them if the disk refuses."""
+        if self._disk.gone:
+            self._open = []
         ready = [row for row in self._open if complete is None or row[1] <= complete]
         later = [row for row in self._open if complete is not None and row[1] > complete]
         ready.sort(key=itemgetter(1))
@@ -169,7 +171,7 @@ class RunWriter:
             target = self._place.shards / shard_name(steps[0], steps[-1])
             about = {"rank": "0", "attempt": str(self._place.number), "shard": str(self._shards)}
             about["format"] = str(FORMAT_VERSION)
-            if not self._write(
+            if not self._disk.do(
                 lambda target=target, piece=piece, about=about: write_shard(target, _tensors(piece), about)
             ):
                 break
@@ -177,37 +179,6 @@ class RunWriter:
             ready = ready[len(piece) :]
         self._open = ready + later
         self._bytes = sum(_size(value) for _, _, value in self._open)
-
-    def _write(self, act: Callable[[], object]) -> bool:
-        """Ask the disk; whether it did. Trouble is said once and never stops training."""
-        if self._gone:
-            return False
-        try:
-            if self._place.restore():
-                self._warn(
-                    "disk",
-                    f"{self.path} was deleted while it was recorded. It is made anew, and recording goes on.",
-                )
-            act()
-        except RunError as error:
-            self._gone = True
-            self._warn("gone", f"depthscope records no more at {self.path}: {error}. Training goes on.")
-        except Exception as error:
-            why = getattr(error, "strerror", None) or error
-            self._refused = f"{self.path.name} could not be written ({why})"
-            self._patience = min(2 * self._patience, _LAST_RETRY)
-            self._warn(
-                "disk",
-                f"depthscope cannot write to {self.path}: {why}. Training goes on; recording does too when the place is "
-                "back.",
-            )
-            return False
-        else:
-            if self._refused:
-                log.info("depthscope writes to %s again.", self.path)
-            self._refused, self._patience = "", _FIRST_RETRY
-            return True
-        return False
 
     def _warn(self, what: str, sentence: str) -> None:
         if what not in self._warned:

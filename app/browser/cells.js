@@ -21,7 +21,9 @@ class Cells {
 
   // The numbers to colour; those of the table, or a frame of playback.
   column(vector) {
-    this.values = Float32Array.from({ length: vector.length }, (_, i) => vector.get(i) ?? NaN);
+    const whole = vector.nullCount ? null : vector.toArray();
+    this.values =
+      whole instanceof Float32Array ? whole : Float32Array.from({ length: vector.length }, (_, i) => vector.get(i) ?? NaN);
   }
 
   show(view, ink) {
@@ -34,7 +36,7 @@ class Cells {
     if (at !== this.at || !this.edges) this.measure(width, height, ratio);
     this.at = at;
     const shades = this.shades();
-    const { low, high, bend } = this;
+    const { bend, start, scale } = this;
     const image = new ImageData(width, height);
     const pixels = new Uint32Array(image.data.buffer);
     const { left, right, top, bottom } = this.edges;
@@ -46,8 +48,7 @@ class Cells {
           for (let x = left[i]; x < right[i]; x++) if ((x + y) % 6 < 2) pixels[y * width + x] = stripe;
         continue;
       }
-      const share = (bend(value) - bend(low)) / (bend(high) - bend(low));
-      const shade = shades[Math.max(0, Math.min(SHADES - 1, Math.round(share * (SHADES - 1)) || 0))];
+      const shade = shades[Math.max(0, Math.min(SHADES - 1, Math.round((bend(value) - start) * scale) || 0))];
       for (let y = top[i]; y < bottom[i]; y++) pixels.fill(shade, y * width + left[i], y * width + right[i]);
     }
     const { canvas } = this;
@@ -94,10 +95,10 @@ class Cells {
     const key = JSON.stringify([domain, scale.range()]);
     if (key === this.key) return this.ramp;
     const [bend, back] = { sqrt: [Math.sqrt, (x) => x * x], log: [Math.log, Math.exp] }[this.told.scale] ?? [Number, Number];
-    const [low, high] = [domain[0], domain.at(-1)];
-    Object.assign(this, { key, low, high, bend });
+    const [start, end] = [domain[0], domain.at(-1)].map(bend);
+    Object.assign(this, { key, bend, start, scale: (SHADES - 1) / (end - start) });
     this.ramp = Uint32Array.from({ length: SHADES }, (_, i) =>
-      colour(scale(back(bend(low) + ((bend(high) - bend(low)) * i) / (SHADES - 1)))),
+      colour(scale(back(start + ((end - start) * i) / (SHADES - 1)))),
     );
     return this.ramp;
   }

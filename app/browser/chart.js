@@ -87,10 +87,11 @@ class Chart {
     if (this.view) await keep(this.view, view);
     if (next.fields.length) this.listen(view, next.fields);
     this.view?.finalize();
-    for (const drawn of box.querySelectorAll("canvas")) drawn.style.display = "block"; // inline ones leave a gap below
     this.box?.remove();
     this.cells?.close();
-    box.style.cssText = "position:relative";
+    // Inline, a canvas and its box would each leave a gap below.
+    box.style.cssText = "position:relative;display:block";
+    for (const drawn of box.querySelectorAll("canvas")) drawn.style.display = "block";
     [this.view, this.box, this.room, this.ink] = [view, box, spec.usermeta?.room, look.ink];
     this.cells = spec.usermeta?.cells ? new Cells(this.home, spec.usermeta.cells, next.tables[0]) : null;
     this.cells?.take(next[next.tables[0]]);

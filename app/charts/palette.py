@@ -19,8 +19,8 @@ RAMP = [
 
 # Less to more, zero in the middle, on paper.
 DIVERGING = [
-    "#08519c", "#3b83bd", "#78b0d8", "#b5d3e8", "#e6eef4",
-    "#f7ebe1", "#f6cfa9", "#eea163", "#d9701f", "#a34400",
+    "#08519c", "#3b83bd", "#78b0d8", "#b5d3e8", "#eef0f2",
+    "#f2f0ee", "#f6cfa9", "#eea163", "#d9701f", "#a34400",
 ]  # fmt: skip
 
 _TEXT = {"labelFontSize": 11, "titleFontSize": 12, "labelColor": "#3d4450", "titleColor": "#1c2430"}
@@ -159,6 +159,10 @@ def printed(chart: alt.TopLevelMixin) -> dict:
     title = spec.get("title")
     if isinstance(title, dict) and isinstance(title.get("text"), str):
         title["text"] = wrapped(title["text"], 86)
+    for layer in spec.get("layer", ()):
+        if layer.get("name") == "points":
+            # Those that only carry a tooltip are a megabyte of nothing on paper.
+            layer["transform"] = [{"filter": "seen || datum.alone"}]
     spec.setdefault("width", 680)
     spec["background"] = "white"
     spec["padding"] = 16

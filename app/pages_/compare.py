@@ -102,11 +102,11 @@ def _grid(a: room.Shown, b: room.Shown, name: str, way: str, at: match.Pair) -> 
 def _weights(a: room.Shown, b: room.Shown, at: match.Pair) -> None:
     """Who reads whom, one less the other."""
     first, second = (a.run, at.first), (b.run, at.second)
-    labels, legend = (a.name, b.name), f"in {b.name}"
+    labels, legend = (f"in {a.name}", f"in {b.name}"), f"in {b.name}"
     if a is b:  # how it has changed since the other step
         first, second = second, first
-        labels = tuple(f"step {words.step(step)}" for _, step in (first, second))
-        legend = f"than at {labels[0]}"
+        labels = tuple(f"at step {words.step(step)}" for _, step in (first, second))
+        legend = f"than {labels[0]}"
     found = {
         name: difference.cells(first[0], second[0], first[1], second[1], name)
         for name in cells.PICTURES
@@ -119,13 +119,11 @@ def _weights(a: room.Shown, b: room.Shown, at: match.Pair) -> None:
     picture = st.container()
     name = pick.choice("matrix", "Matrix", {n: metric(n).title for n in found})
     frame = found[name]
-    most, *others = difference.changes(frame, labels, 9)
+    most, *others = difference.changes(frame, name, labels, 9)
     left, right = picture.columns([9, 5], gap="medium")
     with left:
-        title = (
-            f"{metric(name).title} differs most in {words.small(most) if most.startswith('The') else most}"
-        )
-        draw.show(charts.weights(frame, name, legend, title), key="difference weights", data=frame)
+        title = f"{metric(name).title} differs most where {words.small(most)}"
+        draw.show(charts.weights(frame, labels, legend, title), key="difference weights", data=frame)
         if _of_other_shape(a, b, name):
             st.caption(
                 "The two have other reads or sources: the finer one’s are put together by relative depth."

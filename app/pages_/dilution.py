@@ -23,8 +23,8 @@ def body(shown: list[room.Shown]) -> None:
         ):
             with column:
                 over_depth.profiles(shown, name, step, scale, findings.growth)
-                if name == HIDDEN and step is not None:
-                    _doubling(shown, step)
+        if step is not None:
+            _doubling(shown, step)
     _growth(shown, step)
     _composition(shown, step)
     names = [name for name in MEASURES if any(name in one.run for one in shown)]

@@ -9,19 +9,24 @@ from app.charts.lines import lines
 from app.charts.profile import profile
 from probes.vocabulary import metric
 
-MEASURES = ("output_grad_rms", "param_grad_norm", "block_grad_rms", "hidden_grad_rms")
+MEASURES = {
+    "output_grad_rms": "Outputs",
+    "param_grad_norm": "Parameters",
+    "block_grad_rms": "Transformer blocks (not comparable)",
+    "hidden_grad_rms": "States (not comparable)",
+}
 
 
 def body(shown: list[room.Shown]) -> None:
-    names = [name for name in MEASURES if any(name in one.run for one in shown)] or [MEASURES[0]]
+    names = [name for name in MEASURES if any(name in one.run for one in shown)] or [next(iter(MEASURES))]
     picture, player = st.container(), st.container(key="player")
     measures, scales = st.columns([3, 1], gap="medium")
     name = pick.choice(
         "gradient",
-        "Measure",
-        {n: metric(n).title + (" (not comparable)" if n in axes.INCOMPARABLE else "") for n in names},
+        "Gradient of",
+        {n: MEASURES[n] for n in names},
         where=measures,
-        help="Output gradients mean the same in every architecture; gradients of states do not.",
+        help="Gradients of outputs and parameters mean the same in every architecture; those of states do not.",
     )
     scale = pick.choice("gradient_scale", "Scale", {"log": "Logarithmic", "linear": "Linear"}, where=scales)
     step = pick.step([one.run for one in shown], [name], where=player)

@@ -110,6 +110,7 @@ def test_a_growing_run_grows_on_screen(serve, watched, tmp_path):
     watched.wait_for_selector("text=/finished, step/", timeout=15_000)
 
 
+PICTURE = "document.querySelector('.depthscope-chart canvas').toDataURL()"
 TICKS = "[...document.querySelectorAll('.role-axis-label text')].map(t => t.textContent).slice(0, 4)"
 LIVE = "Number(document.body.innerText.match(/live, step ([\\d,]+)/)?.[1].replace(/,/g, ''))"
 
@@ -134,10 +135,12 @@ def test_the_triangle_plays_without_the_server(static, watched):
     watched.mouse.down()
     for share in (0.9, 0.7, 0.5, 0.3, 0.1):
         before = watched.locator(".depthscope-chart").first.get_attribute("data-step")
+        painted = watched.evaluate(PICTURE)
         watched.mouse.move(box["x"] + share * box["width"], middle)
         watched.wait_for_function(
             "before => document.querySelector('.depthscope-chart').dataset.step !== before", arg=before
         )
+        assert watched.evaluate(PICTURE) != painted
     assert watched.get_by_text("full at step 200:").count() == 1  # Python has heard of nothing yet
     watched.mouse.up()
     watched.wait_for_selector("text=/full at step 20:/")
@@ -159,7 +162,12 @@ def test_a_click_on_a_cell_shows_its_read(static, watched):
     watched.wait_for_selector("text=/full at step 200/")
     watched.wait_for_timeout(1_000)
     box = watched.locator(".depthscope-chart canvas").first.bounding_box()
-    watched.mouse.click(box["x"] + 0.2 * box["width"], box["y"] + 0.5 * box["height"])
+    spot = box["x"] + 0.2 * box["width"], box["y"] + 0.5 * box["height"]
+    watched.mouse.move(*spot)
+    tip = watched.locator("#vg-tooltip-element")
+    tip.wait_for(state="visible")
+    assert "layer 7 (attention)" in tip.inner_text() and "Depth weight" in tip.inner_text()
+    watched.mouse.click(*spot)
     watched.wait_for_selector("text=Let go of this read")
     watched.wait_for_url("**focus=full*")
     watched.wait_for_selector("text=/reads give .* more than an even share/")

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from app import cells, links, reads
+from app import cells, explained, links, reads
 from app.frames import profile, series
 from probes import open_run
+from probes.vocabulary import METRICS, SCALAR
 from tests.app.test_pages import mounted, opened, plotted, said
 
 
@@ -31,9 +32,11 @@ def test_a_metric_of_another_step_is_blank(tiny):
 
 
 def test_colours_are_centred_only_where_values_are_negative():
-    assert cells.span(np.array([0.0, 0.4, np.nan])) == (0, 0.4)
-    assert cells.span(np.array([-0.01, 0.4])) == (0, 0.4)  # recovered weights stray a little below zero
-    assert cells.span(np.array([-0.5, 0.4])) == (-0.5, 0.5)
+    weights = np.full(1000, 0.4)
+    assert cells.span(np.append(weights, [0.0, np.nan, 1.0])) == pytest.approx((0, 0.4))
+    strays = np.full(50, -0.01)  # as recovered weights do
+    assert cells.span(np.append(weights, strays)) == pytest.approx((0, 0.4))
+    assert cells.span(np.append(weights, 50 * strays)) == pytest.approx((-0.5, 0.5))
     assert cells.span(np.array([np.nan])) == (0, 1)
 
 
@@ -103,3 +106,12 @@ def test_a_source_in_focus_is_not_taken_for_another_one(recovered):
     at.button_group(key="pick show").set_value("mixing_share").run()
     assert not at.exception
     assert (at.session_state["view"].read, at.session_state["view"].source) == (5, None)
+
+
+def test_every_metric_over_depth_is_explained(recovered):
+    known = [row.name for row in METRICS.values() if row.axes != SCALAR]
+    for name in [*known, "final_share"]:
+        equation, reading = explained.TOLD[name]
+        assert reading and explained.told(name).count("$") == (2 if equation else 0)
+    at = opened(recovered, "pages_/dilution.py")
+    assert "PreNorm dilution" in said(at) and "displaystyle" in said(at)

@@ -96,3 +96,21 @@ def test_the_page_names_the_gap(run):
     assert "Nothing was recorded between steps 40 and 100." in said(at)
     _, (frame,) = plotted(at)[0]
     assert frame["segment"].nunique() == 2
+
+
+@pytest.mark.parametrize("page", ["runs", "dilution", "gradients", "depth_attention"])
+def test_every_curve_knows_its_gaps(tmp_path, page):
+    told = made.manifest("full", 4)
+    writer = RunWriter(tmp_path / "run", told)
+    for step in (0, 10, 20, 90, 100):
+        rows = list(made.rows("full", told.layout, step))
+        writer.put(lambda rows=rows: rows, step)
+    writer.close("finished")
+    curves = [
+        frame
+        for spec, (frame, *_) in plotted(opened(tmp_path, f"pages_/{page}.py"))
+        if any(layer.get("mark", {}).get("type") == "line" for layer in spec.get("layer", []))
+        and "step" in frame
+        if frame["step"].nunique() > 1
+    ]
+    assert curves and all(frame["segment"].nunique() == 2 for frame in curves)

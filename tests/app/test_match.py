@@ -94,7 +94,41 @@ def test_two_steps_of_one_run(folder):
     assert not at.exception and "full at step 200, full at step 50" in said(at)
     _, (frame,) = plotted(at)[0]
     assert frame["step"].unique().tolist() == [200, 50] and frame["run"].nunique() == 2
-    assert "differ most where" in mounted(at, "depthscope_chart")[-1]["alt"]
+    told = mounted(at, "depthscope_chart")[-1]["alt"]
+    assert told.startswith("Depth weight differs most where layer") and "at step 50," in told
+    run = open_run(folder / "full")
+    _, (grid,) = plotted(at)[1]
+    hidden, steps = run["hidden_rms"], run.steps("hidden_rms").tolist()
+    shown = grid.loc[grid["step"] == 200, "value"].to_numpy()
+    assert shown == pytest.approx(np.log2(hidden[steps.index(200)] / hidden[steps.index(50)]), abs=1e-5)
+    cells = plotted(at)[-1][1][0]
+    weight, when = run.layout.pack(run["depth_weight"]), run.steps("depth_weight").tolist()
+    assert cells["difference"].to_numpy() == pytest.approx(weight[when.index(200)] - weight[when.index(40)])
+
+
+def test_shares_of_other_depths_are_put_together(tmp_path):
+    """Twice as many layers: a column of the shorter run is two of the longer one’s; nothing is lost."""
+    short = open_run(made.run(tmp_path / "short", "full", blocks=2, steps=3))
+    long = open_run(made.run(tmp_path / "long", "full", blocks=4, steps=9))
+    cells = difference.cells(short, long, 20, 80)
+    assert len(cells) == 15 and (cells["difference"] == cells["second"] - cells["first"]).all()
+    assert cells.groupby("row")["second"].sum().tolist() == pytest.approx([1] * 5)
+    final = cells[cells["row"] == 4]["second"].to_numpy()
+    last = long["depth_weight"][long.steps("depth_weight").tolist().index(80), -1]
+    assert final == pytest.approx([last[0], *last[1:].reshape(4, 2).sum(axis=1)])
+    turned = difference.cells(long, short, 80, 20)
+    assert turned["difference"].to_numpy() == pytest.approx(-cells["difference"].to_numpy())
+    assert difference.cells(short, long, 20, 80, "contribution_rms").empty
+
+
+def test_full_is_compared_with_block_in_depth_blocks(folder):
+    full, block = (open_run(folder / name) for name in ("full", "block"))
+    cells = difference.cells(full, block, 200, 200)
+    assert len(cells) == int(block.layout.triangle().sum())
+    weight = full["depth_weight"][-1][-1]
+    final = cells[cells["row"] == len(block.reads) - 1]["first"].to_numpy()
+    spans = [slice(source.first, source.last + 1) for source in block.sources]
+    assert final == pytest.approx([weight[span].sum() for span in spans])
 
 
 def test_other_depths_are_aligned(tmp_path):

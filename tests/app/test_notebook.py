@@ -1,7 +1,9 @@
 """Charts for a notebook: valid, titled, with the recorded numbers, of one run or several."""
 
+import re
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +13,7 @@ import pytest
 import app
 from app import cells, draw
 from probes import open_run
+from tests.app import made
 
 ROOT = Path(app.__file__).resolve().parents[1]
 
@@ -59,6 +62,11 @@ def test_several_runs_share_a_chart(folder):
     }
 
 
+def test_smoothing_does_not_change_what_the_title_says(folder):
+    plots = app.plot(open_run(folder / "full"))
+    assert plots.loss(smooth=15).to_dict()["title"] == plots.loss().to_dict()["title"]
+
+
 def test_what_was_not_recorded_is_named(folder):
     with pytest.raises(KeyError, match="prenorm did not record 'depth_weight'"):
         app.plot(open_run(folder / "prenorm")).depth_attention()
@@ -68,6 +76,24 @@ def test_what_was_not_recorded_is_named(folder):
 def test_pictures(folder, kind, magic):
     chart = app.plot(open_run(folder / "full")).depth_attention()
     assert draw.image(chart, kind).startswith(magic)
+
+
+@pytest.mark.parametrize("name", ["loss", "dilution", "over_training", "depth_attention"])
+def test_a_pdf_is_drawn_in_and_small(folder, name):
+    pdf = draw.image(getattr(app.plot(open_run(folder / "full")), name)(), "pdf")
+    streams = [
+        zlib.decompress(part) for part in re.findall(rb"stream\r?\n(x.*?)\r?\nendstream", pdf, re.DOTALL)
+    ]
+    drawn = b"".join(streams)
+    assert pdf.rstrip().endswith(b"%%EOF") and b"/Font" in pdf + drawn
+    assert len(re.findall(rb"\s(?:l|c|re)\s", drawn)) > 20  # lines, curves, rectangles
+    assert len(pdf) < 200_000
+
+
+def test_points_that_only_carry_tooltips_are_not_printed(tmp_path):
+    made.run(tmp_path / "run", "prenorm", blocks=1, steps=101)
+    chart = app.plot(open_run(tmp_path / "run")).loss()
+    assert draw.image(chart, "svg").count(b"<path") < 40
 
 
 def test_numbers_come_back_from_parquet(folder, tmp_path):

@@ -134,7 +134,7 @@ WRONG = {
         ("sources must be floating-point", lambda: DepthAttention(4, 2)([X.long()])),
         ("sources must be floating-point", lambda: DepthAttention(4, 2)(X)),
         ("sources must be 2, the depth_sources", lambda: DepthAttention(4, 2)([X, X, X])),
-        ("logits must be", lambda: DepthAttention(4, 2)([X, X], torch.zeros(3, 1, 2))),
+        ("logits must be 2 tensors", lambda: DepthAttention(4, 2)([X, X], torch.zeros(3, 1, 2))),
     ],
     full_attn_res: [
         ("sources must be a list", lambda: full_attn_res(None, PROJ, NORM)),

@@ -9,6 +9,7 @@ import pytest
 import probes
 from probes import manifest as files
 from probes import writer as writer_module
+from probes.jsonfile import write_json
 from tests.probes.models import decoder, recorded, sgd, shards, train, wait_for
 
 
@@ -230,3 +231,20 @@ def test_numbers_that_cannot_be_fetched_cost_one_step_only(tmp_path, monkeypatch
     run = probes.open_run(tmp_path / "run")
     assert run.steps("hidden_rms").tolist() == [0, 2]
     assert "device lost" in caplog.text
+
+
+def test_a_place_that_another_run_has_taken_is_left_alone(tmp_path, caplog, hasty):
+    path = tmp_path / "run"
+    model = decoder("prenorm", blocks=1)
+    optimizer = sgd(model)
+    with probes.record(model, path, optimizer=optimizer, every=1):
+        train(model, optimizer, 2)
+        wait_for(lambda: shards(path))
+        theirs = json.loads((path / files.MANIFEST).read_text())
+        write_json(path / files.MANIFEST, theirs | {"created": theirs["created"] + 1})
+        wait_for(lambda: caplog.records)
+        theirs = {file: file.read_bytes() for file in path.rglob("*.*")}
+        train(model, optimizer, 3, start=2)
+    assert {file: file.read_bytes() for file in path.rglob("*.*")} == theirs
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert f"records no more at {path}: another run was begun at {path}. Training goes on." in message

@@ -1,0 +1,93 @@
+"""Screenshots of every page: `python benchmarks/screenshots.py FOLDER ...`; needs Chromium and Playwright.
+
+Light and dark, 1280×800 and 1920×1080, into `screenshots/` (`--out`). `--view` is the query of a link, for a choice of
+runs or a step; `--whole` takes the page to its end. `--docs` makes the pictures of README and docs from `sample_runs`.
+"""
+
+import argparse
+import io
+import shutil
+import sys
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from dashboard import CHART, PAGES, ROOT, served
+
+SIZES = ("1280x800", "1920x1080")
+SCHEMES = ("light", "dark")
+TALLEST = 6000
+
+# The pictures of README and docs: name, page and view, theme, height.
+DOCUMENTED = (
+    ("runs", "?runs=prenorm&runs=full&runs=block", "light", 1250),
+    ("dilution", "dilution?runs=prenorm&runs=full&runs=block", "light", 1150),
+    ("gradients", "gradients?runs=prenorm&runs=full&runs=block", "light", 1130),
+    ("depth-attention", "depth_attention?runs=full&runs=block", "light", 1180),
+    ("depth-attention-dark", "depth_attention?runs=full&runs=block", "dark", 1180),
+    ("compare", "compare?runs=prenorm&runs=full&first=prenorm&second=full", "light", 1130),
+)
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    asked.add_argument("folders", nargs="*", type=Path, default=[ROOT / "sample_runs"])
+    asked.add_argument("--out", type=Path)
+    asked.add_argument("--view", default="")
+    asked.add_argument("--whole", action="store_true")
+    asked.add_argument("--docs", action="store_true")
+    asked.add_argument("--pages", nargs="+", choices=[name or "runs" for name in PAGES])
+    asked.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
+    asked.add_argument("--sizes", nargs="+", default=SIZES)
+    given = asked.parse_args()
+    out = given.out or (ROOT / "docs" / "images" if given.docs else Path("screenshots"))
+    out.mkdir(parents=True, exist_ok=True)
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as playwright, served(*given.folders) as address:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        if given.docs:
+            for name, view, scheme, height in DOCUMENTED:
+                _take(page, f"{address}/{view}", scheme, 1280, height, out / f"{name}.png")
+            return
+        for name in given.pages or [name or "runs" for name in PAGES]:
+            place = f"{address}/{'' if name == 'runs' else name}" + (f"?{given.view}" if given.view else "")
+            for scheme in given.schemes:
+                for size in given.sizes:
+                    width, height = map(int, size.split("x"))
+                    _take(
+                        page, place, scheme, width, height, out / f"{name}-{scheme}-{size}.png", given.whole
+                    )
+
+
+def _take(
+    page: Page, place: str, scheme: str, width: int, height: int, path: Path, whole: bool = False
+) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": height})
+    page.goto(place)
+    _settle(page)
+    if whole:
+        tall = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
+        page.set_viewport_size({"width": width, "height": min(max(tall, height), TALLEST)})
+        _settle(page)
+    # All colours are kept: with a palette, the thin coloured lines, or the greys around them, come out wrong.
+    Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(path, optimize=True)
+    print(f"{path}  {path.stat().st_size / 1000:.0f} KB")
+
+
+def _settle(page: Page) -> None:
+    """Until every chart of the page is drawn and nothing runs any more."""
+    page.wait_for_selector(CHART, timeout=60_000)
+    page.wait_for_function(
+        "() => !document.querySelector('[data-testid=stStatusWidget]') && "
+        "[...document.querySelectorAll('.depthscope-chart')].every(c => c.querySelector('canvas, svg'))"
+    )
+    page.wait_for_timeout(1_200)
+
+
+if __name__ == "__main__":
+    main()
