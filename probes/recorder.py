@@ -420,6 +420,7 @@ class Recorder:
                 yield "skipped", step_of(now), np.float32(1)
                 return
             self._selfcheck.identity(values.get("identity_error"))
+            self._selfcheck.reads(values.get("read_error"), values.get("depth_weight"))
             for name in metrics:
                 # A metric nobody observed is absent, not a row of blanks.
                 if name not in seen or seen[name].any():

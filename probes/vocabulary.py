@@ -148,6 +148,14 @@ _ROWS = [
         "L2 norm of the effective depth query, gain times query. Zero gives an even average.",
     ),
     Metric(
+        "read_error",
+        READ,
+        "Depth read error",
+        "relative",
+        "How far weights times sources are from the state on a few tokens, where the reads of a model are found by "
+        "themselves: rounding. A read for which it is more has no weights.",
+    ),
+    Metric(
         "identity_error",
         STATE,
         "Residual identity error",
