@@ -212,12 +212,14 @@ def losses(frame: pd.DataFrame, name: str) -> str:
         return f"{title}: nothing recorded yet"
     common = min(int(part["step"].iloc[-1]) for _, part in parts)
     tail = TAIL if name == "loss" else 1
-    means = [(run, part.loc[part["step"] <= common, "value"].tail(tail).mean()) for run, part in parts]
+    tails = [(run, part.loc[part["step"] <= common, "value"].tail(tail)) for run, part in parts]
+    tail = max(len(values) for _, values in tails)  # a young run has fewer
+    means = [(run, values.mean()) for run, values in tails]
     means = sorted(((run, value) for run, value in means if np.isfinite(value)), key=lambda pair: pair[1])
     if not means:
         return f"{title} of {words.joined(run for run, _ in parts)}"
     told = words.joined(f"{words.number(value)} in {run}" for run, value in means)
-    meant = f" (mean of {TAIL} recorded losses)" if tail > 1 else ""
+    meant = f" (mean of {tail} recorded losses)" if tail > 1 else ""
     return f"{title} at step {words.step(common)}: {told}{meant}"
 
 

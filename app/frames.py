@@ -69,19 +69,17 @@ def places(layout: Layout, axes: tuple[str, ...]) -> list[tuple[int, str]]:
 
 
 def scalar(
-    run: Run, label: str, name: str, x: str = "step", window: int | None = 1, most: int = POINTS
+    run: Run, label: str, name: str, x: str = "step", window: int = 1, most: int = POINTS
 ) -> pd.DataFrame:
     """run, step, x, low, value, high, segment: one row per recorded step, or minimum, mean and maximum of `most` bins.
 
-    `x` "tokens" or "wall_time" gives what was logged of it by that step. `window` recorded points are averaged, None
-    for a fiftieth of them; low and high are then the extremes within the window, so that a spike stays in the band.
-    `segment` counts the gaps.
+    `x` "tokens" or "wall_time" gives what was logged of it by that step. `window` recorded points are averaged; low
+    and high are then the extremes within the window, so that a spike stays in the band. `segment` counts the gaps.
     """
     steps, values = series(run, name)
     values = finite(values).astype(np.float64)
     segment = gaps.segments(run, steps)
     low, high = values, values
-    window = len(values) // 50 if window is None else window
     if window > 1 and len(values):
         values, low, high = _smooth(values, window, segment)
     along = steps.astype(np.float64)
@@ -107,6 +105,11 @@ def scalar(
         }
     )
     return frame if x == "step" else frame.dropna(subset=["x"])
+
+
+def smoothing(runs: Iterable[Run], name: str) -> int:
+    """A window for all runs of a chart: a fiftieth of the points of the longest."""
+    return max((len(series(run, name)[0]) for run in runs), default=0) // 50
 
 
 def _bins(count: int, most: int, segment: np.ndarray) -> np.ndarray:

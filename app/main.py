@@ -20,6 +20,8 @@ st.html(
     "<style>.stMainBlockContainer{padding:2.2rem 2.5rem 3rem} .stSidebar{width:260px !important}"
     "[data-testid=stLayoutWrapper]:has(> .st-key-player){position:sticky;bottom:0;top:3.4rem;z-index:90}"
     "[data-testid='stBaseButton-tertiary'] p{text-align:left}"
+    # While a run grows the page is drawn anew all the time: what stands does not fade before it is really late.
+    "[data-stale=true]{transition:opacity .5s ease-in 2s !important}"
     # A run's name is read in full, however long; its colour stands beside it (app/room.py).
     ".stSidebar .stMultiSelect [role=group]{max-height:none}"
     ".stSidebar [data-tag]{max-width:100%;height:auto;background:var(--st-background-color);color:var(--st-text-color);"

@@ -31,8 +31,9 @@ class Plot:
         self._colours = palette.assign(list(self._runs), list(self._runs))
 
     def loss(self, name: str = "loss", *, smooth: int | None = 1, scale: str = "linear") -> alt.LayerChart:
-        """A scalar over training; `smooth` recorded points are averaged, None for a fiftieth of them."""
-        frame = self._all(lambda run, label: frames.scalar(run, label, name, window=smooth), name)
+        """A scalar over training; `smooth` recorded points are averaged, None for a fiftieth of the longest run's."""
+        window = frames.smoothing(self._runs.values(), name) if smooth is None else smooth
+        frame = self._all(lambda run, label: frames.scalar(run, label, name, window=window), name)
         # The title tells of what was recorded, not of averages on the way to the screen.
         recorded = self._all(
             lambda run, label: frames.scalar(run, label, name, most=max(1, len(frames.series(run, name)[0]))),

@@ -31,8 +31,10 @@ def show(shown: list[room.Shown]) -> None:
     frame.insert(0, _DOT, [_DOT if name in colours else "" for name in frame["Run"]])
     names = st.session_state[_ROWS] = list(frame["Run"])
     ticked = sorted(names.index(name) for name in chosen if name in names)
-    if st.session_state.get(_KEY, {}).get("selection", {}).get("rows") != ticked:
-        st.session_state[_KEY] = {"selection": {"rows": ticked, "columns": [], "cells": []}}
+    selection = {"selection": {"rows": ticked, "columns": [], "cells": []}}
+    # A table that is drawn for the first time takes its default more surely than a state.
+    if _KEY in st.session_state and st.session_state[_KEY]["selection"]["rows"] != ticked:
+        st.session_state[_KEY] = selection
     styled = frame.style.apply(
         lambda _: [f"color: {colours[name]}" if name in colours else "" for name in names], subset=[_DOT]
     )
@@ -45,6 +47,7 @@ def show(shown: list[room.Shown]) -> None:
         placeholder="–",
         on_select=_tick,
         selection_mode="multi-row",
+        selection_default=selection,
     )
 
 

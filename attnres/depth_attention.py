@@ -81,16 +81,19 @@ class DepthAttention(nn.Module):
 
 def softmax_mix(sources: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The mix of S sources [B, T, D], in the dtype of the first, and the weights [S, B, T] (Eq. 3-4)."""
+    if not torch.compiler.is_compiling():
+        return _SoftmaxMix.apply(torch.stack(list(logits)), *sources)
     # The compiler fuses the plain sum and its gradients by itself, and torch 2.13 fails on the function's form where
     # nothing needs a gradient.
-    if torch.compiler.is_compiling():
-        weights = _softmax(logits)
-        return _mixed(weights, sources), torch.stack(weights)
-    return _SoftmaxMix.apply(torch.stack(list(logits)), *sources)
+    if torch.is_grad_enabled():
+        weights = torch.softmax(torch.stack(list(logits)), dim=0)
+        return _mixed(weights.unbind(0), sources), weights
+    weights = _softmax(logits)
+    return _mixed(weights, sources), torch.stack(weights)
 
 
 def _softmax(logits: Sequence[Tensor]) -> list[Tensor]:
-    """Over a list, which the compiler need not write out as a stack."""
+    """Over a list, which the compiler need not write out: in a step of generation every write is a call."""
     top = functools.reduce(torch.maximum, [each.detach() for each in logits])
     shares = [(each - top).exp() for each in logits]
     total = functools.reduce(torch.add, shares)

@@ -32,6 +32,7 @@ except ImportError as error:
     ) from error
 
 RESULTS = Path(__file__).parent / "results"
+REMARKS = "\n# Where the time goes\n"
 SMOKE = {"rounds": 2, "blocks": 2, "width": 32, "batch": 1, "context": 16, "tokens": 4}
 
 
@@ -251,7 +252,10 @@ def save(title: str, table: list[dict], options: argparse.Namespace, arguments: 
             f"## {name}\n\n    {each['command']}\n\nCommit {each['commit']}; {each['machine']}; "
             f"{each['versions']}; {each['rounds']} rounds.\n\n{printed(each['table'])}"
         )
-    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+    page = path.with_suffix(".md")
+    # What somebody has written below the tables stays.
+    _, heading, written = page.read_text().partition(REMARKS) if page.exists() else ("", "", "")
+    page.write_text("\n\n".join(parts) + "\n" + heading + written)
 
 
 def machine(options: argparse.Namespace) -> str:

@@ -13,6 +13,7 @@ __all__ = [
     "Run",
     "RunError",
     "attach",
+    "attribute",
     "bench",
     "describe",
     "list_runs",
@@ -25,6 +26,7 @@ __all__ = [
 # Imported when first asked for, so that a viewer without torch can read runs.
 _LAZY = {
     "attach": "attaching",
+    "attribute": "attribution",
     "record": "recorder",
     "Recorder": "recorder",
     "bench": "benching",

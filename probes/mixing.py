@@ -6,12 +6,7 @@ are the leading sources of state l+1. It runs in the writer's thread, on the hos
 them, and training for the GPU.
 """
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
-
-from probes.layout import Layout
-from probes.vocabulary import MIXING
 
 MIXING_METRICS = ("mixing_weight", "mixing_share", "mixing_r2", "mixing_condition")
 
@@ -39,25 +34,6 @@ def definition(state: np.ndarray, sources: np.ndarray) -> tuple[np.ndarray, np.n
     r2 = 1 - rest @ rest / (state @ state)
     condition = np.linalg.norm(unit) * np.linalg.norm(np.linalg.pinv(unit)) / len(sources)
     return weight, share, r2, condition
-
-
-def of_sample(
-    sampled: Mapping[str, np.ndarray], layout: Layout, given: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """The mixing metrics of what sample.py kept, by name, triangles packed; those of which nothing is known are left
-    out."""
-    of_states, of_outputs = sampled["about"]
-    tokens, width = (int(n) for n in of_states[:, :2].max(0))
-    if not tokens * width:
-        return {}
-    shape = len(of_states), tokens, width
-    states, outputs = (sampled[name][:, : tokens * width].reshape(shape) for name in ("states", "outputs"))
-    # What has another size is not of the same tokens.
-    outputs[(of_outputs[:, :2] != (tokens, width)).any(1)] = np.nan
-    states[(of_states[:, :2] != (tokens, width)).any(1)] = np.nan
-    found = recover(states, outputs, np.array([*given, len(states)]), of_states[:, 2])
-    packed = {name: layout.pack(value, MIXING) if value.ndim == 2 else value for name, value in found.items()}
-    return {name: value for name, value in packed.items() if not np.isnan(value).all()}
 
 
 def recover(

@@ -148,6 +148,14 @@ _ROWS = [
         "L2 norm of the effective depth query, gain times query. Zero gives an even average.",
     ),
     Metric(
+        "read_error",
+        READ,
+        "Depth read error",
+        "relative",
+        "How far weights times sources are from the state on a few tokens, where the reads of a model are found by "
+        "themselves: rounding. A read for which it is more has no weights.",
+    ),
+    Metric(
         "identity_error",
         STATE,
         "Residual identity error",
@@ -188,6 +196,29 @@ _ROWS = [
         "By how much the likeness of a state's sources magnifies errors of their weights: the condition number of the "
         "sources scaled to one length, in Frobenius norms divided by their number, median over tokens. One where they "
         "are at right angles.",
+    ),
+    Metric(
+        "hidden_max",
+        STATE,
+        "Largest value of the state",
+        "activation units",
+        "Largest absolute value of each state in a sample of tokens, an estimate from below of that of all.",
+    ),
+    Metric(
+        "hidden_kurtosis",
+        STATE,
+        "Kurtosis of the state",
+        "",
+        "Mean fourth power over squared mean square of each state, over channels and a sample of tokens: 3 for normal "
+        "values, as many as there are channels where one holds everything.",
+    ),
+    Metric(
+        "output_cosine",
+        LAYER,
+        "Cosine of output and state",
+        "",
+        "Cosine between what each layer receives and what it makes of it, mean over a sample of tokens: in a plain "
+        "residual, whether it writes along the stream or against it.",
     ),
     Metric(
         "nonfinite",
@@ -239,6 +270,15 @@ _ROWS = [
         "Host time spent inside the taps in one step; blank where the model is compiled.",
     ),
 ]
+
+# Recorded apart, a file for each snapshot (tokens.py): of two sequences that are followed, up to 128 tokens.
+TOKEN_WEIGHT = Metric(
+    "token_depth_weight",
+    ("sequence", "token", *TRIANGLE),
+    "Depth weight of a token",
+    "share of the read",
+    "Weight each read gives to each source for one token of a sequence that is followed through training.",
+)
 
 METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}
 

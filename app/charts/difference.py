@@ -3,6 +3,7 @@
 import altair as alt
 import pandas as pd
 
+from app import words
 from app.charts import palette
 from app.charts.grid import depth_by_step
 from app.charts.triangle import triangle
@@ -34,10 +35,13 @@ def over_training(frame: pd.DataFrame, name: str, second: str, title: str, heigh
     return depth_by_step(frame, name, title, height, shade, value, factor=FACTORS)
 
 
-def weights(cells: pd.DataFrame, name: str, second: str, title: str, height: int = 500) -> alt.LayerChart:
-    """Rows of app.difference.cells: the triangle of differences."""
+def weights(cells: pd.DataFrame, labels: tuple[str, str], legend: str, title: str) -> alt.LayerChart:
+    """Rows of app.difference.cells: the triangle of differences; `labels` say of what, as "in full" and "in block"."""
     known = cells["difference"].abs().dropna()
     top = float(known.quantile(0.995)) if len(known) else 1.0
-    shown = cells.assign(**{name: cells["difference"]}).drop(columns=["depth_weight_std"], errors="ignore")
+    told = {"first": labels[0], "second": labels[1], "difference": "difference"}
+    told = {column: words.capital(label) for column, label in told.items()}
     domain = (-top, top) if top > 0 else (-1, 1)
-    return triangle(shown, name, title, domain, height=height, legend=f"More or less {second}")
+    return triangle(
+        cells, "difference", title, domain, height=500, legend=f"More or less {legend}", told=told
+    )

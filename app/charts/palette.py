@@ -19,8 +19,8 @@ RAMP = [
 
 # Less to more, zero in the middle, on paper.
 DIVERGING = [
-    "#08519c", "#3b83bd", "#78b0d8", "#b5d3e8", "#e6eef4",
-    "#f7ebe1", "#f6cfa9", "#eea163", "#d9701f", "#a34400",
+    "#08519c", "#3b83bd", "#78b0d8", "#b5d3e8", "#eef0f2",
+    "#f2f0ee", "#f6cfa9", "#eea163", "#d9701f", "#a34400",
 ]  # fmt: skip
 
 _TEXT = {"labelFontSize": 11, "titleFontSize": 12, "labelColor": "#3d4450", "titleColor": "#1c2430"}

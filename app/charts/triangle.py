@@ -25,17 +25,19 @@ def triangle(
     focus: tuple[int | None, int | None] = (None, None),
     height: int = 540,
     legend: str = "",
+    told: dict[str, str] | None = None,
 ) -> alt.LayerChart:
     """Rows row, number, read, source, from and metrics, as of app.cells.cells; `name` is the one drawn.
 
     `focus` frames the row of a read (its number) and the column of a source. A `domain` from zero colours on a
     square-root scale, so that small weights stay apart from none; one from below zero is centred there. `legend` replaces
-    the metric's name there.
+    the metric's name there, `told` the columns that a tooltip tells, with their titles.
     """
     reads = dict(zip(cells["row"].astype(int), cells["read"].astype(str), strict=True))
     sources = dict(zip(cells["source"].astype(int), cells["from"].astype(str), strict=True))
     blocks = any(label.startswith("depth block ") for label in sources.values())
-    known = [other for other in METRICS if other in cells and cells[other].notna().any()]
+    if told is None:
+        told = {n: metric(n).title for n in METRICS if n in cells and cells[n].notna().any()}
     # Seams between few cells are a grid; between many they are noise.
     wide, high = (palette.under(len(names)) if len(names) > 64 else 0 for names in (sources, reads))
     half = {
@@ -45,7 +47,7 @@ def triangle(
         "bottom": f"row + 0.5 + {high}",
     }
     grid = (
-        alt.Chart(cells[["row", "number", "source", "read", "from", *dict.fromkeys([name, *known])]])
+        alt.Chart(cells[["row", "number", "source", "read", "from", *dict.fromkeys([name, *told])]])
         .transform_calculate(**{side: f"datum.{where}" for side, where in half.items()})
         .mark_rect(strokeWidth=0, opacity=1, clip=True)
         .encode(
@@ -70,7 +72,7 @@ def triangle(
             tooltip=[
                 alt.Tooltip("read:N", title="Read"),
                 alt.Tooltip("from:N", title="Source"),
-                *(alt.Tooltip(f"{other}:Q", title=metric(other).title, format=".3~g") for other in known),
+                *(alt.Tooltip(f"{other}:Q", title=label, format=".3~g") for other, label in told.items()),
             ],
         )
     )

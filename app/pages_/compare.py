@@ -123,7 +123,7 @@ def _weights(a: room.Shown, b: room.Shown, at: match.Pair) -> None:
     left, right = picture.columns([9, 5], gap="medium")
     with left:
         title = f"{metric(name).title} differs most where {words.small(most)}"
-        draw.show(charts.weights(frame, name, legend, title), key="difference weights", data=frame)
+        draw.show(charts.weights(frame, labels, legend, title), key="difference weights", data=frame)
         if _of_other_shape(a, b, name):
             st.caption(
                 "The two have other reads or sources: the finer one’s are put together by relative depth."

@@ -16,7 +16,7 @@ NOT_THE_COMPUTE_ADVANTAGE = (
 ALONG = {"step": "Step", "tokens": "Tokens", "wall_time": "Wall time"}
 SMOOTH = {"auto": "Automatic", "1": "None", "10": "10 points", "50": "50 points", "200": "200 points"}
 SMOOTHING = (
-    "A running mean, automatically of a fiftieth of the points; the band keeps the lowest and highest value of its "
+    "A running mean, automatically of a fiftieth of the longest run's points; the band keeps the lowest and highest value of its "
     "window, so that a spike is not lost."
 )
 SCALES = {"linear": "Linear", "y": "Log y", "x": "Log x", "xy": "Log both"}
@@ -49,6 +49,8 @@ def _curves(shown: list[room.Shown], name: str, x: str, window: int | None, axis
     have = room.recorded(shown, name)
     if x != "step":
         have = room.recorded(have, x)
+    if window is None:
+        window = frames.smoothing((one.run for one in have), name)
     parts = [frames.scalar(one.run, one.name, name, x, window) for one in have]
     if not parts:
         return

@@ -69,7 +69,7 @@ def test_losses_are_compared_where_all_runs_are():
         {"run": ["a"] * 3 + ["b"] * 2, "step": [0, 10, 20, 0, 10], "value": [5.0, 4.0, 1.0, 5.0, 3.0]}
     )
     told = "Training loss at step 10: 4.00 in b and 4.50 in a"
-    assert findings.losses(frame, "loss") == f"{told} (mean of 10 recorded losses)"
+    assert findings.losses(frame, "loss") == f"{told} (mean of 2 recorded losses)"
     assert findings.losses(frame, "val_loss") == "Validation loss at step 10: 3.00 in b and 4.00 in a"
 
 

@@ -103,7 +103,7 @@ def test_two_steps_of_one_run(folder):
     assert shown == pytest.approx(np.log2(hidden[steps.index(200)] / hidden[steps.index(50)]), abs=1e-5)
     cells = plotted(at)[-1][1][0]
     weight, when = run.layout.pack(run["depth_weight"]), run.steps("depth_weight").tolist()
-    assert cells["depth_weight"].to_numpy() == pytest.approx(weight[when.index(200)] - weight[when.index(40)])
+    assert cells["difference"].to_numpy() == pytest.approx(weight[when.index(200)] - weight[when.index(40)])
 
 
 def test_shares_of_other_depths_are_put_together(tmp_path):

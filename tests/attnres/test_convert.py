@@ -101,6 +101,13 @@ def test_a_converted_model_is_the_definition(name, kind):
     assert sum(gradient.norm() > 0 for gradient in found) > len(found) / 2
 
 
+def test_depth_blocks_of_one_layer_are_full():
+    _, original, full, inputs = prepared("Llama", "full")
+    block = attnres.convert(original, "block", 1, example=inputs, eps=EPS)
+    block.attnres.load_state_dict(full.attnres.state_dict())
+    assert torch.equal(logits_of(block(**inputs)), logits_of(full(**inputs)))
+
+
 def compiled(model, name, recomputes=False, backend="aot_eager"):
     torch._dynamo.reset()
     # Experts and delta attention break the graph by themselves; inside a checkpoint it breaks where ViT's calls of one
@@ -294,6 +301,18 @@ def test_compiled_gradients(name, kind, recomputes):
     checked(name, kind, lambda m: compiled(checkpointed(m) if recomputes else m, name, recomputes))
 
 
+@pytest.mark.parametrize("tokens", [7, pytest.param(40, marks=pytest.mark.long)])
+def test_compiled_without_gradients(tokens):
+    """As in generation, where a few tokens take other sums than many."""
+    _, _, model, inputs = prepared("Llama", "block of 3, across transformer blocks")
+    inputs = {"input_ids": inputs["input_ids"].repeat(1, 6)[:, :tokens]}
+    with torch.no_grad():
+        expected = logits_of(model(**inputs))
+        torch.testing.assert_close(
+            logits_of(compiled(model, "Llama")(**inputs)), expected, rtol=1e-5, atol=1e-7
+        )
+
+
 def test_a_checkpointed_block_is_one_graph_where_the_compiler_is_told_that_it_may():
     torch._dynamo.reset()
     whole = lambda model: torch.compile(checkpointed(model), backend="aot_eager", fullgraph=True)  # noqa: E731
@@ -331,7 +350,14 @@ def test_generation_with_a_cache_is_generation_without(name):
     assert torch.equal(cached, plain)
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT-2", "ViT"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("Llama", "GPT-2", "ViT") else pytest.param(name, marks=pytest.mark.long)
+        for name in FAMILIES
+        if name != "DiT"
+    ],
+)
 def test_saved_and_loaded_with_save_pretrained(name, tmp_path):
     _, _, model, inputs = prepared(name, dtype=torch.float32)
     model.eval().save_pretrained(tmp_path)

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import probes
 from probes.masks import fitting
-from probes.mixing import MIXING_METRICS
+from probes.sampled import SAMPLED_METRICS
 from probes.statistics import DepthSums, Moments, add_moments, add_nonfinite, token_mean_square
 from tests.probes import zoo
 from tests.probes.models import batches, decoder, loss_of, sgd
@@ -202,7 +202,7 @@ def test_depth_weights_of_padded_batches(tmp_path):
             recorder.step()
         numbers[way] = probes.open_run(tmp_path / way)
     # The mixing is that of a sample of the last micro-batch.
-    assert_same(numbers["padded"], numbers["single"], 1e-4, UNLIKE | set(MIXING_METRICS))
+    assert_same(numbers["padded"], numbers["single"], 1e-4, UNLIKE | set(SAMPLED_METRICS))
 
 
 def test_a_mask_of_other_tokens_than_the_stack_has_is_said(tmp_path, caplog):

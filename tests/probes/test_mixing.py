@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import probes
-from probes import layout as layout_of
 from probes import recorder as recorder_module
-from probes.mixing import MIXING_METRICS, definition, of_sample, recover
-from probes.sample import ELEMENTS, TOKENS, Sample
+from probes.mixing import MIXING_METRICS, definition, recover
+from probes.sampled import SAMPLED_METRICS
 from tests.attnres.families import FAMILIES, logits_of
 from tests.probes.models import batches, decoder, loss_of, sgd, train
 
@@ -145,50 +144,6 @@ def test_values_that_are_not_finite_cost_their_token_only():
     assert np.isnan(found["mixing_weight"][2]).all() and np.isfinite(found["mixing_r2"]).tolist() == [1, 1, 0]
     h[:] = np.inf
     assert all(np.isnan(value).all() for value in recover(h, v, *in_float32(3)).values())
-
-
-# The sample
-
-
-def test_the_sample_is_of_evenly_spaced_tokens_that_count():
-    x = torch.arange(4000.0).repeat_interleave(4).reshape(4, 1000, 4)
-    sample = Sample(1, torch.device("cpu"))
-    sample.keep(x, "state", 0)
-    sample.keep(x, "output", 0)
-    assert sample.about.tolist() == 2 * [[[TOKENS, 4, EPS]]]
-    kept = sample.state[0, : TOKENS * 4].reshape(TOKENS, 4)[:, 0]
-    assert torch.equal(kept, torch.arange(TOKENS) * 4000 // TOKENS)
-    assert torch.equal(sample.state.nan_to_num(-1), sample.output.nan_to_num(-1))
-    mask = torch.zeros(4, 1000, dtype=torch.bool)
-    mask[1, 10:13] = True
-    sample.keep(x, "state", 0, mask)
-    kept = sample.state[0].reshape(-1, 4)[:, 0]
-    assert kept[:3].tolist() == [1010, 1011, 1012] and kept[3:].isnan().all()
-    mask[2:] = True
-    sample.keep(x, "state", 0, mask)
-    kept = sample.state[0, : TOKENS * 4].reshape(TOKENS, 4)[:, 0]
-    assert kept[:2].tolist() == [1010, 2000] and kept[-1] > 3990 and (kept.diff() > 0).all()
-    wide = torch.zeros(9, 2 * ELEMENTS)
-    sample.keep(wide, "state", 0)
-    assert sample.about[0, 0, 0] == 1
-
-
-def test_what_has_another_size_is_not_compared():
-    sample = Sample(2, torch.device("cpu"))
-    x = torch.randn(4, 16)
-    for row in range(2):
-        sample.keep(x * (row + 1), "state", row)
-        sample.keep(torch.randn(4, 16) if row else x, "output", row)
-    layout = layout_of.Layout.build([layout_of.Layer(1, "mlp", 1, "mlp")])
-
-    def found():
-        sampled = {"states": sample.state, "outputs": sample.output, "about": sample.about}
-        kept = {name: value.numpy().copy() for name, value in sampled.items()}
-        return of_sample(kept, layout, [1])["mixing_r2"]
-
-    assert np.isfinite(found()).tolist() == [True, True]
-    sample.keep(torch.randn(4, 8), "output", 1)
-    assert np.isfinite(found()).tolist() == [True, False]
 
 
 # Models
@@ -517,9 +472,9 @@ def test_a_failure_is_a_fault_like_the_others(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("probes.mixing._solved", fail)
     run = recorded(decoder("full", width=64, blocks=1), tmp_path / "run", steps=2, every=1, matrices_every=1)
     (message,) = [record.message for record in caplog.records if record.name == "depthscope"]
-    assert "could not record mixing_weight, mixing_share, mixing_r2, mixing_condition at step" in message
+    assert f"could not record {', '.join(SAMPLED_METRICS)} at step" in message
     assert "LinAlgError: did not converge. Training goes on" in message
-    assert not set(MIXING_METRICS) & set(run.metrics)
+    assert not set(SAMPLED_METRICS) & set(run.metrics)
     assert run.steps("depth_weight").tolist() == run.steps("grad_norm").tolist() == [0, 1]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import probes
-from probes.mixing import MIXING_METRICS
+from probes.sampled import SAMPLED_METRICS
 from probes.vocabulary import METRICS
 from tests.attnres.models import defined_pass
 from tests.probes.models import KINDS, batches, decoder, loss_of, sgd, train
@@ -159,8 +159,8 @@ def test_every_metric_has_its_twin(kind, tmp_path):
             look_away(model)
     run = probes.open_run(tmp_path / "run")
     assert not run.problems
-    assert set(run.metrics) == {*expected[0], "lr", "loss", "identity_error", *MIXING_METRICS, *HOST}
-    unknown = set(METRICS) - set(run.metrics) - {"val_loss", "tokens", "skipped"}
+    assert set(run.metrics) == {*expected[0], "lr", "loss", "identity_error", *SAMPLED_METRICS, *HOST}
+    unknown = set(METRICS) - set(run.metrics) - {"val_loss", "tokens", "skipped", "read_error"}
     assert unknown <= (DEPTH | {"query_norm"} if kind == "prenorm" else set())
     for name in expected[0]:
         steps = range(0, 4, MATRICES_EVERY if name in MATRICES else 1)
