@@ -115,6 +115,10 @@ TOLD: dict[str, tuple[str, str]] = {
         "Above zero a layer strengthens the stream it reads, below zero it erases some of it.",
     ),
     "nonfinite": ("", "Anything above zero is the beginning of the end: look where it starts."),
+    "read_error": (
+        "",
+        "Near zero where the weights shown are those the model used; more, and the read’s weights are left out.",
+    ),
     "identity_error": (
         "",
         "Near zero for a plain residual; of the order of one where the stream is mixed otherwise.",
