@@ -102,7 +102,23 @@ TOLD: dict[str, tuple[str, str]] = {
         r"-\alpha_{l,i}\,\langle v_i, \partial \ell / \partial h_l \rangle",
         "To first order: how the loss would change without that source in that read. Positive helps.",
     ),
+    "hidden_max": (
+        r"\max_{t,d} \lvert h_{l,t,d} \rvert",
+        "Massive activations show as one value far above the RMS. Of a sample of tokens: that of all is larger.",
+    ),
+    "hidden_kurtosis": (
+        r"\langle h_{l,d}^4 \rangle_{t,d} / \langle h_{l,d}^2 \rangle_{t,d}^2",
+        "3 for normal values; a climb means that few channels hold ever more of the state.",
+    ),
+    "output_cosine": (
+        r"\langle \cos(h_l, v_l) \rangle_t",
+        "Above zero a layer strengthens the stream it reads, below zero it erases some of it.",
+    ),
     "nonfinite": ("", "Anything above zero is the beginning of the end: look where it starts."),
+    "read_error": (
+        "",
+        "Near zero where the weights shown are those the model used; more, and the read’s weights are left out.",
+    ),
     "identity_error": (
         "",
         "Near zero for a plain residual; of the order of one where the stream is mixed otherwise.",
