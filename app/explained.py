@@ -102,6 +102,18 @@ TOLD: dict[str, tuple[str, str]] = {
         r"-\alpha_{l,i}\,\langle v_i, \partial \ell / \partial h_l \rangle",
         "To first order: how the loss would change without that source in that read. Positive helps.",
     ),
+    "hidden_max": (
+        r"\max_{t,d} |h_{l,t,d}|",
+        "Beside the RMS: a maximum that runs away while the RMS stays is a single channel or token taking over.",
+    ),
+    "hidden_kurtosis": (
+        r"\langle \textstyle\sum_d h_{l,d}^4 / D \rangle_t \,/\, \langle \textstyle\sum_d h_{l,d}^2 / D \rangle_t^2",
+        "Near 3 the channels share the load; large means outlier channels, which are hard to quantize.",
+    ),
+    "output_cosine": (
+        r"\langle \cos(h_l, v_l) \rangle_t",
+        "Above zero a layer amplifies what is there, below it erases; near zero it writes something new.",
+    ),
     "nonfinite": ("", "Anything above zero is the beginning of the end: look where it starts."),
     "identity_error": (
         "",
