@@ -34,6 +34,7 @@ class Description:
     unseen: tuple[str, ...]
     invented: bool
     reason: str = ""
+    read_errors: np.ndarray | None = None  # of found reads, [R]; NaN where none was computed
 
     @property
     def holds(self) -> bool | None:
@@ -44,7 +45,8 @@ class Description:
 
     def __str__(self) -> str:
         sites, layout = self.sites, self.sites.layout
-        counts = [read.depth_sources for read in sites.reads] or [""] * (len(sites.layers) + 1)
+        of_layer = [row.sources for row in layout.reads if row.layer is not None] if sites.has_reads else []
+        counts = of_layer if len(of_layer) == len(sites.layers) else [""] * len(sites.layers)
         rows = [
             (
                 str(site.layer.index),
@@ -57,16 +59,34 @@ class Description:
             )
             for site, count in zip(sites.layers, counts, strict=False)
         ]
-        columns = _COLUMNS if sites.reads else _COLUMNS[:-1]
+        columns = _COLUMNS if any(counts) else _COLUMNS[:-1]
         head = (
             f"{self.model}: {self.parameters:,} parameters, {len(sites.layers)} layers in {layout.blocks} transformer "
             f"blocks"
         )
-        return "\n".join([head, "", *_table(columns, rows), "", *self._sentences()])
+        return "\n".join([head, "", *_table(columns, rows), "", *self._reads(), *self._sentences()])
+
+    def _reads(self) -> list[str]:
+        """How each found read is seen, as a table."""
+        if self.sites.found is None:
+            return []
+        errors = self.read_errors if self.read_errors is not None else [None] * len(self.sites.found.rows)
+        rows = [
+            (
+                row.label,
+                f"{row.sources}",
+                read.route,
+                "not checked" if error is None else _error(float(error)),
+            )
+            for row, read, error in zip(self.sites.found.rows, self.sites.found.reads, errors, strict=True)
+        ]
+        return [*_table(("read", "sources", "seen", "weights × sources against the state"), rows), ""]
 
     def _sentences(self) -> list[str]:
         sites = self.sites
-        if sites.reads:
+        if sites.found is not None:
+            reads = f"{len(sites.found.rows)} depth reads, found by running the model on a few tokens"
+        elif sites.reads:
             reads = f"{len(sites.reads)} depth reads, one for each layer and the final read ({sites.reads[-1].depth_sources} sources)"
         else:
             reads = "none: no module says that it attends over depth"
@@ -76,6 +96,7 @@ class Description:
             f"reads        {reads}",
             f"sources      {len(sites.layers) + 1}: the embedding and the output of each layer",
             f"identity     {self._identity()}",
+            *(f"odd          {note}" for note in (sites.found.notes if sites.found is not None else ())),
             *([f"not seen     {', '.join(self.unseen)}"] if self.unseen else []),
             f"memory       {self.probe_bytes / 2**20:.2f} MiB on the model's device ({_percent(share)} of its parameters)",
         ]
@@ -84,7 +105,7 @@ class Description:
         where = "on invented inputs" if self.invented else "on the batch given"
         if self.errors is None:
             return f"not checked: {self.reason}"
-        if self.sites.reads:
+        if self.sites.has_reads:
             return "not expected: each state is a depth read's mix"
         if self.sites.change:
             return f"not a plain residual: the stream is {self.sites.change}"
@@ -138,7 +159,8 @@ def describe(
         taps.detach()
     if reason and batch is not None:
         raise RunError(f"The forward of {type(sites.root).__name__} fails on this batch: {reason}.")
-    errors = None if reason else taps.finish()["identity_error"].cpu().numpy()
+    metrics = {} if reason else {name: value.cpu().numpy() for name, value in taps.finish().items()}
+    errors = metrics.get("identity_error")
     dtype = next(sites.root.parameters()).dtype
     return Description(
         model=type(sites.root).__name__,
@@ -150,8 +172,13 @@ def describe(
         first_broken=first_broken(errors, dtype) if errors is not None else None,
         unseen=() if reason else tuple(_unseen(sites, taps)),
         invented=batch is None,
+        read_errors=metrics.get("read_error"),
         reason=reason and f"give a batch, as in describe(model, batch) ({reason})",
     )
+
+
+def _error(error: float) -> str:
+    return "not seen" if np.isnan(error) else f"differs by {error:.0e}"
 
 
 def _percent(share: float) -> str:

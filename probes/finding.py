@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import suppress
 
 from torch import nn
 
 from probes.dataflow import follow
+from probes.foreign import foreign_sites, may_read
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.names import matching
@@ -31,6 +33,7 @@ def find_sites(
     if not isinstance(model, nn.Module):
         raise RunError(f"A {type(model).__name__} is not a torch.nn.Module: pass the model that is trained.")
     root = unwrap(model)
+    _one_device(root)
     if isinstance(layers, int):
         found = _marked(layers)
     elif (layers is None) != (norms is None):
@@ -43,12 +46,8 @@ def find_sites(
         found = _joined(root, [_stack(root, *each) for each in matching(root, stack, "stack").items()])
     else:
         found = _only_stack(root)
-    devices = {str(parameter.device) for parameter in root.parameters()}
-    if len(devices) > 1:
-        raise RunError(
-            f"{type(root).__name__} is spread over {', '.join(sorted(devices))}: depthscope records models "
-            "that are on one device."
-        )
+        if isinstance(found, Sites):
+            return found
     reads = [module for module in root.modules() if is_read(module)]
     if reads and len(reads) != len(found.layers) + 1:
         raise RunError(
@@ -89,7 +88,34 @@ def _called(sites: Sites) -> Sites:
     return sites
 
 
-def _only_stack(root: nn.Module) -> Stack:
+def _one_device(root: nn.Module) -> None:
+    devices = {str(parameter.device) for parameter in root.parameters()}
+    if len(devices) > 1:
+        raise RunError(
+            f"{type(root).__name__} is spread over {', '.join(sorted(devices))}: depthscope records models "
+            "that are on one device."
+        )
+
+
+def _only_stack(root: nn.Module) -> Stack | Sites:
+    """The one stack of a model, or its sites where its states are depth reads."""
+    own = any(map(is_read, root.modules()))
+    try:
+        found = _followed_stack(root)
+    except RunError as error:
+        try:
+            return _called(foreign_sites(root))
+        except Untraceable as other:
+            raise RunError(f"{error} As for depth reads: {other}.") from None
+    if not own and may_read(root, found):
+        with suppress(Untraceable):
+            sites = foreign_sites(root)
+            if sites.found.is_clear:
+                return _called(sites)
+    return found
+
+
+def _followed_stack(root: nn.Module) -> Stack:
     stacks, reasons = find_stacks(root)
     if not stacks:
         seen = f" Not followed: {'; '.join(reasons[:3])}." if reasons else ""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.backwards import GradientMark
+from probes.found import FoundRead
 from probes.sites import Sites
 from probes.statistics import norm_of
 
@@ -18,7 +19,7 @@ class GradientNorms:
     """`measure` at the end of a backward pass, `take` when an optimizer takes the gradients; then `finish`."""
 
     def __init__(self, sites: Sites):
-        self._root, self._reads = sites.root, sites.reads
+        self._root, self._reads, self._found = sites.root, sites.reads, sites.found
         layers = sites.layer_parameters()
         inside = {p for group in layers for p in group}
         others = [p for p in sites.root.parameters() if p not in inside]
@@ -59,7 +60,11 @@ class GradientNorms:
         self._left = [GradientMark.of(g) for g in gradients]
         if parameters:
             self._norm_squares = self._by_group(_squares(self._parameters))
-        if self._reads:
+        if self._found is not None:
+            self._query_norm = torch.stack(
+                [_query_norm(read, self._parameters[0].device) for read in self._found.reads]
+            )
+        elif self._reads:
             self._query_norm = torch.stack([(read.query * read.gain).float().norm() for read in self._reads])
 
     @torch.no_grad()
@@ -122,6 +127,12 @@ class GradientNorms:
         """[parameters] -> [groups]."""
         self._row = self._row.to(squares.device)
         return torch.zeros(len(self._groups), device=squares.device).index_add_(0, self._row, squares)
+
+
+def _query_norm(read: FoundRead, device: torch.device) -> Tensor:
+    """Norm of a found read's query, NaN where it has none or its making is not understood; float32 []."""
+    vectors = [getattr(module, name).flatten().float() for module, name in read.query]
+    return torch.stack(vectors).prod(0).norm() if vectors else torch.full((), torch.nan, device=device)
 
 
 def _squares(tensors: list[Tensor | None]) -> Tensor:

@@ -151,8 +151,8 @@ class Layout:
             raise ValueError("a source or a read of no layer")
         if not all(type(layer.block) is int and 1 <= layer.block <= _MOST for layer in self.layers):
             raise ValueError("blocks are counted from 1")
-        if len(self.reads) != len(self.layers) + 1:
-            raise ValueError(f"{len(self.layers)} layers and {len(self.reads)} reads")
+        if not 1 <= len(self.reads) <= _MOST:
+            raise ValueError(f"{len(self.reads)} reads")
         if not all(type(r.sources) is int and 1 <= r.sources <= len(self.sources) for r in self.reads):
             raise ValueError(f"a read of more than {len(self.sources)} sources or of none")
 

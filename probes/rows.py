@@ -20,15 +20,17 @@ def block_rows(sites: Sites, device: torch.device) -> tuple[str, Tensor] | None:
     output of the last layer. None for Block AttnRes, whose partial sums need taps of their own."""
     # On the device, for indexing with a list copies the list there and waits for it.
     last = torch.tensor(last_layers(sites), device=device)
-    if not sites.reads:
+    if not sites.has_reads:
         return "state", last
-    if sites.reads[-1].depth_sources == len(sites.layers) + 1:
+    if len(sites.layout.sources) == len(sites.layers) + 1:
         return "output", last
     return None
 
 
 def rows_by_arithmetic(sites: Sites) -> tuple[set[int], set[int]]:
     """Rows of states that are summed from the state and the output before, and of those kept for a sum or difference."""
+    if sites.found is not None:
+        return set(), set()  # no state is the one before plus an output
     before = [None, *sites.layers]
     summed = {
         row
@@ -48,6 +50,7 @@ def unhooked_rows(sites: Sites) -> dict[str, set[int]]:
     outputs = {row for row, site in enumerate(sites.layers, 1) if site.output is None and site.after is None}
     if sites.final is None:
         states.add(len(sites.layers))
-    if 0 in states and not sites.reads:
+    if 0 in states and not sites.has_reads:
         outputs.add(0)
-    return {"state": states, "output": outputs}
+    reads = set(range(len(sites.layers) + 1)) if sites.is_marked else set()
+    return {"state": states, "output": outputs, "read": reads}

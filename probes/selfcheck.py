@@ -21,6 +21,8 @@ class SelfCheck:
         self._name = type(sites.root).__name__
         self._rows_checked = self._identity_checked = False
         self._said: set[str] = set()
+        for note in sites.found.notes if sites.found is not None else ():
+            self._say(f"depthscope: {self._name}, whose depth reads were found by running it once: {note}.")
 
     def step(self, taps: Taps, reached: bool) -> None:
         """What was noticed in a step that was looked at, in whose backward passes gradients `reached` parameters."""
@@ -60,6 +62,25 @@ class SelfCheck:
         if any(blank.values()):
             rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
             self._say(f"depthscope saw nothing of {rows}. They are blank as long as that is so. {BEFORE}")
+
+    def reads(self, errors: np.ndarray | None, weights: np.ndarray | None) -> None:
+        """Found reads that were not computed, or whose weights do not give back the state; runs in the writer's
+        thread."""
+        if errors is None or weights is None:
+            return
+        first = self._layout.unpack(weights)[:, 0]
+        rows = list(zip(self._layout.reads, errors, first, strict=True))
+        wrong = [
+            f"{read.label} ({error:.1e})" for read, error, weight in rows if error >= 0 and np.isnan(weight)
+        ]
+        if wrong:
+            self._say(
+                "depthscope computes depth weights that do not give back the state, so those reads are blank: "
+                f"{', '.join(wrong)}. docs/foreign-models.md says what may be the cause."
+            )
+        blank = [read.label for read, error, _ in rows if np.isnan(error)]
+        if blank:
+            self._say(f"depthscope saw nothing of the depth weights of {', '.join(blank)}. {BEFORE}")
 
     def identity(self, errors: np.ndarray | None) -> None:
         """Where the stream of a plain residual does not add up; runs in the writer's thread."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
+from probes.found import FoundReads, Spot
 from probes.layout import Layer, Layout
 from probes.manifest import RunError
 
@@ -19,9 +20,14 @@ class Place:
     is_input: bool
     key: int = 0
     keyword: str | None = None
+    within: tuple = ()  # where it is in that argument or element, if that holds several
+    turn: int | None = None  # at which call of the module in a forward; None: it has but one
 
     def given(self, args: tuple, kwargs: dict) -> Tensor | None:
         """The tensor, from the arguments of a call."""
+        return reached(self._given(args, kwargs), self.within)
+
+    def _given(self, args: tuple, kwargs: dict) -> object:
         if self.keyword in kwargs:
             return kwargs[self.keyword]
         if args or self.keyword is not None:
@@ -30,6 +36,9 @@ class Place:
 
     def made(self, output: object) -> Tensor | None:
         """The tensor, from what a call returned."""
+        return reached(self._made(output), self.within)
+
+    def _made(self, output: object) -> object:
         if isinstance(output, dict):
             return next(iter(output.values()), None)
         if isinstance(output, tuple | list):
@@ -38,6 +47,29 @@ class Place:
 
     def __str__(self) -> str:
         return f"{'input' if self.is_input else 'output'} of {self.name}"
+
+
+def place_of(spot: Spot, runs: int = 1) -> Place:
+    """A spot as a place; its module `runs` so many times in a forward."""
+    turn = spot.turn if runs > 1 else None
+    if not spot.before:
+        return Place(
+            spot.name, spot.module, False, key=(spot.path or (0,))[0], within=spot.path[1:], turn=turn
+        )
+    (kind, key), within = spot.path[:2], spot.path[2:]
+    if kind == 0:
+        return Place(spot.name, spot.module, True, key=key, within=within, turn=turn)
+    return Place(spot.name, spot.module, True, keyword=key, within=within, turn=turn)
+
+
+def reached(tree: object, path: tuple) -> object:
+    """What `path` leads to through lists, tuples and dicts; None where nothing is there."""
+    for key in path:
+        try:
+            tree = tree[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return tree
 
 
 @dataclass(frozen=True)
@@ -79,6 +111,7 @@ class Sites:
         None  # where the embedding is seen in blocks that mix streams; elsewhere it is the first state
     )
     norm: nn.Module | None = None  # the norm after the stack, where one was found: it runs once in a forward
+    found: FoundReads | None = None  # depth reads of a model that does not say where they are
     inner: nn.Module | None = None  # the child that a training step calls instead of the root
 
     @property
@@ -89,11 +122,33 @@ class Sites:
     @property
     def is_plain(self) -> bool:
         """Whether every state should be the plain sum of the sources before it."""
-        return not self.reads and not self.change
+        return not self.has_reads and not self.change
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether nothing but the author's marks shows the layers."""
+        return self.final is None and not any(site.state or site.output or site.after for site in self.layers)
+
+    @property
+    def has_reads(self) -> bool:
+        return bool(self.reads) or self.found is not None
+
+    @property
+    def depth_sources(self) -> list[int]:
+        """Number of sources of each read."""
+        if self.found is not None:
+            return [read.sources for read in self.found.rows]
+        if self.is_marked:
+            return list(range(1, len(self.layers) + 2))
+        return [read.depth_sources for read in self.reads]
 
     @property
     def layout(self) -> Layout:
-        counts = [read.depth_sources for read in self.reads] or None
+        if self.found is not None:
+            return Layout(
+                [site.layer for site in self.layers], list(self.found.rows), list(self.found.columns)
+            )
+        counts = self.depth_sources or None
         return Layout.build([site.layer for site in self.layers], counts)
 
     def layer_parameters(self) -> list[list[nn.Parameter]]:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from probes.identity import identity_error
 from probes.passes import Passes
+from probes.read_errors import ReadErrors
 from probes.rows import block_rows, last_layers
 from probes.sample import Sample
 from probes.sites import Sites
@@ -23,8 +24,9 @@ class Tally:
         sizes = {"state": len(sites.layers) + 1, "output": len(sites.layers) + 1}
         if self._block_rows is None:
             sizes["block"] = len(last_layers(sites))
-        shape = sizes, [read.depth_sources for read in sites.reads]
+        shape = sizes, sites.depth_sources
         self.live, self._counted = (Tables(*shape, device) for _ in range(2))
+        self.errors = ReadErrors(sites.depth_sources, device) if sites.found is not None else None
         rows = len(sites.layers) + 1
         self.sample = Sample(rows, device)
         self.given = torch.tensor([*(site.given for site in sites.layers), rows], device=device)
@@ -47,6 +49,8 @@ class Tally:
     def reset(self) -> None:
         """A new step begins."""
         self.calls.zero_()
+        if self.errors is not None:
+            self.errors.reset()
         self.passes.reset()
 
     def finish(self, matrices: bool) -> dict[str, Tensor]:
@@ -70,6 +74,8 @@ class Tally:
             metrics["nonfinite"] = self._counted.nonfinite.float().where(count > 0, torch.nan)
             if self._counted.depth is not None:
                 metrics |= self._counted.depth.finish()
+            if self.errors is not None:
+                metrics = self.errors.blanked(metrics, self._counted.depth.tokens)
         return metrics
 
     def sampled(self) -> dict[str, Tensor]:
@@ -90,6 +96,8 @@ class Tally:
             counts["nonfinite"] = counts["hidden_rms"]
             if self._counted.depth is not None:
                 counts |= dict.fromkeys(DEPTH_METRICS, self._counted.depth.tokens)
+            if self.errors is not None:
+                counts["read_error"] = self._counted.depth.tokens
         return counts
 
     def _mixed_up(self) -> Tensor:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from probes import marks
 from probes.backwards import in_backward
 from probes.faults import Faults
+from probes.found import FoundReads
 from probes.gradient_taps import GradientTaps
 from probes.hooks import Hook, tap_gradient_in_graph
 from probes.masks import Masks, fitting
+from probes.read_taps import ReadTaps
 from probes.rows import reads_after_blocks, rows_by_arithmetic, unhooked_rows
 from probes.sampled import SAMPLED_METRICS
 from probes.scaling import half_precision
@@ -59,6 +61,11 @@ class Taps:
         self._unhooked = unhooked_rows(sites)
         # By row, where an output is a difference of states or a state a sum.
         self._states: dict[int, Tensor] = {}
+        self._read_taps = ReadTaps(sites.found, self._found) if sites.found is not None else None
+        self._marked: dict[int, Tensor] = {}  # outputs by row
+        self._parts: dict[int, Tensor] = {}
+        self._turns: dict[int, int] = {}  # calls so far in this forward, of modules that run several times
+        self._turns_of: list[int] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             self._attach()
@@ -151,7 +158,26 @@ class Taps:
     def marked(self, x: Tensor, place: str, row: int) -> None:
         """A tensor that the author has named; only for rows that no hook sees."""
         if row in self._unhooked[place] and self._wants():
-            self._timed(self._tap, x, place, row)
+            self._timed(self._marked_read if place == "read" else self._tap, x, place, row)
+            if place == "output" and self._matrices and isinstance(x, Tensor):
+                self._marked[row] = x.detach()
+
+    def _marked_read(self, weights: Tensor, place: str, row: int) -> None:
+        """Weights [S, B, T] of the embedding and the outputs before; their contributions are known where all of those
+        have been marked."""
+        if not self._matrices or self._recomputing:
+            return
+        if weights.ndim != 3 or len(weights) != row + 1:
+            raise ValueError(
+                f"mark(weights, read={row + 1}) wants the weights [{row + 1}, B, T] of the embedding and the layers "
+                f"before, not {list(weights.shape)}"
+            )
+        unknown = torch.full_like(weights[0], torch.nan, dtype=torch.float32)
+        squares = [
+            self._mean_square(self._marked[source]) if source in self._marked else unknown
+            for source in range(row + 1)
+        ]
+        self._depth.add(row, weights, squares, fitting(self._mask, weights.movedim(0, -1)))
 
     def _attach(self) -> None:
         sites = self._sites
@@ -176,13 +202,38 @@ class Taps:
             self._at(sites.final, lambda x: self._state(x, len(sites.layers)))
         for row, read in enumerate(sites.reads):
             self._after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], output[1]))
+        if sites.found is not None:
+            self._attach_found(sites.found)
         if sites.norm is not None:
             self._before(sites.norm, lambda args, kwargs: self._passed())
-        if "block" in self._forward:
+        if "block" in self._forward and sites.reads:
             for block, read in enumerate(reads_after_blocks(sites)):
                 # The newest source of the read after a transformer block is the partial sum the block left.
                 self._before(read, lambda args, kwargs, block=block: self._tap(args[0][-1], "block", block))
         self._handles.append(sites.called.register_forward_hook(Hook(self._end)))
+
+    def _attach_found(self, found: FoundReads) -> None:
+        if len(found.embedding) == 1:
+            self._at(found.embedding[0], self._tap_embedding)
+        for part, place in enumerate(found.embedding if len(found.embedding) > 1 else ()):
+            self._at(place, lambda x, part=part: self._embedding_part(x, part))
+        for module, before, met in self._read_taps.places():
+            if before:
+                self._before(module, lambda args, kwargs, met=met: self._meet(met, (args, kwargs)))
+            else:
+                self._after(module, lambda args, kwargs, output, met=met: self._meet(met, output))
+
+    def _meet(self, met: Callable, values: object) -> None:
+        if self._matrices and not self._recomputing:
+            if torch.compiler.is_compiling():
+                met(values)
+            else:
+                self._eagerly(lambda: met(values), *DEPTH_METRICS, "read_error")
+
+    def _found(self, row: int, weights: Tensor, sources: list[Tensor], error: Tensor, allowed: float) -> None:
+        mask = fitting(self._mask, weights.movedim(0, -1))
+        self._depth.add(row, weights, [self._mean_square(source) for source in sources], mask)
+        self._tally.errors.add(row, error, allowed)
 
     def _passed(self) -> None:
         if torch.compiler.is_compiling():
@@ -231,6 +282,11 @@ class Taps:
     def _forget(self) -> None:
         self._mean_squares.clear()
         self._states.clear()
+        self._marked.clear()
+        self._turns.clear()
+        if self._read_taps is not None:
+            self._read_taps.forget()
+            self._parts.clear()
 
     def _find_mask(self, args: tuple, kwargs: dict) -> Tensor | None:
         """Which tokens count, [B, T], not zero; None: all."""
@@ -251,10 +307,27 @@ class Taps:
             self._passes.now.mask = None if mask is None else mask != 0
 
     def _at(self, place: Place, action: Callable[[Tensor], None]) -> None:
+        if place.turn is not None:
+            action = self._in_turn(place.turn, action)
         if place.is_input:
             self._before(place.module, lambda args, kwargs: action(place.given(args, kwargs)))
         else:
             self._after(place.module, lambda args, kwargs, output: action(place.made(output)))
+
+    def _in_turn(self, turn: int, action: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        """`action` at the `turn`-th call in a forward. Recomputations come in another order, so they do not count."""
+        key = len(self._turns_of)
+        self._turns_of.append(key)
+
+        def counted(x: Tensor) -> None:
+            if self._recomputing and not torch.compiler.is_compiling():
+                return
+            now = self._turns.get(key, 0)
+            self._turns[key] = now + 1
+            if now == turn:
+                action(x)
+
+        return counted
 
     def _before(self, module: nn.Module, action: Callable) -> None:
         def hook(module, args, kwargs):
@@ -299,7 +372,7 @@ class Taps:
         """What layer row+1 receives, or the final state; the first one is the embedding too."""
         self._tap(x, "state", row)
         entered = self._sites.entry is not None and (torch.compiler.is_compiling() or self._embedded)
-        if row == 0 and not self._sites.reads and not entered:
+        if row == 0 and not self._sites.has_reads and not entered:
             # With its position and dropout, where a model has them.
             self._tap_embedding(x)
         if row in self._kept_rows and isinstance(x, Tensor) and not self._recomputing:
@@ -387,6 +460,21 @@ class Taps:
             self._tap(x, "output", 0, streams)
         elif self._recomputing and self.gradients.owes("output", 0):
             self._tap(x, "output", 0, streams)
+
+    def _embedding_part(self, x: Tensor, part: int) -> None:
+        """One of several tensors that are summed to the embedding where no hook sees it. What has its full shape has
+        its gradient too."""
+        if self._recomputing or not isinstance(x, Tensor):
+            return
+        self._parts[part] = x
+        if len(self._parts) == len(self._sites.found.embedding):
+            parts = [self._parts[each] for each in sorted(self._parts)]
+            self._parts.clear()
+            embedding = sum(each.detach() for each in parts)
+            self._values(embedding, "output", 0)
+            whole = next((each for each in parts if each.shape == embedding.shape), None)
+            if whole is not None:
+                self._gradient(whole, "output", 0)
 
     def _read(self, row: int, sources: list[Tensor], weight: Tensor) -> None:
         if not self._matrices or self._recomputing:

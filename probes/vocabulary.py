@@ -148,6 +148,14 @@ _ROWS = [
         "L2 norm of the effective depth query, gain times query. Zero gives an even average.",
     ),
     Metric(
+        "read_error",
+        READ,
+        "Depth read error",
+        "relative",
+        "How far weights times sources are from the state on a few tokens, where the reads of a model are found by "
+        "themselves: rounding. A read for which it is more has no weights.",
+    ),
+    Metric(
         "identity_error",
         STATE,
         "Residual identity error",
@@ -262,6 +270,15 @@ _ROWS = [
         "Host time spent inside the taps in one step; blank where the model is compiled.",
     ),
 ]
+
+# Recorded apart, a file for each snapshot (tokens.py): of two sequences that are followed, up to 128 tokens.
+TOKEN_WEIGHT = Metric(
+    "token_depth_weight",
+    ("sequence", "token", *TRIANGLE),
+    "Depth weight of a token",
+    "share of the read",
+    "Weight each read gives to each source for one token of a sequence that is followed through training.",
+)
 
 METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}
 

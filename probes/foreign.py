@@ -1,0 +1,466 @@
+"""The sites of a model whose states are depth reads, found by running it once on a few tokens."""
+
+import inspect
+from collections.abc import Iterator
+from itertools import pairwise, takewhile
+
+import torch
+from torch import nn
+
+from probes.found import FoundRead, FoundReads, Replay, Spot
+from probes.layout import Layer, Read, Source
+from probes.mixes import Mix, Mixes, widths
+from probes.replay import Unreplayable, moment_of, replay_of
+from probes.sites import LayerSite, Place, Sites, place_of
+from probes.stacks import Stack, is_norm, kind_by_name
+from probes.symbols import Untraceable
+from probes.tape import Node, Tape, record_tape
+
+_SIZES = (((3, 11), (2, 7)), ((3, 16), (2, 8)), ((3, 64), (2, 32)))  # items and tokens of the two forwards
+
+
+def foreign_sites(root: nn.Module) -> Sites:
+    """The sites of `root`. Untraceable, with the reason, where it has no depth reads that can be seen."""
+    try:
+        return _found(root)
+    except Untraceable:
+        raise
+    except Exception as error:
+        raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+def _found(root: nn.Module) -> Sites:
+    tape, twin = _tapes(root)
+    for width in list(widths(tape))[:2]:
+        mixes = Mixes(tape, width)
+        if sum(len(mix.edges) > 1 for mix in mixes.found.values()) > 1:
+            return _Finding(tape, twin, mixes).sites()
+    raise Untraceable("no state in it is a weighted sum of several sources")
+
+
+def may_read(root: nn.Module, stack: Stack) -> bool:
+    """Whether a model whose layers were followed may have depth reads all the same: it has vectors as wide as its
+    stream that belong to no norm and are no bias, as queries are."""
+    matrices = [
+        p
+        for site in stack.layers
+        for p in (*site.parameters, *(q for m in site.modules for q in m.parameters()))
+    ]
+    widths = {p.shape[-1] for p in matrices if p.ndim == 1} or {p.shape[-1] for p in matrices if p.ndim > 1}
+    for module in root.modules():
+        for name, p in module._parameters.items():
+            if p is None or is_norm(module) or name == "bias" or p.shape[-1:] == ():
+                continue
+            slim = p.ndim == 1 or 1 in p.shape or (p.ndim == 2 and len(p) <= 2 * len(stack.layers) + 4)
+            if slim and p.ndim <= 3 and p.shape[-1] in widths:
+                return True
+    return False
+
+
+def _tapes(root: nn.Module) -> tuple[Tape, Tape]:
+    reason = "it is not known what its forward takes"
+    for pair in _SIZES:
+        try:
+            return tuple(record_tape(root, *_tokens(root, *size), *size) for size in pair)
+        except Exception as error:
+            reason = f"a forward on a few tokens fails ({type(error).__name__}: {error})".splitlines()[0]
+    raise Untraceable(reason)
+
+
+def _tokens(root: nn.Module, items: int, tokens: int) -> tuple[tuple, dict]:
+    """What a language model may be called with: tokens, for every argument that must be given."""
+    parameter = next(root.parameters())
+    embedding = next((m for m in root.modules() if isinstance(m, nn.Embedding)), None)
+    parameters = inspect.signature(root.forward).parameters.values()
+    needed = [
+        p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    if embedding is not None:
+        shape = items, tokens
+        most = min(m.num_embeddings for m in root.modules() if isinstance(m, nn.Embedding))
+        given = torch.randint(min(embedding.num_embeddings, max(most, 2)), shape, generator=generator)
+    else:
+        matrix = next((p for p in root.parameters() if p.ndim == 2), parameter)
+        given = torch.randn(items, tokens, matrix.shape[-1], generator=generator).to(parameter.dtype)
+    return (given.to(parameter.device),) * max(1, len(needed)), {}
+
+
+class _Finding:
+    """Reads the layers and reads off a tape."""
+
+    def __init__(self, tape: Tape, twin: Tape, mixes: Mixes):
+        self._tape, self._twin, self._mixes = tape, twin, mixes
+        self._runs = {moment.module: moment.turn + 1 for moment in tape.moments}
+        wide = [mix for mix in mixes.found.values() if len(mix.edges) > 1]
+        self._embedding = self._find_embedding(wide)
+        first = min(wide, key=lambda mix: mix.node.index).node
+        every = {**mixes.found, **{n: mix for n, mix in mixes.single.items() if n.index < first.index}}
+        self._reads = [
+            mix
+            for mix in sorted(every.values(), key=lambda mix: mix.node.index)
+            if len(mix.edges) > 1 or mix.sources == [self._embedding]
+        ]
+        self._final = self._find_final()
+        self._outputs = self._find_outputs()
+        if not self._outputs:
+            raise Untraceable("its depth reads mix nothing that layers make")
+        self._stops = {source for mix in self._reads for source in mix.sources}
+        self._stops |= {self._embedding, *self._outputs}
+        self._states = [self._state_of(output) for output in self._outputs]
+
+    def sites(self) -> Sites:
+        layers = self._layers()
+        rows, reads, notes = self._rows(layers)
+        if not reads:
+            raise Untraceable(f"its depth reads cannot be computed from what hooks see: {notes[0]}")
+        columns = self._columns(layers)
+        found = FoundReads(
+            tuple(reads),
+            tuple(rows),
+            columns,
+            self._embedding_places(),
+            tuple([*self._oddities(), *notes]),
+        )
+        final = self._place(self._final) if self._final is not None else None
+        return Sites(self._tape.root, layers, final, [], change="mixed by depth reads", found=found)
+
+    # What is what
+
+    def _find_embedding(self, mixes: list[Mix]) -> Node:
+        """The oldest source, or what that began with."""
+        sources = {source for mix in mixes for source in mix.sources if source.value.any()}
+        oldest = min(sources, key=lambda each: each.index)
+        terms = self._mixes.terms(oldest)
+        first = min(terms, key=lambda each: each.index)
+        return first if any(self._tape.made_from(term, first) for term in terms) else oldest
+
+    def _find_final(self) -> Node | None:
+        """The last state that a norm receives, or the last sum of what is known."""
+        last = max(mix.node.index for mix in self._reads)
+        received = [
+            (spot.moment, node)
+            for node, spots in self._tape.spots.items()
+            for spot in spots
+            if spot.before and is_norm(spot.module) and self._mixes.is_stream(node)
+        ]
+        if received:
+            node = self._mixes.bare(max(received, key=lambda each: each[0])[1])
+            if node.index >= last:
+                return node
+        known = {source for mix in self._reads for source in mix.sources}
+        for node in reversed(self._tape.nodes):
+            if self._mixes.is_stream(node) and self._mixes.plain(node):
+                bare = self._mixes.bare(node)
+                terms = self._mixes.terms(bare, self._embedding)
+                if bare in self._mixes.found or (len(terms) > 1 and known & {bare, *terms}):
+                    return bare
+        return None
+
+    def _find_outputs(self) -> list[Node]:
+        """What layers add, in order."""
+        sums = [source for mix in self._reads for source in mix.sources]
+        sums += [self._final] if self._final is not None else []
+        terms = {term for each in sums for term in self._mixes.terms(each, self._embedding)}
+        reads = {mix.node for mix in self._reads}
+        found = [
+            t
+            for t in terms
+            if t not in reads and t is not self._embedding and t.value.any() and t.func is not None
+        ]
+        return sorted((t for t in found if self._tape.made_from(t, self._embedding)), key=lambda t: t.index)
+
+    def _state_of(self, output: Node) -> Node:
+        """What a layer receives: the newest mix, sum or embedding that its output was made from."""
+        candidates = {mix.node for mix in self._reads} | self._stops
+        return max(
+            (each for each in candidates if self._tape.made_from(output, each)), key=lambda each: each.index
+        )
+
+    def _embedding_places(self) -> tuple[Place, ...]:
+        """Where the embedding is seen; where nowhere, the parts that it sums, in order."""
+        spot = self._seen_at(self._embedding)
+        if spot is not None:
+            return (self._as_place(spot),)
+        node = self._embedding
+        parts = [node.slots[slot] for slot, _ in self._mixes.linear(node, node.value.ndim - 1) or ()]
+        spots = [self._seen_at(part) for part in parts]
+        if (
+            len(parts) < 2
+            or None in spots
+            or not torch.allclose(sum(p.value for p in parts), node.value, rtol=1e-2)
+        ):
+            return ()
+        if not any(p.tensor.shape == node.tensor.shape and len(self._tape.users[p]) == 1 for p in parts):
+            return ()
+        return tuple(self._as_place(spot) for spot in sorted(spots, key=lambda spot: spot.moment))
+
+    # Layers
+
+    def _layers(self) -> list[LayerSite]:
+        made = []
+        for index, (output, state) in enumerate(zip(self._outputs, self._states, strict=True), 1):
+            everything = self._parameters(output, self._stops - {output})
+            own = self._parameters(output, self._stops - {output} | {state})
+            name = _common(own) or f"layer {index}"
+            kind = kind_by_name(name.rpartition(".")[2]) or self._kind(name) or "layer"
+            made.append((name, kind, output, state, tuple(everything.values())))
+        blocks = _blocks([(name, kind) for name, kind, *_ in made])
+        return [
+            LayerSite(
+                Layer(index, kind, block, name),
+                self._place(state),
+                self._place(output),
+                None,
+                index,
+                (),
+                parameters,
+            )
+            for index, (block, (name, kind, output, state, parameters)) in enumerate(
+                zip(blocks, made, strict=True), 1
+            )
+        ]
+
+    def _kind(self, name: str) -> str | None:
+        try:
+            module = self._tape.root.get_submodule(name)
+        except AttributeError:
+            return None
+        inside = " ".join(key for key, _ in module.named_modules())
+        return kind_by_name(type(module).__name__) or kind_by_name(name) or kind_by_name(inside)
+
+    def _parameters(self, node: Node, stops: set[Node]) -> dict[str, nn.Parameter]:
+        """The parameters between `stops` and a node, by name."""
+        leaves, waiting, done = set(), [node], set()
+        while waiting:
+            each = waiting.pop()
+            if each in done or (each in stops and each is not node):
+                continue
+            done.add(each)
+            if each.func is None:
+                leaves.add(id(each.tensor))
+            waiting += each.slots
+        return {name: p for name, p in self._tape.root.named_parameters() if id(p) in leaves}
+
+    # Places
+
+    def _seen_at(self, node: Node, before: bool | None = None) -> Spot | None:
+        """Where hooks meet a tensor, or the same behind a view or cast; best where its module runs once."""
+        spots = [
+            spot
+            for each in (node, *self._same(node))
+            for spot in self._tape.spots.get(each, ())
+            if spot.name and before in (None, spot.before)
+        ]
+        return min(spots, key=lambda spot: (self._runs[spot.module], spot.moment), default=None)
+
+    def _as_place(self, spot: Spot) -> Place:
+        return place_of(spot, self._runs[spot.module])
+
+    def _same(self, node: Node) -> Iterator[Node]:
+        for user in self._tape.users.get(node, ()):
+            if self._mixes.is_stream(user) and self._mixes.bare(user) is node:
+                yield user
+                yield from self._same(user)
+
+    def _place(self, node: Node) -> Place | None:
+        """A state is seen best where it is received."""
+        is_state = node in self._mixes.found or node in self._states
+        spot = (self._seen_at(node, before=True) if is_state else None) or self._seen_at(node)
+        return self._as_place(spot) if spot is not None else None
+
+    # Reads
+
+    def _rows(self, layers: list[LayerSite]) -> tuple[list[Read], list[FoundRead], list[str]]:
+        rows, reads, failed = [], [], []
+        for label, kind, layer, mix in self._labelled(layers):
+            try:
+                found = self._read(mix)
+            except Unreplayable as error:
+                failed.append(f"{label}: {error}")
+                continue
+            rows.append(Read(label, kind, layer, max(1, len(mix.edges))))
+            reads.append(found)
+        return rows, reads, failed
+
+    def _labelled(self, layers: list[LayerSite]) -> Iterator[tuple[str, str, int | None, Mix | None]]:
+        """(label, kind, layer, mix) of each read in order; a first layer that receives the embedding has no mix."""
+        of_layer: dict[int, list[Mix]] = {}
+        rest = []
+        for mix in self._reads:
+            index = next(
+                (i for i, output in enumerate(self._outputs, 1) if self._tape.made_from(output, mix.node)),
+                None,
+            )
+            of_layer.setdefault(index, []).append(mix) if index else rest.append(mix)
+        if 1 not in of_layer and len(of_layer) == len(layers) - 1 and self._states[0] is self._embedding:
+            of_layer[1] = [Mix(self._embedding, {}, [])]
+        for site in layers:
+            several = of_layer.get(site.layer.index, [])
+            for number, mix in enumerate(several, 1):
+                which = f", read {number} of {len(several)}" if len(several) > 1 else ""
+                yield site.layer.label + which, site.layer.kind, site.layer.index, mix
+        for number, mix in enumerate(rest, 1):
+            is_final = mix.node is self._final or number == len(rest)
+            yield ("final read" if is_final else f"read {number} after the layers"), "final", None, mix
+
+    def _read(self, mix: Mix) -> FoundRead:
+        spot = self._seen_at(mix.node, before=True) or self._seen_at(mix.node)
+        if not mix.edges:
+            if spot is None:
+                raise Unreplayable("no hook sees the embedding")
+            replay = Replay(_of_one, (spot,), (), False)
+            return FoundRead("the embedding as it is", replay, self._tape.moments[spot.moment], None, ())
+        place, when = (
+            (spot.moment, self._tape.moments[spot.moment]) if spot else moment_of(self._tape, mix.node)
+        )
+        replay = replay_of(self._tape, self._twin, mix, place)
+        return FoundRead(self._route(mix), replay, when, spot, self._query(mix))
+
+    def _query(self, mix: Mix) -> tuple[tuple[nn.Module, str], ...]:
+        """The parameters whose product is the query: a vector, and perhaps the gain of the keys. Empty where the
+        weights are made otherwise."""
+        names = [name for name, p in self._parameters(mix.node, self._stops).items()]
+        root = self._tape.root
+        if any(root.get_parameter(name).numel() != self._mixes.width for name in names):
+            return ()
+        parts = (name.rpartition(".") for name in names)
+        return tuple((root.get_submodule(holder), key) for holder, _, key in parts)
+
+    def _route(self, mix: Mix) -> str:
+        around = self._around(mix.node)
+        names = {getattr(node.func, "__name__", "") for node in mix.steps}
+        kernel = " by an attention kernel" if "scaled_dot_product_attention" in names else ""
+        if mix.node.opaque:
+            kernel = ", a kernel that shows nothing: least squares over its sources"
+        values = ", normalised values" if mix.normalised else ""
+        made = any(not spot.before and spot.name == around for spot in self._tape.spots.get(mix.node, ()))
+        return f"{'read module' if made else 'inline in'} {around or type(self._tape.root).__name__}{kernel}{values}"
+
+    def _around(self, node: Node) -> str:
+        """The innermost module within which a node was made."""
+        open_calls: list[str] = []
+        for moment in self._tape.moments:
+            if moment.nodes > node.index:
+                break
+            open_calls.append(moment.name) if moment.before else open_calls.pop()
+        return open_calls[-1] if open_calls else ""
+
+    # Columns
+
+    def _members(self, source: Node) -> tuple[int, ...]:
+        """Layers whose outputs a source sums; 0 is the embedding."""
+        number = {output: index for index, output in enumerate(self._outputs, 1)} | {self._embedding: 0}
+        return tuple(sorted(number[t] for t in self._mixes.terms(source, self._embedding) if t in number))
+
+    def _columns(self, layers: list[LayerSite]) -> tuple[Source, ...]:
+        count = max(max(1, len(mix.edges)) for mix in self._reads)
+        inside: list[set[int]] = [set() for _ in range(count)]
+        for mix in self._reads:
+            for column, source in enumerate(mix.sources):
+                inside[column] |= set(self._members(source))
+        inside[0] |= {0}
+        full = all(len(members) <= 1 for members in inside)
+        columns = []
+        for column, members in enumerate(inside):
+            first, last = (min(members), max(members)) if members else (column, column)
+            if column == count - 1 and not full:
+                last = len(layers)  # what the last block still gets after the last read
+            if column == 0 and members == {0}:
+                columns.append(Source("embedding", "embedding", 0, 0))
+            elif full:
+                site = layers[first - 1].layer
+                columns.append(Source(site.label, site.kind, first, last))
+            elif members and 0 not in members:
+                which = f"layers {first}–{last}" if last > first else f"layer {first}"
+                columns.append(Source(f"depth block {column} ({which})", "depth block", first, last))
+            else:
+                columns.append(Source(f"source {column}", "depth block", first, last))
+        if full:  # the last layers' outputs are sources too, though no read has them
+            columns += [
+                Source(site.layer.label, site.layer.kind, site.layer.index, site.layer.index)
+                for site in layers[len(columns) - 1 :]
+            ]
+        return tuple(columns)
+
+    # What is odd
+
+    def _oddities(self) -> list[str]:
+        last = max(self._reads, key=lambda mix: len(mix.edges))
+        members = [self._members(source) for source in last.sources]
+        notes = []
+        twice = [mix for mix in self._reads if len(set(mix.sources)) < len(mix.sources)]
+        if twice:
+            notes.append(f"duplicate sources: {len(twice)} reads list the same tensor twice")
+        zero = [mix for mix in self._reads if any(not source.value.any() for source in mix.sources)]
+        if zero:
+            notes.append(f"zero sources: {len(zero)} reads weigh a tensor of zeros")
+        if any(set(a) < set(b) for a, b in pairwise(members) if a):
+            notes.append("cumulative sources: a later source sums an earlier one again")
+        detached = {
+            edge.source
+            for mix in self._reads
+            for edge in mix.edges
+            if not edge.user.slots[edge.slot].tensor.requires_grad and edge.source.value.any()
+        }
+        if detached and any(p.requires_grad for p in self._tape.root.parameters()):
+            notes.append(f"detached sources: {len(detached)} sources let no gradient through")
+        if self._final is not None and self._final not in {mix.node for mix in self._reads}:
+            count = len(self._mixes.terms(self._final, self._embedding))
+            notes.append(f"no final read: the final state is a plain sum of {count}")
+        again = {
+            m.name for m in self._tape.moments if m.turn and any(p.ndim > 1 for p in m.module.parameters())
+        }
+        outer = [name for name in sorted(again) if not any(name.startswith(f"{other}.") for other in again)]
+        if outer:
+            notes.append(f"runs several times in one forward: {', '.join(outer[:4])}")
+        called = {moment.module for moment in self._tape.moments}
+        silent = [
+            name
+            for name, module in self._tape.root.named_modules()
+            if module not in called
+            and any(child in called for child in module.modules())
+            and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+        ]
+        if silent:
+            notes.append(f"never called, only what is in it: {', '.join(silent[:4])}")
+        if any(mix.normalised for mix in self._reads):
+            notes.append("normalised values: the weights are those of the normalised sources")
+        return notes
+
+
+def _of_one(x: torch.Tensor) -> tuple:
+    return torch.ones_like(x[..., 0]).unsqueeze(0), [x], x
+
+
+def _common(parameters: dict[str, nn.Parameter]) -> str:
+    """The module that holds the matrices among `parameters`."""
+    matrices = [name for name, p in parameters.items() if p.ndim > 1 and min(p.shape) > 1]
+    names = [name.rpartition(".")[0] for name in matrices or parameters]
+    if not names:
+        return ""
+    levels = zip(*(name.split(".") for name in names), strict=False)
+    parts = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
+    return ".".join(parts) or names[0]
+
+
+def _blocks(layers: list[tuple[str, str]]) -> list[int]:
+    """The transformer block of each layer: by the first number in its name; where that is each layer's own, attention
+    and the MLP after it are one."""
+    groups = [_group(name) for name, _ in layers]
+    alone = len(set(groups)) == len(groups)
+    blocks: list[int] = []
+    for place, (_, kind) in enumerate(layers):
+        if place == 0:
+            blocks.append(1)
+            continue
+        before = layers[place - 1][1]
+        same = (before == "attention" and kind == "mlp") if alone else groups[place] == groups[place - 1]
+        blocks.append(blocks[-1] + (not same))
+    return blocks
+
+
+def _group(name: str) -> str:
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[: number + 1])

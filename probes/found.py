@@ -1,0 +1,79 @@
+"""Depth reads of a model that does not say where they are: their rows and columns, and how each is seen."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from probes.layout import Read, Source
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where a hook meets a tensor: among the arguments (`before`) or in the result of the `turn`-th call of a module in
+    one forward. `path` leads there through lists, tuples and dicts; `moment` orders all spots of the forward."""
+
+    name: str
+    module: nn.Module
+    turn: int
+    before: bool
+    path: tuple
+    moment: int
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A module is about to be called for the `turn`-th time, or has been; there were `nodes` nodes by then."""
+
+    name: str
+    module: nn.Module
+    turn: int
+    before: bool
+    nodes: int
+
+
+@dataclass(frozen=True)
+class Replay:
+    """`run(*values)` gives (weights [S, B, T], sources S times [B, T, D], the mix [B, T, D]). The values are those of
+    `spots`, then the tensors that `held` names by module and attribute (or are themselves). `normalised`: the weights
+    are those of the normalised sources."""
+
+    run: Callable
+    spots: tuple[Spot, ...]
+    held: tuple[tuple[nn.Module, str] | Tensor, ...]
+    normalised: bool
+
+    def weights(self, seen: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+        held = [each if isinstance(each, Tensor) else getattr(*each) for each in self.held]
+        return self.run(*seen, *held)
+
+
+@dataclass(frozen=True)
+class FoundRead:
+    """One read: `route` says in words how it is seen, `when` it can be computed, `state` where the mix itself is seen
+    (None: nowhere, it cannot be checked against it). `query` names parameters, by module and attribute, whose product
+    is the query; empty where that is not known."""
+
+    route: str
+    replay: Replay
+    when: Moment
+    state: Spot | None
+    query: tuple[tuple[nn.Module, str], ...]
+
+
+@dataclass(frozen=True)
+class FoundReads:
+    """All reads of a model, as rows and columns of its layout; `embedding` are places (sites.py): where source 0 is seen, or the parts that it
+    sums, and `notes` name
+    what is odd about the model."""
+
+    reads: tuple[FoundRead, ...]
+    rows: tuple[Read, ...]
+    columns: tuple[Source, ...]
+    embedding: tuple
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether these can be nothing but depth reads: several of many sources, which gates and scales never have."""
+        return sum(row.sources > 2 for row in self.rows) > 1

@@ -1,0 +1,265 @@
+"""What a mix weighs its sources with, computed again from what hooks have seen: a small program cut from the tape.
+
+The operations from the sources to the mix are linear in the sources, so that with one-hot vectors in their place, and
+everything else as it was, they return the weights: channel s of the result is the weight of source s.
+"""
+
+import torch
+from torch import Tensor, fx, nn
+
+from probes.found import Moment, Replay, Spot
+from probes.mixes import Mix, solved
+from probes.tape import Node, Tape
+
+_DRAWING = {
+    "rand",
+    "randn",
+    "randint",
+    "rand_like",
+    "randn_like",
+    "bernoulli",
+    "multinomial",
+    "normal_",
+    "uniform_",
+}
+_METHODS = {
+    method: name
+    for name, method in ((name, getattr(torch.Tensor, name)) for name in dir(torch.Tensor))
+    if callable(method) and name not in ("__class__", "__new__", "__init__", "__init_subclass__")
+}
+_MOST = 400  # operations, beyond which something else than a read was followed
+
+
+class Unreplayable(Exception):
+    """The weights cannot be computed from what hooks see; the message says why."""
+
+
+def replay_of(tape: Tape, twin: Tape, mix: Mix, until: int) -> Replay:
+    """The program of one mix, from what hooks see up to moment `until`. `twin` is a tape of the same model with
+    another number of tokens: what differs depends on that."""
+    return _Cutting(tape, twin, mix, until).replay()
+
+
+class _Cutting:
+    def __init__(self, tape: Tape, twin: Tape, mix: Mix, until: int):
+        if len(tape.nodes) != len(twin.nodes):
+            raise Unreplayable("what the forward does depends on its input")
+        self._tape, self._twin, self._mix, self._until = tape, twin, mix, until
+        self._graph = fx.Graph()
+        self._stream = tape.items * tape.tokens * mix.node.tensor.shape[-1]
+        self._real: dict[Node, fx.Node] = {}
+        self._spots: list[tuple[Spot, Node]] = []
+        self._held: list[tuple[nn.Module, str] | Tensor] = []
+        self._names = {
+            id(tensor): (module, name)
+            for module in tape.root.modules()
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None
+        }
+        self._inputs: dict[Node, None] = {}
+        self._collect()
+
+    def replay(self) -> Replay:
+        for node in self._inputs:
+            self._real[node] = self._graph.placeholder(f"x{node.index}")
+        spots = tuple(self._spot(node) for node in self._inputs if self._spot(node) is not None)
+        held = tuple(self._holder(node) for node in self._inputs if self._spot(node) is None)
+        sources = [self._emit(edge.source) for edge in self._mix.edges]
+        if self._mix.node.opaque:
+            weights = self._graph.call_function(solved, (sources, self._emit(self._mix.node)))
+        else:
+            weights = self._weights()
+        self._graph.output((weights, sources, self._emit(self._mix.node)))
+        module = fx.GraphModule(nn.Module(), self._graph)
+        return Replay(module.forward, spots, held, self._mix.normalised)
+
+    def _collect(self) -> None:
+        """What the program starts from: tensors that hooks see first, then those that are held."""
+        found, waiting, done = [], [self._mix.node, *(edge.source for edge in self._mix.edges)], set()
+        while waiting:
+            node = waiting.pop()
+            if node in done:
+                continue
+            done.add(node)
+            if len(done) > _MOST:
+                raise Unreplayable("too much lies between what hooks see and the weights")
+            if (node is not self._mix.node or node.opaque) and (
+                self._spot(node) is not None or node.func is None
+            ):
+                found.append(node)
+                continue
+            if getattr(node.func, "__name__", "") in _DRAWING:
+                raise Unreplayable("random numbers are drawn on the way to the weights")
+            waiting += node.slots
+        found.sort(key=lambda node: (self._spot(node) is None, node.index))
+        self._inputs = dict.fromkeys(found)
+
+    def _spot(self, node: Node) -> Spot | None:
+        if node.tensor.numel() > self._stream and node.func is not None:
+            return None  # rather stacked again than kept
+        spots = self._tape.spots.get(node, ())
+        return next((spot for spot in spots if spot.moment <= self._until), None)
+
+    def _holder(self, node: Node) -> tuple[nn.Module, str] | Tensor:
+        if id(node.tensor) in self._names:
+            return self._names[id(node.tensor)]
+        if node.tensor.shape != self._twin.nodes[node.index].tensor.shape:
+            raise Unreplayable("it needs a tensor that comes from nowhere")
+        return node.tensor.detach()
+
+    # Emitting
+
+    def _emit(self, node: Node) -> fx.Node:
+        """The node as it was computed."""
+        if node not in self._real:
+            self._real[node] = self._called(node, [self._emit(each) for each in node.slots])
+        return self._real[node]
+
+    def _called(self, node: Node, slots: list[fx.Node]) -> fx.Node:
+        if "dropout" in getattr(node.func, "__name__", ""):
+            return slots[0]  # the weights before it; no random number may be drawn here
+        other = self._twin.nodes[node.index]
+        if getattr(other.func, "__name__", None) != getattr(node.func, "__name__", None):
+            raise Unreplayable("what the forward does depends on its input")
+        given = iter(slots)
+        args, kwargs = self._with_sizes((node.args, node.kwargs), (other.args, other.kwargs), given)
+        graph, name = self._graph, _METHODS.get(node.func)
+        if node.writes:
+            if name == "__setitem__":
+                return graph.call_function(_with_item, args, kwargs)
+            copy = graph.call_method("clone", args[:1])
+            graph.call_method(name or node.func.__name__, (copy, *args[1:]), kwargs)
+            return copy
+        if name is not None:
+            made = graph.call_method(name, args, kwargs)
+        else:
+            made = graph.call_function(node.func, args, kwargs)
+        return made if node.pick is None else graph.call_function(_item, (made, node.pick))
+
+    def _with_sizes(self, tree: object, other: object, given):
+        """Arguments with the sizes that depend on the input replaced."""
+        if isinstance(tree, Node):
+            return next(given)
+        if isinstance(tree, tuple | list):
+            if len(tree) != len(other):
+                raise Unreplayable("what the forward does depends on its input")
+            kind = list if isinstance(tree, list) else tuple
+            return kind(self._with_sizes(a, b, given) for a, b in zip(tree, other, strict=True))
+        if isinstance(tree, dict):
+            return {key: self._with_sizes(each, other[key], given) for key, each in tree.items()}
+        if isinstance(tree, slice):
+            parts = ((getattr(tree, key), getattr(other, key)) for key in ("start", "stop", "step"))
+            return slice(*(self._with_sizes(a, b, given) for a, b in parts))
+        if isinstance(tree, int) and not isinstance(tree, bool) and tree != other:
+            return self._size(tree, other)
+        return tree
+
+    def _size(self, one: int, two: int) -> fx.Node:
+        here, there = self._tape, self._twin
+        graph = self._graph
+        items, tokens = (
+            graph.call_function(_items, (self._like(),)),
+            graph.call_function(_tokens, (self._like(),)),
+        )
+        for size, other, made in (
+            (here.items, there.items, items),
+            (here.tokens, there.tokens, tokens),
+            (
+                here.items * here.tokens,
+                there.items * there.tokens,
+                graph.call_function(_product, (items, tokens)),
+            ),
+        ):
+            if one % size == 0 and one // size * other == two:
+                return made if one == size else graph.call_function(_product, (made, one // size))
+        raise Unreplayable(f"a size of {one} depends on the input in a way that was not understood")
+
+    def _like(self) -> fx.Node:
+        """Something whose first axes are items and tokens."""
+        sizes = self._tape.items, self._tape.tokens
+        for node in self._inputs:
+            if node.tensor.shape[:2] == sizes:
+                return self._real[node]
+        raise Unreplayable("no tensor that hooks see tells batch size and length")
+
+    # The weights
+
+    def _weights(self) -> fx.Node:
+        count, width = len(self._mix.edges), self._mix.node.tensor.shape[-1]
+        parts = []
+        for first in range(0, count, width):
+            some = self._mix.edges[first : first + width]
+            self._probes = {(edge.user, edge.slot): channel for channel, edge in enumerate(some)}
+            self._done: dict[Node, fx.Node] = {}
+            parts.append(self._graph.call_function(_leading, (self._probed(self._mix.node), len(some))))
+        return self._graph.call_function(torch.cat, (parts,)) if len(parts) > 1 else parts[0]
+
+    def _probed(self, node: Node) -> fx.Node:
+        """The node with one-hot vectors for the sources, and all else as it was."""
+        if node not in self._done:
+            operands = self._mix.steps[node]
+            carried = {slot: self._operand(node, slot, axis) for slot, axis in operands}
+            if node in self._mix.passed:
+                self._done[node] = next(iter(carried.values()))
+            else:
+                slots = [carried.get(slot) or self._emit(each) for slot, each in enumerate(node.slots)]
+                self._done[node] = self._called(node, slots)
+        return self._done[node]
+
+    def _operand(self, node: Node, slot: int, axis: int) -> fx.Node:
+        child = node.slots[slot]
+        channel = self._probes.get((node, slot))
+        if channel is None and child in self._mix.steps and not self._is_edge(node, slot):
+            return self._probed(child)
+        return self._graph.call_function(_one_hot, (self._emit(child), axis, channel))
+
+    def _is_edge(self, node: Node, slot: int) -> bool:
+        return any(edge.user is node and edge.slot == slot for edge in self._mix.edges)
+
+
+def _with_item(x: Tensor, key: object, value: object) -> Tensor:
+    x = x.clone()
+    x[key] = value
+    return x
+
+
+def _items(x: Tensor) -> int:
+    return x.shape[0]
+
+
+def _tokens(x: Tensor) -> int:
+    return x.shape[1]
+
+
+def _product(a: int, b: int) -> int:
+    return a * b
+
+
+def _item(values: tuple, place: int) -> Tensor:
+    return values[place]
+
+
+def _leading(x: Tensor, count: int) -> Tensor:
+    """[..., D] -> [count, ...]"""
+    return x[..., :count].movedim(-1, 0)
+
+
+def _one_hot(like: Tensor, axis: int, channel: int | None) -> Tensor:
+    probe = torch.zeros_like(like)
+    if channel is not None:
+        probe.select(axis, channel).fill_(1)
+    return probe
+
+
+def moment_of(tape: Tape, node: Node) -> tuple[int, Moment]:
+    """When hooks can first look back at `node`: where it is handed over, or the next moment after it was made."""
+    spots = tape.spots.get(node)
+    place = (
+        spots[0].moment
+        if spots
+        else next(
+            (place for place, moment in enumerate(tape.moments) if moment.nodes > node.index),
+            len(tape.moments) - 1,
+        )
+    )
+    return place, tape.moments[place]
