@@ -11,6 +11,8 @@ from probes.gaps import gaps_of, vanished
 from probes.jsonfile import MOST_BYTES, intact, parse_json
 from probes.layout import difference
 from probes.manifest import Manifest, RunError
+from probes.shard import ShardError, UnreadableShard
+from probes.tokens import read_tokens, token_path, token_steps
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,15 @@ def _attempt(found: Checked, attempt: Attempt) -> None:
         path = attempt.folder / files.RANK_FOLDER / name
         sentence = f"Steps {first} to {last} are missing: shard {name} {why}."
         found.defects.append(Defect(path, sentence, name not in attempt.unreadable))
+    for step in token_steps(attempt.folder / files.RANK_FOLDER):
+        path = token_path(attempt.folder / files.RANK_FOLDER, step)
+        try:
+            read_tokens(path.parent, step, found.attempts[0].manifest.layout)
+        except FileNotFoundError:
+            continue
+        except ShardError as error:
+            sentence = f"The token snapshot of step {step} is missing: {path.name} {error}."
+            found.defects.append(Defect(path, sentence, not isinstance(error, UnreadableShard)))
     found.defects += [Defect(attempt.folder, str(gap)) for gap in vanished(attempt)]
     for name in (files.HEARTBEAT, files.END):
         if os.path.lexists(attempt.folder / name):

@@ -24,9 +24,11 @@ from probes.ending import Ending, describe
 from probes.faults import Faults
 from probes.finding import find_sites
 from probes.flush import start_copy
+from probes.following import Decode, Following
 from probes.gradients import NORMS, GradientNorms
 from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, Masks
+from probes.mirrors import Mirror, Send
 from probes.provenance import model_config, versions
 from probes.resuming import first_step, seconds_before
 from probes.sampled import SAMPLED_METRICS, of_sample
@@ -58,8 +60,11 @@ def record(
     mask: str | MaskOf | None = None,
     every: Steps = 10,
     matrices_every: Steps = 100,
+    tokens_every: Steps | None = None,
+    decode: Decode | None = None,
     config: dict | None = None,
     tags: Sequence[str] = (),
+    mirror: str | Send | None = None,
     resume: bool | int = False,
     stack: str | Sequence[str] | None = None,
     layers: int | str | Sequence[str] | None = None,
@@ -83,10 +88,14 @@ def record(
     `scaler`: the GradScaler of mixed-precision training; gradients are recorded unscaled.
     `mask`: which tokens count. The name of an argument of the model's forward, or a function of its
     (args, kwargs), that gives [B, T], zero where a token does not count; by default `attention_mask`.
+    `tokens_every`: when to record the depth weights token by token, of the first two sequences (up to 128 tokens) of the
+    first training batch, which go through the model once more for it; None: never. `decode` gives the text of a list of
+    token ids.
     `resume`: continue the run at `path`, or begin it where there is none. Give the step at which training goes on, the
     number of optimizer steps that the checkpoint has seen; True takes it from the state of an Adam-like optimizer that
     has been loaded. Rows from that step on that were recorded before are hidden by the new ones, and kept.
     `config` (JSON values) is stored beside the model's own configuration.
+    `mirror`: where the scalars are shown too: "tensorboard", "wandb", "trackio", or a function of (step, values).
     `strict`: a failure inside the probe raises. Otherwise it is said once, and what it touched is missing.
 
     Raises RunError: a run or other files at `path`, a run to resume that is of another model or still being recorded, a
@@ -95,6 +104,11 @@ def record(
     """
     vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
     sites = find_sites(model, stack, layers, norms)
+    following = None if tokens_every is None else schedule_of("tokens_every", tokens_every)
+    if following is not None and not sites.reads:
+        raise RunError(
+            f"tokens_every asks for depth weights, and no module of this {type(sites.root).__name__} tells any: leave it out."
+        )
     created = time.time()
     optimizers, found = _optimizers(optimizer)
     path, step = Path(path), first_step(resume, optimizers, Path(path))
@@ -111,11 +125,15 @@ def record(
     manifest = Manifest(
         sites.layout, created, vectors, matrices, described, tags, versions(sites.root), step=step
     )
+    mirror = None if mirror is None else Mirror(mirror, path)
     # A bool is an int: step 0 is one to resume at, False is not.
     writer = RunWriter(path, manifest, resume is not False)
-    return Recorder(
-        sites, writer, manifest, optimizers, scale, masks, Faults(strict), seconds_before(path, step)
+    recorder = Recorder(
+        sites, writer, manifest, optimizers, scale, masks, Faults(strict), seconds_before(path, step), mirror
     )
+    if following is not None:
+        recorder._follow(following, decode)
+    return recorder
 
 
 class Recorder:
@@ -131,7 +149,10 @@ class Recorder:
         masks: Masks,
         faults: Faults,
         seconds: float,
+        mirror: Mirror | None,
     ):
+        self._mirror = mirror
+        self._following: Following | None = None
         self._writer, self._manifest, self._optimizers = writer, manifest, optimizers
         self._scale, self._faults = scale, faults
         self._clock = Clock(optimizers, manifest.step)
@@ -209,6 +230,10 @@ class Recorder:
         self._taps.seen = False
         retry, self._retry = self._retry, OFF
         self._taps.mode = max(self._mode(self._step), retry)
+        if self._following is not None:
+            self._following.begin(self._step)
+            if not self._optimizers:
+                self._following.take()  # nobody tells when a compiled model is updated next
 
     def close(self, status: str = "finished", reason: str = "") -> None:
         """Take all hooks off, seal what is left and mark the end. Closing twice does nothing."""
@@ -221,6 +246,8 @@ class Recorder:
                 "pass optimizer= to probes.record, or call recorder.step() after each update."
             )
         self._taps.detach()
+        if self._following is not None:
+            self._following.detach()
         self._backwards.detach()
         for hook in self._hooks:
             hook.remove()
@@ -229,6 +256,8 @@ class Recorder:
             self._put()
         finally:
             self._writer.close(status, reason)
+            if self._mirror is not None:
+                self._mirror.close()
 
     def __enter__(self) -> "Recorder":
         return self
@@ -241,6 +270,14 @@ class Recorder:
 
     # One step
 
+    def _follow(self, steps: Schedule, decode: Decode | None) -> None:
+        """Take a snapshot of two sequences at each of `steps`."""
+        clock, taps = self._clock, self._taps
+        self._following = Following(
+            self._sites, steps, decode, taps.masks, self._faults, self._writer, lambda: clock.now
+        )
+        self._following.begin(self._step)
+
     @property
     def _step(self) -> int:
         return self._clock.step
@@ -248,6 +285,8 @@ class Recorder:
     def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if self._clock.again(optimizer):
             self.step()  # the other optimizers stay out of that one
+        if self._following is not None:
+            self._following.take()
         if self._taps.mode == OFF or not self._taps.seen:
             return
         if kwargs.get("closure") is not None or args[1:2] not in ((), (None,)):
@@ -395,7 +434,8 @@ class Recorder:
                         yield name, step_of(now), value
 
         # Rows of this very step may still be logged until the next forward.
-        taken = self._writer.put(rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
+        fetch_rows = rows if self._mirror is None else lambda: self._mirror.watch(rows())
+        taken = self._writer.put(fetch_rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
         self._handed += taken and bool(sampled)
 
 

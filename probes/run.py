@@ -14,6 +14,8 @@ from probes.careful import is_folder
 from probes.gaps import Gap, gaps_of
 from probes.layout import Layout, difference
 from probes.manifest import Manifest, RunError
+from probes.shard import ShardError
+from probes.tokens import Tokens, read_tokens, token_steps
 from probes.vocabulary import TRIANGLES, metric
 
 _MOST_PROBLEMS = 30
@@ -173,6 +175,37 @@ class Run:
             steps.flags.writeable = values.flags.writeable = False
             self._whole[name] = steps, values
         return self._whole[name]
+
+    @property
+    def token_steps(self) -> np.ndarray:
+        """Steps at which the depth weights of single tokens were recorded, int64 [N], ascending."""
+        return np.array(sorted(self._snapshots()), np.int64)
+
+    def tokens(self, step: int | None = None) -> Tokens:
+        """The depth weights of single tokens at `step`, or at the last step that has them; read from the disk.
+
+        Raises KeyError where none were recorded, RunError for a file that cannot be trusted.
+        """
+        folders = self._snapshots()
+        if not folders or (step is not None and step not in folders):
+            recorded = (
+                ", ".join(map(str, sorted(folders))) or "none at all: ask probes.record for tokens_every"
+            )
+            raise KeyError(f"{self.name} has no token snapshot at step {step}; it has: {recorded}")
+        step = max(folders) if step is None else step
+        try:
+            return read_tokens(folders[step], step, self.layout)
+        except (ShardError, FileNotFoundError) as error:
+            raise RunError(f"The token snapshot of {self.name} at step {step} {error}.") from error
+
+    def _snapshots(self) -> dict[int, Path]:
+        """Folders of the visible ones, by step."""
+        return {
+            step: attempt.folder / files.RANK_FOLDER
+            for attempt in self.attempts
+            for step in token_steps(attempt.folder / files.RANK_FOLDER)
+            if attempt.hidden_from is None or step < attempt.hidden_from
+        }
 
     def refresh(self) -> bool:
         """Read the shards sealed since the last look. True if any is new. What cannot be read leaves a gap."""

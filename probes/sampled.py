@@ -45,10 +45,11 @@ def outliers(states: np.ndarray, outputs: np.ndarray) -> dict[str, np.ndarray]:
     states, outputs = states[:, whole].astype(np.float64), outputs[1:, whole].astype(np.float64)
     if not states.size:
         return {}
-    lengths = np.linalg.norm(states[:-1], axis=2) * np.linalg.norm(outputs, axis=2)
+    squares = states * states
+    lengths = np.sqrt(squares[:-1].sum(2) * np.einsum("ltd,ltd->lt", outputs, outputs))
     with np.errstate(invalid="ignore", divide="ignore"):
         return {
-            "hidden_max": np.abs(states).max((1, 2)),
-            "hidden_kurtosis": (states**4).mean((1, 2)) / (states**2).mean((1, 2)) ** 2,
-            "output_cosine": ((states[:-1] * outputs).sum(2) / lengths).mean(1),
+            "hidden_max": np.sqrt(squares.max((1, 2))),
+            "hidden_kurtosis": (squares * squares).mean((1, 2)) / squares.mean((1, 2)) ** 2,
+            "output_cosine": (np.einsum("ltd,ltd->lt", states[:-1], outputs) / lengths).mean(1),
         }

@@ -18,7 +18,7 @@ def unchanged(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
     wait in the host's memory, so that the device needs no more than training does. What a module keeps outside
     its parameters and buffers is its own affair.
     """
-    put_back = [*_tensors(model), *_states(optimizer), *_generators(model)]
+    put_back = [*_tensors(model), *_states(optimizer), *generators(model)]
     gradients = {p: p.grad for p in model.parameters()}  # set aside, not overwritten: no copy is needed
     modes = {module: module.training for module in model.modules()}
     for p in gradients:
@@ -75,7 +75,8 @@ def _states(optimizer: torch.optim.Optimizer | None) -> Iterator[Callable[[], No
     yield put_back
 
 
-def _generators(model: nn.Module) -> list[Callable[[], None]]:
+def generators(model: nn.Module) -> list[Callable[[], None]]:
+    """Functions that put the random generators back to where they are now."""
     python, numbers, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     back = [
         lambda: random.setstate(python),

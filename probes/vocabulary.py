@@ -271,6 +271,15 @@ _ROWS = [
     ),
 ]
 
+# Recorded apart, a file for each snapshot (tokens.py): of two sequences that are followed, up to 128 tokens.
+TOKEN_WEIGHT = Metric(
+    "token_depth_weight",
+    ("sequence", "token", *TRIANGLE),
+    "Depth weight of a token",
+    "share of the read",
+    "Weight each read gives to each source for one token of a sequence that is followed through training.",
+)
+
 METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}
 
 # All that is known of gradients, in the loss's own scale.

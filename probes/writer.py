@@ -69,6 +69,11 @@ class RunWriter:
         self._thread.start()
 
     @property
+    def shards(self) -> Path:
+        """The folder this writer seals into."""
+        return self._place.shards
+
+    @property
     def dropped(self) -> int:
         return self._lost.count
 

@@ -44,13 +44,16 @@ def test_every_block_is_a_recipe():
 
 @pytest.mark.parametrize(("title", "code"), RECIPES, ids=[title for title, _ in RECIPES])
 def test_recipe(title, code, tmp_path, monkeypatch, caplog):
-    if "transformers" in code:
-        pytest.importorskip("transformers")
+    libraries = re.findall(r"^(?:from|import) (transformers|accelerate|lightning)", code, re.M)
+    if "TrainingArguments" in code:
+        libraries.append("accelerate")  # which that Trainer needs
+    for library in libraries:
+        pytest.importorskip(library, reason=f"{library} is not installed")
     monkeypatch.chdir(tmp_path)
     torch._dynamo.reset()
     names = namespace()
     exec(compile(code, f"docs/attach.md, {title}", "exec"), names)
-    if "probes.record(" not in code:
+    if not re.search(r"probes\.(record|attach)\(", code):
         return
     if (recorder := names.get("recorder")) is not None:
         recorder.close()
@@ -62,6 +65,6 @@ def test_recipe(title, code, tmp_path, monkeypatch, caplog):
         for record in caplog.records
         if record.name == "depthscope" and "no optimizer" in record.message
     ]
-    if ".backward()" in code:
+    if ".backward()" in code or "probes.attach(" in code:
         assert np.isfinite(run["hidden_rms"][0]).all() and np.isfinite(run["output_rms"][0]).all()
         assert np.isfinite(run["output_grad_rms"][0]).all() and run["grad_norm"][0] > 0

@@ -60,6 +60,7 @@ class Cells {
     canvas.style.top = `${y + padY}px`;
     [canvas.style.width, canvas.style.height] = sizes.map((size) => `${size}px`);
     if (!canvas.isConnected) this.home.prepend(canvas);
+    if (this.over >= 0) this.put(this.over < this.values.length ? this.over : -1); // its numbers may be new
   }
 
   // Edges in device pixels; wide cells leave a seam, so that they can be told apart.
@@ -111,9 +112,12 @@ class Cells {
     const { left, right, top, bottom } = this.edges;
     const seam = this.ratio;
     const over = left.findIndex((edge, i) => edge <= x && x < right[i] + seam && top[i] <= y && y < bottom[i] + seam);
-    if (over === this.over) return;
-    this.over = over;
-    this.view.data(this.name, over < 0 ? [] : [this.row(over)]).run();
+    if (over !== this.over) this.put(over);
+  }
+
+  put(i) {
+    this.over = i;
+    this.view.data(this.name, i < 0 ? [] : [this.row(i)]).run();
   }
 
   row(i) {

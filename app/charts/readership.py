@@ -54,4 +54,4 @@ def readership(
     means = base.mark_point(filled=True, opacity=1, size=40 if len(frame) <= 40 else 12).encode(
         y=alt.Y("mean:Q", scale=scale, axis=axis)
     )
-    return alt.layer(limit, ranges, means).properties(title=axes.title(title), height=height)
+    return alt.layer(ranges, means, limit).properties(title=axes.title(title), height=height)

@@ -173,3 +173,16 @@ def test_a_click_on_a_cell_shows_its_read(static, watched):
     watched.wait_for_selector("text=/reads give .* more than an even share/")
     watched.get_by_text("Let go of this read").click()
     watched.wait_for_function("() => !location.search.includes('focus')")
+
+
+def test_a_tick_in_the_table_shows_a_run(static, watched):
+    watched.goto(f"{static}/?runs=full")
+    watched.wait_for_selector(CHART, timeout=30_000)
+    table = watched.locator("[data-testid=stDataFrame]").first
+    table.scroll_into_view_if_needed()
+    watched.wait_for_timeout(1_000)
+    box = table.bounding_box()
+    watched.mouse.click(box["x"] + 17, box["y"] + 53)  # newest first: block
+    watched.wait_for_url("**runs=full&runs=block*")
+    watched.wait_for_selector("text=/in full .*in block|in block .*in full/")
+    assert watched.locator(".stSidebar [data-tag]:visible").all_inner_texts() == ["full", "block"]

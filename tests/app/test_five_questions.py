@@ -48,7 +48,7 @@ def chart(at, start: str) -> list:
     )
 
 
-@pytest.mark.parametrize("name", ["prenorm", "full", "block"])
+@pytest.mark.parametrize("name", ["prenorm", "full"])
 def test_in_which_layer_does_the_hidden_state_double(name):
     files = Files(name)
     states = files.last("hidden_rms").tolist()
@@ -104,7 +104,7 @@ def test_when_did_the_embedding_stop_mattering(name):
     assert expected in told
 
 
-@pytest.mark.parametrize("name", ["prenorm", "full", "block"])
+@pytest.mark.parametrize("name", ["prenorm", "full"])
 def test_which_layer_has_the_largest_gradient(name):
     files = Files(name)
     gradients = files.last("output_grad_rms")

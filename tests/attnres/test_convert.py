@@ -301,6 +301,18 @@ def test_compiled_gradients(name, kind, recomputes):
     checked(name, kind, lambda m: compiled(checkpointed(m) if recomputes else m, name, recomputes))
 
 
+@pytest.mark.parametrize("tokens", [7, pytest.param(40, marks=pytest.mark.long)])
+def test_compiled_without_gradients(tokens):
+    """As in generation, where a few tokens take other sums than many."""
+    _, _, model, inputs = prepared("Llama", "block of 3, across transformer blocks")
+    inputs = {"input_ids": inputs["input_ids"].repeat(1, 6)[:, :tokens]}
+    with torch.no_grad():
+        expected = logits_of(model(**inputs))
+        torch.testing.assert_close(
+            logits_of(compiled(model, "Llama")(**inputs)), expected, rtol=1e-5, atol=1e-7
+        )
+
+
 def test_a_checkpointed_block_is_one_graph_where_the_compiler_is_told_that_it_may():
     torch._dynamo.reset()
     whole = lambda model: torch.compile(checkpointed(model), backend="aot_eager", fullgraph=True)  # noqa: E731

@@ -1,7 +1,6 @@
 """Trainers that own the loop: the run is that of their training, and their training is what it was without."""
 
 import functools
-import inspect
 import logging
 
 import numpy as np
@@ -16,7 +15,6 @@ from tests.probes.models import batches, decoder, hooks_on, loss_of, sgd
 from tests.probes.test_twin import expected_of
 
 ALL = {"every": 1, "matrices_every": 2}
-RESUMES = "resume" in inspect.signature(probes.record).parameters
 
 
 class Texts(torch.utils.data.Dataset):
@@ -104,7 +102,6 @@ def test_hugging_face_stopped(wrong, trainer, tmp_path):
     assert again.status == "finished" and again.steps("grad_norm").tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.skipif(not RESUMES, reason="a run cannot be resumed yet")
 def test_hugging_face_resumed(trainer, tmp_path):
     first = trainer(save_strategy="steps", save_steps=2)
     probes.attach(first, tmp_path / "run", **ALL)
@@ -149,7 +146,9 @@ def test_accelerate(scaled, tmp_path):
     # Accelerate divides the loss by the number of micro-batches, 2, and the twin by 3.
     for name, factor in (("grad_norm", 3 / 2), ("output_grad_rms", 3 / 2), ("hidden_rms", 1)):
         np.testing.assert_allclose(run[name][1], expected[name] * factor, rtol=1e-4, atol=1e-7, err_msg=name)
-    np.testing.assert_allclose(run["clip_factor"], 0.1 / run["grad_norm"], rtol=1e-4)
+    # It knows of no float16 here, so what it clips is still scaled.
+    clipped = 0.1 / run["grad_norm"] / (1024 if scaled else 1)
+    np.testing.assert_allclose(run["clip_factor"], clipped, rtol=1e-4)
 
 
 # Lightning

@@ -137,6 +137,29 @@ def test_a_closure_evaluated_once(tmp_path):
     check(probes.open_run(tmp_path / "run"), expected)
 
 
+def test_a_closure_that_adds_the_last_of_several_passes(tmp_path):
+    """As Lightning's, where gradients accumulate: the first pass has ended before the optimizer is asked to step."""
+    model = decoder("full", blocks=1)
+    optimizer = sgd(model)
+    expected = {}
+    with record(model, tmp_path / "run", optimizer):
+        for s in range(2):
+            expected[s] = expected_of(model, batches(s, SIZES))
+            first, last = batches(s, SIZES)
+            (loss_of(model(first), first) / 3).backward()
+
+            def closure(last=last):
+                loss = loss_of(model(last), last) / 3
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+            optimizer.zero_grad()
+    run = probes.open_run(tmp_path / "run")
+    assert "clip_factor" not in run  # nobody shows what was done between backward and the update
+    check(run, expected)
+
+
 def test_a_pass_at_perturbed_parameters_does_not_count(tmp_path):
     """As in sharpness-aware minimisation: the second gradient is taken elsewhere."""
     model = decoder("full", blocks=1)
