@@ -91,14 +91,15 @@ DEPTH_METRICS = (
 class DepthSums:
     """Sums over tokens of the depth weights of every read: mean, spread, entropy and contribution.
 
-    Weights are centred on the even average 1/S before they are summed: the spread of a nearly even read would
-    otherwise drown in rounding.
+    Weights are centred on the even average 1/S before they are summed, and squares on the mean of those that come
+    together: a small spread would otherwise drown in rounding.
     """
 
     def __init__(self, sources: list[int], device: torch.device):
         shape = (len(sources), max(sources))
-        self.centred = torch.zeros(shape, device=device)
-        self.squared = torch.zeros(shape, device=device)
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.centred = torch.zeros(shape, device=device, dtype=wide)
+        self.squared = torch.zeros(shape, device=device, dtype=wide)
         self.contribution = torch.zeros(shape, device=device)
         self.entropy = torch.zeros(len(sources), device=device)
         self.tokens = torch.zeros(len(sources), dtype=torch.int64, device=device)
@@ -124,8 +125,14 @@ class DepthSums:
             # A padded token may hold anything, not-a-number too; zeros add nothing to any of the sums.
             mask, tokens = mask.flatten(), mask.sum()
             weight, size, centred = weight.where(mask, 0), size.where(mask, 0), centred.where(mask, 0)
-        self.centred[row, :sources].add_(centred.sum(1))
-        self.squared[row, :sources].add_((centred * centred).sum(1))
+        total = centred.sum(1)
+        mean = total / max(tokens, 1) if mask is None else total / tokens.clamp_min(1)
+        apart = centred - mean.unsqueeze(1)
+        if mask is not None:
+            apart = apart.where(mask, 0)
+        wide = total.to(self.squared.dtype)
+        self.centred[row, :sources].add_(wide)
+        self.squared[row, :sources].add_((apart * apart).sum(1) + wide * mean)
         self.contribution[row, :sources].add_((weight * weight * size).sum(1))
         self.entropy[row].add_(_entr(weight).sum())
         self.tokens[row].add_(tokens)
@@ -136,7 +143,8 @@ class DepthSums:
         even = 1 / self._sources[:, None]
         mean_centred = self.centred / tokens
         mean = mean_centred + even
-        variance = (self.squared / tokens - mean_centred**2).clamp_min(0)
+        variance = (self.squared / tokens - mean_centred**2).clamp_min(0).float()
+        mean = mean.float()
         # ln(1) = 0: with a single source the entropy is 0/0, blank as it should be.
         largest = self._sources.log()
         exists = torch.arange(mean.shape[1], device=mean.device) < self._sources[:, None]
@@ -200,5 +208,5 @@ def clear(sums: list[Tensor]) -> None:
 
 def _by_type(tensors: list[Tensor]) -> list[list[Tensor]]:
     # One kernel for many small tensors needs them of one type.
-    whole = [t for t in tensors if not t.is_floating_point()]
-    return [group for group in (whole, [t for t in tensors if t.is_floating_point()]) if group]
+    types = dict.fromkeys(t.dtype for t in tensors)
+    return [[t for t in tensors if t.dtype == each] for each in types]
