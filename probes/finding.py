@@ -111,7 +111,7 @@ def _only_stack(root: nn.Module) -> Stack | Sites:
         with suppress(Untraceable):
             sites = foreign_sites(root)
             # What reads several streams is no depth read; it may look like one for some of the layers.
-            alike = found.entry is None or len(sites.layers) == len(found.layers)
+            alike = not found.change or len(sites.layers) <= len(found.layers)
             if sites.found.is_clear and alike:
                 return _called(sites)
     return found
