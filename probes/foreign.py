@@ -401,7 +401,9 @@ class _Finding:
             edge.source
             for mix in self._reads
             for edge in mix.edges
-            if not edge.user.slots[edge.slot].tensor.requires_grad and edge.source.value.any()
+            if not edge.user.slots[edge.slot].tensor.requires_grad
+            and edge.user.tensor.requires_grad
+            and edge.source.value.any()
         }
         if detached and any(p.requires_grad for p in self._tape.root.parameters()):
             notes.append(f"detached sources: {len(detached)} sources let no gradient through")

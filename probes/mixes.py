@@ -310,17 +310,28 @@ class Mixes:
         return None
 
     def _normalises_by_itself(self, node: Node, operands: list[tuple[int, int]]) -> bool:
-        """A product with something that its operand alone has made, as 1/rms."""
+        """A product with something that its operand alone has made, as 1/rms, after which all have one size."""
         if len(operands) != 1 or node.tensor.numel() <= self._size:
             return False
         values = node.slots[operands[0][0]]
-        return any(
-            self.tape.made_from(other, values) and not self._has_parameter(other, values)
-            for _, other in self._others(node, operands)
-        )
+        others = [other for _, other in self._others(node, operands) if self.tape.made_from(other, values)]
+        if not others or any(self._has_parameter(other, values) for other in others):
+            return False
+        sizes = node.value.double().square().mean(_axis(node, self.width)).sqrt()
+        return bool(sizes.std() < 0.05 * sizes.mean())
 
     def _has_parameter(self, node: Node, beyond: Node) -> bool:
-        return bool(self.tape.behind[node.index] & ~self.tape.behind[beyond.index] & self._parameters)
+        """Whether a parameter has a say in `node` that does not go through `beyond`."""
+        waiting, done = [node], {beyond}
+        while waiting:
+            each = waiting.pop()
+            if each in done:
+                continue
+            done.add(each)
+            if self._is_parameter(each):
+                return True
+            waiting += each.slots
+        return False
 
     def _is_parameter(self, node: Node) -> bool:
         return bool(self._parameters >> node.index & 1)

@@ -280,10 +280,10 @@ def troubled(name: str, place: Path) -> None:
         with probes.record(model, trouble.run, optimizer=optimizer, every=1, matrices_every=5) as recorder:
             log = lambda loss: recorder.log(loss=loss)  # noqa: E731
             train(model, optimizer, 20, after=log)
-            wait_for(lambda: recorder._writer._shards)
+            wait_for(lambda: recorder._writer._shards, 100)
             trouble.strike()
             train(model, optimizer, 20, 20, after=log)
-            wait_for(lambda: any("WARNING" in sentence for sentence in heard.sentences))
+            wait_for(lambda: any("WARNING" in sentence for sentence in heard.sentences), 100)
             trouble.heal()
             train(model, optimizer, 20, 40, after=log)
     weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
@@ -297,10 +297,12 @@ def trouble(folder: Path) -> None:
     able = os.geteuid() == 0 and may_mount(folder)
     for name in TROUBLES:
         if name in PRIVILEGED and not able:
+            print(json.dumps({"name": name, "unable": True}), flush=True)
             continue
         place = folder / name
         place.mkdir()
-        os.waitpid(forked(lambda name=name, place=place: troubled(name, place)), 0)
+        child = forked(lambda name=name, place=place: troubled(name, place))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, f"{name}: training failed"
         if able and os.path.ismount(place):
             # Out of the name space, where the test can read it.
             shutil.copytree(place / "run", folder / f"{name}.run")

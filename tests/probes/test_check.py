@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -225,21 +226,22 @@ def test_a_repair_mends_no_manifest_and_says_so(run):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs two users")
-def test_a_shard_that_may_not_be_read_is_not_taken_for_damaged(run, tmp_path):
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    for path in (run, *run.rglob("*")):
-        path.chmod(0o777 if path.is_dir() else 0o644)
-    shards(run)[1].chmod(0)
-    child = os.fork()
-    if not child:
-        os.setuid(65534)
-        found = checking.check(run)
-        (defect,) = found.defects
-        fine = "cannot be read (Permission denied)" in str(defect) and checking.repair(found) == []
-        os._exit(0 if fine else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert len(shards(run)) == 3
+def test_a_shard_that_may_not_be_read_is_not_taken_for_damaged(three_shards):
+    # Not in pytest's folder, into which another user cannot come.
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(shutil.copytree(three_shards, Path(folder) / "run"))
+        for path in (Path(folder), run, *run.rglob("*")):
+            path.chmod(0o777 if path.is_dir() else 0o644)
+        shards(run)[1].chmod(0)
+        child = os.fork()
+        if not child:
+            os.setuid(65534)
+            found = checking.check(run)
+            (defect,) = found.defects
+            fine = "cannot be read (Permission denied)" in str(defect) and checking.repair(found) == []
+            os._exit(0 if fine else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert len(shards(run)) == 3
 
 
 def test_a_shard_that_can_be_read_again_is(run, monkeypatch):

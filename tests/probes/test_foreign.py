@@ -11,6 +11,7 @@ from hypothesis import strategies as some
 
 import probes
 from tests.probes.foreign import LAYOUTS, NORMALISERS, Foreign
+from tests.probes.foreign_families import FAMILIES, PaperBlock, ReadAfter
 from tests.probes.models import hooks_on, sgd
 
 TOLERANCE = 1e-4
@@ -278,3 +279,37 @@ def test_a_kernel_that_shows_nothing_is_solved_for(tmp_path):
     run = recorded(model, tmp_path / "run", batch)
     assert_own(run, own[-len(run.reads) :])
     assert "least squares" in str(probes.describe(model))
+
+
+def family_run(model, path):
+    """A recorded step, and the weights the same forward used by the model's own word."""
+    batch, twin = tokens(3, 10), copy.deepcopy(model)
+    for read in twin.modules():
+        if isinstance(read, PaperBlock):
+            read.kept[0] = twin
+    twin.own = []
+    torch.manual_seed(3)
+    twin(batch, batch)
+    torch.manual_seed(3)
+    return recorded(model, path, batch), [weight.numpy() for weight in twin.own]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, tmp_path):
+    run, own = family_run(FAMILIES[family](), tmp_path / "run")
+    assert_own(run, own)
+    assert len(run.layers) == (8 if family == "Paper" else 4)
+    assert np.isfinite(run["output_rms"][0]).all()
+
+
+def test_a_first_layer_that_reads_nothing_has_weight_one(tmp_path):
+    run, own = family_run(ReadAfter(), tmp_path / "run")
+    one = np.ones_like(own[0][:1])
+    assert_own(run, [one, *own])
+    assert [read.layer for read in run.reads] == [1, 2, 3, 4, None]
+
+
+def test_reads_apart_have_rows_of_their_own(tmp_path):
+    run, _ = family_run(FAMILIES["Apart"](), tmp_path / "run")
+    assert [read.layer for read in run.reads] == [1, 1, 1, 2, 3, 3, 3, 4, None]
+    assert run.reads[1].label.endswith("read 2 of 3")
