@@ -110,7 +110,9 @@ def _only_stack(root: nn.Module) -> Stack | Sites:
     if not own and may_read(root, found):
         with suppress(Untraceable):
             sites = foreign_sites(root)
-            if sites.found.is_clear:
+            # What reads several streams is no depth read; it may look like one for some of the layers.
+            alike = not found.change or len(sites.layers) <= len(found.layers)
+            if sites.found.is_clear and alike:
                 return _called(sites)
     return found
 
