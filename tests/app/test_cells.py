@@ -6,7 +6,7 @@ import pytest
 from app import cells, explained, links, reads
 from app.frames import profile, series
 from probes import open_run
-from probes.vocabulary import METRICS, SCALAR
+from probes.vocabulary import SCALAR, metric
 from tests.app.test_pages import mounted, opened, plotted, said
 
 
@@ -108,9 +108,9 @@ def test_a_source_in_focus_is_not_taken_for_another_one(recovered):
     assert (at.session_state["view"].read, at.session_state["view"].source) == (5, None)
 
 
-def test_every_metric_over_depth_is_explained(recovered):
-    known = [row.name for row in METRICS.values() if row.axes != SCALAR]
-    for name in [*known, "final_share"]:
+def test_every_recorded_metric_over_depth_is_explained(recovered):
+    recorded = [name for name in open_run(recovered / "full").metrics if metric(name).axes != SCALAR]
+    for name in [*recorded, "final_share"]:
         equation, reading = explained.TOLD[name]
         assert reading and explained.told(name).count("$") == (2 if equation else 0)
     at = opened(recovered, "pages_/dilution.py")
