@@ -273,7 +273,7 @@ class Mixes:
 
     def _is_blank(self, node: Node) -> bool:
         """An empty store that sources are written to."""
-        name = getattr(node.func, "__name__", "")
+        name = _name(node)
         return "empty" in name or "zeros" in name or not node.value.any()
 
     def bare(self, node: Node) -> Node:
@@ -281,6 +281,8 @@ class Mixes:
         while node.func is not None and node not in self._whole:
             axis = _axis(node, self.width)
             operands = self.linear(node, axis) if axis is not None else None
+            if operands and len(operands) > 1:  # written over a store for one
+                operands = [each for each in operands if "empty" not in _name(node.slots[each[0]])]
             if not operands or len(operands) > 1 or self.weighted(node):
                 break
             inner = node.slots[operands[0][0]]
@@ -415,6 +417,10 @@ def _same_values(one: Node, two: Node) -> bool:
     if one.tensor.shape != two.tensor.shape:
         a, b = a.sort().values, b.sort().values
     return torch.allclose(a, b, rtol=1e-2, atol=1e-6 + 1e-2 * float(a.abs().max()))
+
+
+def _name(node: Node) -> str:
+    return getattr(node.func, "__name__", "")
 
 
 def _axes(node: Node, width: int) -> list[int]:
