@@ -114,7 +114,6 @@ TOLD: dict[str, tuple[str, str]] = {
         r"\langle \cos(h_l, v_l) \rangle_t",
         "Above zero a layer strengthens the stream it reads, below zero it erases some of it.",
     ),
-    "read_error": ("", "Rounding, where the weights are those the state was made with."),
     "nonfinite": ("", "Anything above zero is the beginning of the end: look where it starts."),
     "read_error": (
         "",
