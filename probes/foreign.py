@@ -40,7 +40,7 @@ def _found(root: nn.Module) -> Sites:
 
 def may_read(root: nn.Module, stack: Stack) -> bool:
     """Whether a model whose layers were followed may have depth reads all the same: it has vectors as wide as its
-    stream that belong to no norm and are no bias, as queries are."""
+    stream that belong to no norm, are no bias and no embeddings, as queries are."""
     matrices = [
         p
         for site in stack.layers
@@ -48,8 +48,10 @@ def may_read(root: nn.Module, stack: Stack) -> bool:
     ]
     widths = {p.shape[-1] for p in matrices if p.ndim == 1} or {p.shape[-1] for p in matrices if p.ndim > 1}
     for module in root.modules():
+        if is_norm(module) or isinstance(module, nn.Embedding):
+            continue
         for name, p in module._parameters.items():
-            if p is None or is_norm(module) or name == "bias" or p.shape[-1:] == ():
+            if p is None or name == "bias" or p.shape[-1:] == ():
                 continue
             slim = p.ndim == 1 or 1 in p.shape or (p.ndim == 2 and len(p) <= 2 * len(stack.layers) + 4)
             if slim and p.ndim <= 3 and p.shape[-1] in widths:

@@ -130,7 +130,7 @@ def test_a_compiled_training_is_the_same_training():
         ({"clip": -1.0}, "clip"),
         ({"warmup": -1}, "warmup"),
         ({"weight_decay": -0.1}, "weight_decay"),
-        ({"dtype": "float16"}, "dtype"),
+        ({"dtype": "float8"}, "dtype"),
         ({"context": 9}, "context"),
     ],
 )

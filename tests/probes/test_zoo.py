@@ -268,7 +268,7 @@ def test_an_author_marks_tensors(compiled, tmp_path, caplog):
 
 
 def test_a_mark_without_a_place_says_so():
-    with pytest.raises(ValueError, match="give one of the two"):
+    with pytest.raises(ValueError, match="give one of the three"):
         probes.mark(torch.zeros(1))
 
 
