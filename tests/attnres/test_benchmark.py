@@ -69,6 +69,7 @@ def test_peak_memory_counts_what_is_held_at_once():
     assert benchmark.peak_memory(holds_two_of_three, options) == pytest.approx(2.0, rel=0.01)
 
 
+@pytest.mark.long
 def test_calls_in_compiled_code_are_counted():
     """One block of width 32, a token of generation."""
     options = argparse.Namespace(blocks=1, width=32, batch=1, context=16)

@@ -140,6 +140,7 @@ def test_layers_run_several_times(way, tmp_path, caplog):
         )
 
 
+@pytest.mark.long
 def test_compiled_layers_run_several_times(tmp_path, caplog):
     """The embedding's row would hold what later runs received as well: it is blank, and that is said."""
     torch._dynamo.reset()

@@ -174,10 +174,8 @@ def test_the_compiled_loss_is_right_at_step_zero(tmp_path):
             assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-INDUCTOR = [pytest.param(kind, marks=[] if kind == "prenorm" else [pytest.mark.long]) for kind in THREE]
-
-
-@pytest.mark.parametrize("kind", INDUCTOR)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", THREE)
 def test_with_inductor_the_loss_stays_within_a_millionth(kind, tmp_path):
     # One graph in the normal run, three in the long one.
     schedule = {"every": 1, "matrices_every": 1} if kind == "prenorm" else {"every": 2, "matrices_every": 4}

@@ -188,9 +188,8 @@ def test_attn_res_of_the_package_index(mode, tmp_path):
 COMPILED = ["inline", "key norm module", "committed and partial", "attention kernel"]
 
 
-@pytest.mark.parametrize(
-    "layout", [COMPILED[0], *(pytest.param(layout, marks=pytest.mark.long) for layout in COMPILED[1:])]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("layout", COMPILED)
 def test_compiled_without_a_graph_break(layout, tmp_path):
     from torch._dynamo.testing import CompileCounterWithBackend
 
