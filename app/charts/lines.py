@@ -41,7 +41,7 @@ def lines(
         detail=["segment:N"] if "segment" in frame else alt.Undefined,
     )
     layers = []
-    if "low" in frame and (frame["low"] < frame["high"]).any():
+    if "low" in frame:  # also where nothing is averaged yet: a layer that comes later would be another chart
         low = alt.Y("low:Q", scale=y["scale"], axis=y["axis"])
         layers.append(base.mark_area(opacity=0.13).encode(y=low, y2="high:Q"))
     layers.append(base.mark_line(strokeWidth=1.8).encode(y=y))
