@@ -8,9 +8,9 @@ RUN := .venv/bin/python
 demo:
 	@$(PYTHON) -m app demo --port $(PORT)
 
-# Processes of one thread each, one more than two cores, for some only wait; a browser wants the machine for itself.
+# Two processes of one thread each; a browser wants the machine for itself.
 test: .venv-dev lint
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not long and not browser" -n 3 --dist loadfile -rs
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not long and not browser" -n 2 --dist loadfile -rs
 	@$(RUN) -m pytest -m "browser and not long" -rs
 
 test-long: .venv-dev lint
