@@ -57,6 +57,7 @@ def assert_own(run, own) -> None:
         assert np.isnan(run["depth_weight"][0][row][len(weight) :]).all()
 
 
+@pytest.mark.long
 @settings(max_examples=12)
 @given(
     layout=some.sampled_from(LAYOUTS),
