@@ -208,13 +208,17 @@ def _mixes_tokens(module: nn.Module) -> bool | None:
     """Whether one token's output depends on another token; None for a module that needs more than a state."""
     matrix = next(parameter for parameter in module.parameters() if parameter.ndim > 1)
     with undisturbed(set(module.modules())):
+        torch.manual_seed(0)
         state = torch.randn(1, 4, matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         other = state.clone()
-        other[:, 0] += 1
+        other[:, 0] = torch.randn_like(other[:, 0])  # another one: a norm takes a mere shift away
         # The same random numbers for both, or dropout would look like a change.
         try:
             one, two = (_first(_seeded(module, x)) for x in (state, other))
-            return not torch.equal(one[:, 1:], two[:, 1:])
+            if not one.any():
+                return None  # an output that begins at zero tells nothing
+            # Rows of one product may differ in their last bits by where they stand.
+            return not torch.allclose(one[:, 1:], two[:, 1:], rtol=1e-3, atol=1e-6)
         except Exception:
             return None
 
