@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
 import probes
@@ -57,7 +57,9 @@ def assert_own(run, own) -> None:
         assert np.isnan(run["depth_weight"][0][row][len(weight) :]).all()
 
 
-@pytest.mark.long
+@example(
+    layout="inline proj", normaliser="softmax", size=3, quirk=()
+)  # a list of a norm and a one-row Linear each
 @settings(max_examples=12)
 @given(
     layout=some.sampled_from(LAYOUTS),
