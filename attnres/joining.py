@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attnres.watching import SEQUENTIAL, ConversionError, WatchedBlock, first_tensor, undisturbed, with_first
+from attnres.watching import SEQUENTIAL, ConversionError, WatchedBlock, first_tensor, run_watched, with_first
 
 PARALLEL = "{} and {} run side by side, as in a parallel block: {}"
 UNSEEN = (
@@ -41,12 +41,7 @@ class _Visit:
 def check_sequential(model: nn.Module, args: tuple, kwargs: dict, blocks: Sequence[WatchedBlock]) -> None:
     """ConversionError, naming two layers that run side by side, where there are such."""
     handles = [handle for block in blocks for handle in _watch(block)]
-    try:
-        with undisturbed(model):
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(model, args, kwargs, handles)
 
 
 def _watch(block: WatchedBlock) -> Iterator[torch.utils.hooks.RemovableHandle]:

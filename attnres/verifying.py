@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attnres.carrying import attach, depth_outputs
-from attnres.watching import ConversionError, WatchedBlock, undisturbed
+from attnres.watching import ConversionError, WatchedBlock, run_watched
 
 
 class SummedDepth:
@@ -42,13 +42,9 @@ def verify(
     handles = attach(model, blocks, layers_per_block, summed, depth_outputs(len(names)), SummedDepth)
     failure = None
     try:
-        with undisturbed(model):
-            model(*args, **kwargs)
+        run_watched(model, args, kwargs, handles)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         failure = error
-    finally:
-        for handle in handles:
-            handle.remove()
     states = [layer.state for block in blocks for layer in block.layers] + [blocks[-1].output]
     for name, state, sum_ in zip([*names, "the final state"], states, summed, strict=False):
         _check_state(name, state, sum_)

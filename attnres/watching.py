@@ -5,12 +5,13 @@ output does not change when its input doubles. All that runs after it, up to the
 layer's *tail* is the last child in it, whose output joins the stream.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 SEQUENTIAL = (
     "only blocks whose layers run one after the other can be converted. Build the model with such blocks, if its "
@@ -110,6 +111,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
+def run_watched(model: nn.Module, args: tuple, kwargs: dict, handles: Sequence[RemovableHandle]) -> None:
+    """One forward pass without a trace, after which its hooks are gone."""
+    try:
+        with undisturbed(model):
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def watch(model: nn.Module, args: tuple, kwargs: dict) -> list[WatchedBlock]:
     """The transformer blocks of the model and their layers, from one forward pass on the example.
 
@@ -125,12 +136,7 @@ def watch(model: nn.Module, args: tuple, kwargs: dict) -> list[WatchedBlock]:
     }
     visits: dict[nn.Module, list[_Visit]] = {member: [] for member in members}
     handles = [handle for member in members for handle in _watch_member(member, visits[member])]
-    try:
-        with undisturbed(model):
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(model, args, kwargs, handles)
     blocks = [list(container.children()) for _, container in stacks]
     for each in blocks:
         _check_all_ran(each, members, visits)

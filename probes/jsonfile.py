@@ -1,12 +1,12 @@
 """One small JSON file of a run: replaced whole or not at all, with a checksum as its last field, read with care."""
 
 import json
-import os
 import re
 import zlib
 from pathlib import Path
 
 from probes.careful import read_bytes
+from probes.whole import write_whole
 
 MOST_BYTES = 16 << 20  # of run.json
 MOST_SIGN = 1 << 20  # of a heartbeat or an end marker
@@ -23,17 +23,7 @@ def write_json(path: Path, data: dict, durable: bool = True) -> None:
     body = json.dumps(data, indent=1, ensure_ascii=False)[: -len("\n}")] + ",\n "
     content = body.encode()
     content += b'"crc32": "%08x"\n}\n' % zlib.crc32(content)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, content, durable)
 
 
 def parse_json(content: bytes) -> dict:

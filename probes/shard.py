@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 from probes.careful import printable, read_bytes
+from probes.whole import write_whole
 
 SUFFIX = ".safetensors"
 MOST_BYTES = 1 << 30  # a writer seals far less at once
@@ -66,16 +67,7 @@ def write_shard(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping
         raise FileExistsError(f"shard {path} exists already")
     content = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     data = safetensors_numpy.save(content, {**metadata, "crc32": checksum(content, metadata)})
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, data)
     sync_folder(path.parent)
     return len(data)
 

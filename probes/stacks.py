@@ -89,7 +89,7 @@ def stack_at(root: nn.Module, path: str, container: nn.Module) -> Stack | None:
     """The stack that a list is; None where its members are no blocks. Untraceable where they might be."""
     members = {f"{path}.{key}" if path else key: _bare(child) for key, child in container.named_children()}
     # What holds no more than rows, as queries are, is no block.
-    if not members or not all(map(_has_matrix, members.values())):
+    if not members or not all(map(_has_wide_matrix, members.values())):
         return None
     if any(isinstance(member, _UNCALLED) for member in members.values()):
         return _followed_from_above(root, path, members)
@@ -316,7 +316,7 @@ def is_norm(module: nn.Module) -> bool:
     return not list(module.children()) and 1 <= len(parameters) <= 2 and all(p.ndim == 1 for p in parameters)
 
 
-def _has_matrix(module: nn.Module) -> bool:
+def _has_wide_matrix(module: nn.Module) -> bool:
     """Whether it holds a matrix of several rows and columns."""
     return any(p.ndim > 1 and min(p.shape) > 1 for p in module.parameters())
 
