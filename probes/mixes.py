@@ -194,7 +194,7 @@ class Mixes:
         try:
             before = _tried(node, {})
             after = _tried(node, {slot: other.value.cpu().double() * 1.5 + 0.1})
-        except Exception:
+        except Exception:  # any operation may refuse in a way of its own; what cannot be tried counts
             return True
         return not torch.allclose(before, after, rtol=1e-6)
 
@@ -351,7 +351,7 @@ class Mixes:
             values = each.value.cpu().double() * 100
             try:
                 one, two = (_tried(node, {slot: values * scale}) for scale in (1, 2))
-            except Exception:
+            except Exception:  # what cannot be tried is followed no further, and its read not recorded
                 continue
             if torch.allclose(one, two, rtol=1e-2, atol=1e-4) or self._normalises_by_itself(
                 node, [(slot, axis)]
