@@ -33,6 +33,8 @@ class Schedule:
     every: int = 1
     matrices_every: int = 5
     validate_every: int = 25
+    tokens_every: int | None = None
+    """Token snapshots, of models that read over depth alone."""
 
 
 class RecordedTraining:
@@ -60,6 +62,8 @@ class RecordedTraining:
             optimizer=self.training.optimizer,
             every=self.schedule.every,
             matrices_every=self.schedule.matrices_every,
+            tokens_every=self.schedule.tokens_every,
+            decode=_text,
             config=self.described,
             tags=self.tags,
         )
@@ -86,6 +90,11 @@ class RecordedTraining:
             # Of the model after the last step, one step later than the step it is logged for.
             self.recorder.log(val_loss=self.training.validate())
         return loss
+
+
+def _text(tokens: Sequence[int]) -> str:
+    """The text of bytes: the corpora here are learned byte by byte."""
+    return bytes(tokens).decode(errors="replace")
 
 
 def in_turn(trainings: Sequence[RecordedTraining]) -> None:

@@ -36,11 +36,11 @@ def _decoders(gpu: bool, device: str) -> list[Plan]:
         training = TrainingConfig(
             steps=800, batch=32, context=512, lr=1e-3, warmup=80, device=device, dtype="bfloat16"
         )
-        schedule, depth_block = Schedule(every=4, matrices_every=20, validate_every=40), 6
+        schedule, depth_block = Schedule(every=4, matrices_every=20, validate_every=40, tokens_every=300), 6
     else:
         shape = {"width": 128, "blocks": 12, "heads": 4, "kv_heads": 2, "context": 256}
         training = TrainingConfig(steps=240, batch=4, context=256)
-        schedule, depth_block = Schedule(every=4, matrices_every=20, validate_every=20), 3
+        schedule, depth_block = Schedule(every=4, matrices_every=20, validate_every=20, tokens_every=100), 3
     kinds = {
         "prenorm": ("PreNorm", {"residual": "prenorm"}),
         "deepnorm": ("DeepNorm", {"residual": "deepnorm"}),
@@ -51,7 +51,13 @@ def _decoders(gpu: bool, device: str) -> list[Plan]:
         ),
     }
     found = [
-        Plan(name, says, lambda more=more: DecoderConfig(**shape, **more), training, schedule)
+        Plan(
+            name,
+            says,
+            lambda more=more: DecoderConfig(**shape, **more),
+            training,
+            schedule if more["residual"] in ("full", "block") else _without_tokens(schedule),
+        )
         for name, (says, more) in kinds.items()
     ]
     coarse = {"residual": "block", "layers_per_block": 2 * depth_block}
@@ -67,6 +73,11 @@ def _decoders(gpu: bool, device: str) -> list[Plan]:
     return [*found, killed]
 
 
+def _without_tokens(schedule: Schedule) -> Schedule:
+    """For a baseline, which has no depth weights that a token could show."""
+    return replace(schedule, tokens_every=None)
+
+
 def _deep(gpu: bool, device: str) -> list[Plan]:
     """100 layers."""
     if gpu:
@@ -74,11 +85,11 @@ def _deep(gpu: bool, device: str) -> list[Plan]:
         training = TrainingConfig(
             steps=400, batch=16, context=512, lr=1e-3, warmup=60, device=device, dtype="bfloat16"
         )
-        schedule = Schedule(every=4, matrices_every=40, validate_every=40)
+        schedule = Schedule(every=4, matrices_every=40, validate_every=40, tokens_every=150)
     else:
         shape = {"width": 64, "blocks": 50, "heads": 2, "kv_heads": 1, "context": 128}
         training = TrainingConfig(steps=100, batch=2, context=128)
-        schedule = Schedule(every=4, matrices_every=20, validate_every=40)
+        schedule = Schedule(every=4, matrices_every=20, validate_every=40, tokens_every=40)
     block = {"residual": "block", "layers_per_block": 12}
     return [
         Plan(
@@ -86,7 +97,7 @@ def _deep(gpu: bool, device: str) -> list[Plan]:
             "PreNorm, 100 layers",
             lambda: DecoderConfig(**shape, residual="prenorm"),
             training,
-            schedule,
+            _without_tokens(schedule),
         ),
         Plan(
             "deep-block",
@@ -107,7 +118,7 @@ def _kimi(gpu: bool, device: str) -> list[Plan]:
         )
     else:
         training = TrainingConfig(steps=120, batch=2, context=64)
-    schedule = Schedule(every=4, matrices_every=20, validate_every=40)
+    schedule = Schedule(every=4, matrices_every=20, validate_every=40, tokens_every=training.steps * 2 // 5)
 
     def model(convert: bool) -> nn.Module:
         from transformers import KimiLinearConfig, KimiLinearForCausalLM
@@ -147,7 +158,7 @@ def _kimi(gpu: bool, device: str) -> list[Plan]:
             f"Kimi Linear, {blocks} transformer blocks, as it is",
             lambda: model(False),
             training,
-            schedule,
+            _without_tokens(schedule),
         ),
         Plan(
             "kimi-block",

@@ -95,8 +95,9 @@ def _recorded(folder: Path, plan: Plan) -> bool:
 
 
 def _join(folder: Path) -> None:
-    """Put all rows of a run into one shard: hundreds of small files do not belong into a repository."""
-    parts = sorted(folder.glob("*.safetensors"))
+    """Put all rows of a run into one shard: hundreds of small files do not belong into a repository. Other files of
+    the run, as token snapshots, stay what they are."""
+    parts = sorted(part for part in folder.glob("*.safetensors") if shard_steps(part.name))
     rows: dict[str, list[np.ndarray]] = {}
     for part in parts:
         for metric, values in read_shard(part).tensors.items():
@@ -107,6 +108,8 @@ def _join(folder: Path) -> None:
     joined = folder.with_name("joined")
     joined.mkdir()
     write_shard(joined / shard_name(0, last), whole, {"format": str(FORMAT_VERSION), "rank": "0"})
+    for other in set(folder.iterdir()) - set(parts):
+        shutil.copy2(other, joined)
     shutil.rmtree(folder)
     joined.rename(folder)
 
