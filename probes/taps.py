@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from probes import marks
 from probes.backwards import in_backward
+from probes.expert_taps import EXPERT_METRICS, ExpertTaps
 from probes.faults import Faults
 from probes.found import FoundReads
 from probes.gradient_taps import GradientTaps
@@ -106,7 +107,7 @@ class Taps:
         self._autocasts = torch.amp.is_autocast_available(self._device.type)
         live = self._tally.live
         self._forward, self._backward = live.forward, live.backward
-        self._nonfinite, self._depth = live.nonfinite, live.depth
+        self._nonfinite, self._depth, self._experts = live.nonfinite, live.depth, live.experts
         self._sample, self._calls, self._passes = self._tally.sample, self._tally.calls, self._tally.passes
 
     def follow(self) -> None:
@@ -204,6 +205,8 @@ class Taps:
             self._after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], output[1]))
         if sites.found is not None:
             self._attach_found(sites.found)
+        for module, count in ExpertTaps(sites.experts).places():
+            self._before(module, lambda args, kwargs, count=count: self._routed(count, args, kwargs))
         if sites.norm is not None:
             self._before(sites.norm, lambda args, kwargs: self._passed())
         if "block" in self._forward and sites.reads:
@@ -234,6 +237,15 @@ class Taps:
         mask = fitting(self._mask, weights.movedim(0, -1))
         self._depth.add(row, weights, [self._mean_square(source) for source in sources], mask)
         self._tally.errors.add(row, error, allowed)
+
+    def _routed(self, count: Callable, args: tuple, kwargs: dict) -> None:
+        """Experts are given their tokens."""
+        if self._matrices and not self._recomputing:
+            if torch.compiler.is_compiling():
+                count(self._experts, args, kwargs, self._mask)
+            else:
+                mask = self._passes.now.mask
+                self._eagerly(lambda: count(self._experts, args, kwargs, mask), *EXPERT_METRICS)
 
     def _passed(self) -> None:
         if torch.compiler.is_compiling():
