@@ -1,7 +1,5 @@
-"""Where a figure comes from: the command, the commit and the processor."""
+"""Where a figure comes from: the command and the commit."""
 
-import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -22,10 +20,3 @@ def commit() -> str:
 
     changed = git("status", "--porcelain", "--untracked-files=no")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (", with changes" if changed else "")
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"

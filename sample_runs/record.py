@@ -118,6 +118,7 @@ def record(plan: Plan, options: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from app.training import Corpus, RecordedTraining, in_turn
+    from benchmarks.provenance import commit
 
     corpus = Corpus.from_path(options.text) if options.text else Corpus.standard_library()
     steps = min(options.steps or plan.training.steps, plan.training.steps)
@@ -125,6 +126,7 @@ def record(plan: Plan, options: argparse.Namespace) -> None:
     recorded = RecordedTraining(
         options.into / plan.name, plan.model(), training, corpus, plan.schedule, plan.tags
     )
+    recorded.described["sample"] = {"says": plan.says, "commit": commit()}
     in_turn([recorded])
 
 
