@@ -12,11 +12,14 @@ def command(benchmark: str, arguments: list[str] | None) -> str:
 
 
 def commit() -> str:
-    """The commit that runs, and whether files differ from it."""
+    """The commit that runs, and whether files differ from it; "unknown" outside a repository or without git."""
 
     def git(*words: str) -> str:
         root = Path(__file__).resolve().parent
-        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:
+            return ""
 
     changed = git("status", "--porcelain", "--untracked-files=no")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (", with changes" if changed else "")
