@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import probes
-from probes.attributed import ABLATION, GRADIENT, INTEGRATED, METHODS, OF_EDGES, OF_LAYERS, REMOVAL, SHAPLEY
+from probes.attributed import ABLATION, GRADIENT, INTEGRATED, METHODS, OF_EDGES, REMOVAL, SHAPLEY
 from probes.attribution import attribute
 from probes.finding import find_sites
 from probes.gates import Gates
@@ -227,4 +227,4 @@ def test_the_page_runs():
     names = {}
     exec(compile(code, "docs/attribution.md", "exec"), names)
     found = names["found"]
-    assert found.edges["ablation"].shape == (5, 5) and found.layers["ablation"].shape == (4,)
+    assert found.edges["ablation"].shape == (5, 5) and found.layers["removal"].shape == (4,)
