@@ -104,8 +104,9 @@ def attribute(
         work.plan(memory)
         if announce is not None:
             announce(work.estimate)
-        with tqdm(total=round(work.estimate.seconds, 1), disable=not progress, bar_format=_BAR) as bar:
-            found = work.done(lambda seconds: bar.update(seconds))
+        with tqdm(total=work.estimate.seconds, disable=not progress, bar_format=_BAR) as bar:
+            found = work.done(lambda seconds: bar.update(min(seconds, bar.total - bar.n)))
+            bar.update(bar.total - bar.n)
     about = replace(
         found.about,
         unit="nats per token" if loss is None else "units of the target",

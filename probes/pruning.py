@@ -93,7 +93,12 @@ def scores(found: Attribution, kind: str) -> dict[str, np.ndarray]:
         made = {WEIGHT: found.weight, SHARE: None if found.share is None else np.abs(found.share)}
     else:
         single = [source.first == source.last == n for n, source in enumerate(layout.sources)]
-        if found.weight is not None and all(single) and len(single) == len(layout.layers) + 1:
+        if (
+            found.weight is not None
+            and _tells(found.weight)
+            and all(single)
+            and len(single) == len(layout.layers) + 1
+        ):
             even = found.weight * np.array([read.sources for read in layout.reads])[:, None]
             there = np.isfinite(even)
             made[WEIGHT] = (np.where(there, even, 0).sum(0) / np.maximum(there.sum(0), 1))[1:]

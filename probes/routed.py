@@ -45,7 +45,9 @@ class Routed:
                     weight = 1.0 if weights is None else weights[columns[number]]
                     found.final_share[number] = _mean(_share(weight, output.view_as(state), state), counts)
 
-        gates.watch = see
+        gates.watch = (
+            None if gates.no_edges else see
+        )  # where the states are other sums there are no such parts
         try:
             effects._base = effects.value()
         finally:
