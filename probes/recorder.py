@@ -425,6 +425,7 @@ class Recorder:
                 self._retry = mode
                 yield "skipped", step_of(now), np.float32(1)
                 return
+            self._selfcheck.finite(step_of(now), values, seen)
             self._selfcheck.identity(values.get("identity_error"))
             self._selfcheck.reads(values.get("read_error"), values.get("depth_weight"))
             for name in metrics:
