@@ -152,8 +152,13 @@ class Mixes:
             for place in range(max(len(candidates[slot]) for slot in slots)):
                 operands = [(s, candidates[s][min(place, len(candidates[s]) - 1)]) for s in slots]
                 if self._is_linear(node, axis, operands):
-                    return operands
+                    return [each for each in operands if len(operands) == 1 or self._has_part(node, each[0])]
         return None
+
+    def _has_part(self, node: Node, slot: int) -> bool:
+        """Whether the values of an operand matter, as those that only lend their shape do not."""
+        values = torch.randn(node.slots[slot].tensor.shape, dtype=torch.float64)
+        return not torch.equal(*(_tried(node, {slot: each}) for each in (values, 1 - values)))
 
     def _is_linear(self, node: Node, axis: int, operands: list[tuple[int, int]]) -> bool:
         mixing = torch.randn(self.width, self.width, dtype=torch.float64) / self.width**0.5
