@@ -279,11 +279,21 @@ class Mixes:
             if child in mix.steps:
                 continue
             source = self.bare(child)
+            if not source.value.any() and self._adds_as_is(node, slot):
+                continue  # zeros that a sum begins with
             if child.tensor.numel() <= self._size and self.plain(source):
                 mix.edges.append(Edge(node, slot, at, source))
                 continue
             if not self._is_blank(child):
                 self._walk(mix, child, at)
+
+    def _adds_as_is(self, node: Node, slot: int) -> bool:
+        """Whether an operand is added to the rest without a weight."""
+        if node.slots[slot].tensor.shape != node.tensor.shape:
+            return False
+        values = torch.randn(node.tensor.shape, dtype=torch.float64)
+        with_it, without = (_tried(node, {slot: each}) for each in (values, torch.zeros_like(values)))
+        return torch.allclose((with_it - without).cpu().double(), values, atol=1e-6)
 
     def _is_blank(self, node: Node) -> bool:
         """An empty store that sources are written to."""

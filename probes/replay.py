@@ -4,6 +4,8 @@ The operations from the sources to the mix are linear in the sources, so that wi
 everything else as it was, they return the weights: channel s of the result is the weight of source s.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -141,7 +143,9 @@ class _Cutting:
             copy = graph.call_method("clone", args[:1])
             graph.call_method(name or node.func.__name__, (copy, *args[1:]), kwargs)
             return copy
-        if name is not None:
+        if node.cast is not None:
+            made = graph.call_function(_within(node.cast, node.func), args, kwargs)
+        elif name is not None:
             made = graph.call_method(name, args, kwargs)
         else:
             made = graph.call_function(node.func, args, kwargs)
@@ -226,6 +230,17 @@ class _Cutting:
 
     def _is_edge(self, node: Node, slot: int) -> bool:
         return any(edge.user is node and edge.slot == slot for edge in self._mix.edges)
+
+
+def _within(cast: tuple, func: Callable) -> Callable:
+    """`func` in an autocast region, as where a read is computed in float32 whatever is around it."""
+    device, dtype, enabled = cast
+
+    def within(*args, **kwargs):
+        with torch.autocast(device, dtype, enabled):
+            return func(*args, **kwargs)
+
+    return within
 
 
 def _with_item(x: Tensor, key: object, value: object) -> Tensor:

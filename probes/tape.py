@@ -35,6 +35,9 @@ class Node:
     writes: bool = False
     kept: Tensor | None = None  # its values, where something overwrote them later
     opaque: bool = False  # a kernel made it that shows no operation
+    cast: tuple | None = (
+        None  # of the autocast region of the model's own that it was made in: device, type, enabled
+    )
 
     def __post_init__(self):
         self.slots: list[Node] = []
@@ -99,6 +102,7 @@ class _Running(TorchFunctionMode):
         self._names = names
         self._turns: dict[nn.Module, int] = {}
         self._newest: dict[int, Node] = {}
+        self.casts: list[tuple] = []  # autocast regions that the forward itself has entered
         self._in_custom = False  # within a registered operator, whose own functions tell nothing more
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -130,6 +134,7 @@ class _Running(TorchFunctionMode):
     def _add(self, tensor, func, args, kwargs, pick=None, writes=False) -> None:
         args, kwargs = mapped((tuple(args), kwargs), self.node_of, Tensor)
         node = Node(len(self.nodes), tensor, func, args, kwargs, pick, writes, opaque=_is_custom(func))
+        node.cast = self.casts[-1] if self.casts else None
         self.nodes.append(node)
         self._newest[id(tensor)] = node
 
@@ -183,13 +188,34 @@ def record_tape(root: nn.Module, args: tuple, kwargs: dict, items: int, tokens: 
 
         base.apply = classmethod(applied)
         try:
-            with running, torch.compiler.set_stance("force_eager"):
+            with _told_of_casts(running.casts), running, torch.compiler.set_stance("force_eager"):
                 given = [running.node_of(tensor) for _, tensor in leaves((args, kwargs))]
                 root(*args, **kwargs)
         finally:
             nn.Module.__call__ = real
             del base.apply
     return Tape(root, running.nodes, running.spots, running.moments, given, items, tokens)
+
+
+@contextmanager
+def _told_of_casts(casts: list[tuple]) -> Iterator[None]:
+    """While inside, `casts` are the autocast regions that have been entered."""
+    kind = torch.amp.autocast_mode.autocast
+    enter, leave = kind.__enter__, kind.__exit__
+
+    def entered(self):
+        casts.append((self.device, self.fast_dtype, self._enabled))
+        return enter(self)
+
+    def left(self, *error):
+        casts.pop()
+        return leave(self, *error)
+
+    kind.__enter__, kind.__exit__ = entered, left
+    try:
+        yield
+    finally:
+        kind.__enter__, kind.__exit__ = enter, leave
 
 
 @contextmanager

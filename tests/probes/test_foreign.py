@@ -413,3 +413,44 @@ def test_followed_tokens_of_a_read_that_cannot_be_checked_are_blank(tmp_path, mo
     with probes.record(model, tmp_path / "run", optimizer=optimizer, tokens_every=1):
         step(model, optimizer, tokens(2, 5))
     assert np.isnan(probes.open_run(tmp_path / "run").tokens(0).weight).all()
+
+
+class InFloat32(Foreign):
+    """Reads in float32 whatever the precision around them."""
+
+    def read(self, number, done, partial):
+        read, values = self.reads[number], torch.stack(done)
+        with torch.autocast("cpu", enabled=False):
+            weight = read.kept((read.norm(values.float()) @ read.query).softmax(0))
+            return (weight.unsqueeze(-1) * values.float()).sum(0)
+
+
+class NewestFirst(Foreign):
+    """Sources in reverse, a view that borrows its shape, a sum that begins with zeros."""
+
+    def read(self, number, done, partial):
+        read, values = self.reads[number], torch.stack(done[::-1], 2).flatten(0, 1)
+        weight = (read.keys(values) @ read.query).softmax(-1)
+        read.kept(weight.flip(-1).view(*done[0].shape[:2], -1).movedim(-1, 0))
+        mix = torch.zeros_like(values[:, 0])
+        for place in range(len(done)):
+            mix = torch.addcmul(mix, weight[:, place, None], values[:, place])
+        return mix.view_as(done[0])
+
+
+def test_reads_in_reverse(tmp_path):
+    model, batch = NewestFirst(), tokens(3, 8)
+    own = own_weights(model, batch)
+    assert_own(recorded(model, tmp_path / "run", batch), own)
+
+
+def test_a_read_that_leaves_autocast(tmp_path):
+    model, batch = InFloat32(), tokens(4, 9)
+    optimizer = sgd(model)
+    with (
+        probes.record(model, tmp_path / "run", optimizer=optimizer, every=1, strict=True),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        own = own_weights(model, batch)
+        step(model, optimizer, batch)
+    assert_own(probes.open_run(tmp_path / "run"), own)
