@@ -119,6 +119,15 @@ TOLD: dict[str, tuple[str, str]] = {
         r"\langle \cos(h_l, v_l) \rangle_t",
         "Above zero a layer strengthens the stream it reads, below zero it erases some of it.",
     ),
+    "expert_load": (
+        r"n_{l,e} / \textstyle\sum_{e'} n_{l,e'}",
+        "An even row gives each of E experts 1/E. A dark cell is an expert that is asked too much, a pale row end are "
+        "experts that hardly learn.",
+    ),
+    "expert_balance": (
+        r"-\textstyle\sum_e p_{l,e} \ln p_{l,e} / \ln E",
+        "1 is an even load. A layer that falls away from the others is where routing collapses.",
+    ),
     "nonfinite": ("", "Anything above zero is the beginning of the end: look where it starts."),
     "read_error": (
         "",

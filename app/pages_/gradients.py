@@ -3,7 +3,7 @@
 import pandas as pd
 import streamlit as st
 
-from app import draw, findings, frames, over_depth, pick, room, words
+from app import draw, experts, findings, frames, over_depth, pick, room, words
 from app.charts import axes
 from app.charts.lines import lines
 from app.charts.profile import profile
@@ -45,8 +45,11 @@ def body(shown: list[room.Shown]) -> None:
         over_depth.heatmaps(have, name)
     if step is not None:
         _updates(shown, step)
+        experts.section(shown, step)
+    sparse = [experts.LOAD, experts.BALANCE] if any(experts.LOAD in one.run for one in shown) else []
+    moved = ["update_ratio"] if any("update_ratio" in one.run for one in shown) else []
     room.explain(
-        names,
+        [*names, *moved, *sparse],
         "CV is the standard deviation over layers divided by their mean; max/min divides the largest by the "
         "smallest; the Gini coefficient is 0 when all layers have the same and near 1 when one has everything. All three "
         "leave the embedding out.",
