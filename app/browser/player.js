@@ -25,6 +25,9 @@ class Player {
 
   show(data) {
     this.next = data;
+    // The whole bar, with the controls beside the player, hides what is scrolled below it.
+    const bar = this.root.closest(".st-key-player");
+    if (bar) bar.style.background = getComputedStyle(this.root).backgroundColor;
     if (this.pressed || this.timer) return;
     const { steps, at } = (this.data = data);
     this.range.max = steps.length - 1;
