@@ -54,11 +54,11 @@ def _not_finite(lost: list[room.Shown], name: str, step: int) -> None:
         what = words.small(metric(name).title)
         st.caption(f"**{words.plain(one.name)}** has no finite {what} at step {words.step(step)}.")
         steps, values = frames.series(one.run, name)
-        alive = steps[np.isfinite(values).any(axis=1) & (steps <= step)]
+        alive = steps[np.isfinite(values).all(axis=1) & (steps <= step)]
         if len(alive):
             last = int(alive[-1])
             st.button(
-                f"Go to step {words.step(last)}, the last that has one",
+                f"Go to step {words.step(last)}, the last at which all is finite",
                 key=f"alive {name} {one.name}",
                 icon=":material/history:",
                 type="tertiary",

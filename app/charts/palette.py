@@ -1,5 +1,6 @@
 """Colours and print settings. Run colours are Okabe and Ito's, apart for every common colour blindness."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import altair as alt
@@ -123,14 +124,19 @@ def gradient(title: str, domain: tuple[float, float] | None = None) -> alt.Legen
     )
 
 
-def gradient_beside(length: int) -> alt.Legend:
-    """A legend of a colour scale, upright at the right of a chart."""
+def gradient_beside(length: int, domain: tuple[float, float]) -> alt.Legend:
+    """A legend of a colour scale, upright at the right of a chart, with about four round labels."""
+    low, high = domain
+    size = 10 ** math.floor(math.log10(high - low))
+    apart = next(each for each in (0.1, 0.2, 0.25, 0.5, 1, 2) if (high - low) / (each * size) <= 5) * size
+    values = [round(at * apart, 12) for at in range(math.ceil(low / apart), math.floor(high / apart) + 1)]
     return alt.Legend(
         title=None,
         orient="right",
         gradientLength=length,
         gradientThickness=8,
         labelExpr=axes.SMALL,
+        values=values,
         offset=14,
     )
 

@@ -38,7 +38,7 @@ def text(
     colour = alt.Color(
         "weight:Q",
         scale=alt.Scale(domain=list(domain), clamp=True, nice=False, zero=False),
-        legend=palette.gradient_beside(lines * LINE - 20),
+        legend=palette.gradient_beside(lines * LINE - 20, domain),
     )
     tooltip = [
         alt.Tooltip("told:N", title="Token"),
@@ -130,7 +130,7 @@ def grid(
         color=alt.Color(
             "weight:Q",
             scale=palette.shades(domain),
-            legend=palette.gradient_beside(min(190, height - 20)),
+            legend=palette.gradient_beside(min(190, height - 20), domain),
         ),
         tooltip=[
             alt.Tooltip("told:N", title="Token"),
