@@ -11,7 +11,8 @@ from probes.vocabulary import TOKEN_WEIGHT
 
 FONT = "Liberation Mono, DejaVu Sans Mono, Menlo, Consolas, monospace"
 LINE = 29  # pixels of a line of text
-_ACROSS = 0.605  # a monospaced character's width, in its size
+_LARGEST = 21  # pixels of a character
+_ACROSS = 0.605  # its width, in its size
 _LEAST, _NARROW = 2, 64  # lines and characters, so that a short text is not stretched
 
 
@@ -22,9 +23,12 @@ def text(
     framed."""
     lines = max(_LEAST, int(frame["line"].max()) + 1) if len(frame) else _LEAST
     columns = max(_NARROW, int(frame["end"].max())) if len(frame) else _NARROW
-    across = alt.Scale(domain=[0, columns], nice=False, zero=False)
+    most = round(columns * _LARGEST * _ACROSS)
+    across = alt.Scale(
+        domain=[0, columns], range=[0, alt.ExprRef(f"min(width, {most})")], nice=False, zero=False
+    )
     down = alt.Scale(domain=[0, lines], nice=False, zero=False, reverse=True)
-    size = f"min(21, width / {columns} / {_ACROSS})"
+    size = f"min({_LARGEST}, width / {columns} / {_ACROSS})"
     ends = {
         "x": alt.X("start:Q", scale=across, axis=None),
         "x2": alt.X2("end:Q"),
@@ -102,7 +106,7 @@ def grid(
             labelAlign="right" if long else "center",
             labelBaseline="middle" if long else "top",
             labelFont=FONT,
-            labelFontSize=11,
+            labelFontSize=alt.ExprRef(f"min(12, max(5, width / {len(tokens)} / {_ACROSS}))"),
             labelLimit=64,
             labelOverlap="greedy",
             labelSeparation=0,
