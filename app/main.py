@@ -25,7 +25,7 @@ st.html(
     "[data-stale=true]{transition:opacity .5s ease-in 2s !important}"
     # A run's name is read in full, however long; its colour stands beside it (app/room.py).
     ".stSidebar .stMultiSelect [role=group]{max-height:none}"
-    ".stSidebar [data-tag]{max-width:100%;height:auto;background:var(--st-background-color);color:var(--st-text-color);"
+    ".stSidebar [data-tag]{max-width:100%;font-size:.85rem;height:auto;background:var(--st-background-color);color:var(--st-text-color);"
     "border:1px solid var(--st-border-color)}"
     ".stSidebar [data-tag]>span{white-space:normal;overflow-wrap:anywhere;max-width:none;line-height:1.3;padding:.15rem 0}"
     ".stSidebar [data-tag] svg{color:var(--st-text-color)}"

@@ -8,10 +8,11 @@ from app.charts import palette
 from app.charts.grid import depth_by_step
 from app.charts.triangle import triangle
 
+# Below a tenth, percents say more than a factor.
 FACTORS = (
-    "format(pow(2, abs(datum.value)), abs(datum.value) > 3.3 ? ',.0f' : '.2~g') + '×' + "
-    "(datum.value < 0 ? ' less' : datum.value > 0 ? ' more' : '')"
-)
+    "abs(datum.value) < 0.137 ? format(100 * (pow(2, abs(datum.value)) - 1), '.2~g') + '%' + (SIGN) : "
+    "format(pow(2, abs(datum.value)), abs(datum.value) > 3.3 ? ',.0f' : '.2~g') + '×' + (SIGN)"
+).replace("SIGN", "datum.value < 0 ? ' less' : datum.value > 0 ? ' more' : ''")
 
 
 def over_training(

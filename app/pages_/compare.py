@@ -38,7 +38,8 @@ def body(shown: list[room.Shown]) -> None:
         other = pick.number("other", label, b.run.last_step, 0 if a is b else None, where=matched)
     at = match.pair(a.run, b.run, way, step, other, (a.name, b.name))
     with picture:
-        st.markdown(f":material/balance: {words.plain(at.told)}")
+        told = words.replaced(at.told, st.session_state.get(draw.SHORT, {}))
+        st.markdown(f":material/balance: {words.plain(told)}")
         left, right = st.columns(2, gap="medium", vertical_alignment="bottom")
         with left:
             _overlaid(a, b, name, at, scale)
