@@ -11,16 +11,18 @@ from probes.vocabulary import metric
 # What rounding alone does to the sum of the outputs (as probes/identity.py has it, which needs torch).
 _ROUNDING = {"bfloat16": 4 * 2.0**-7, "float16": 4 * 2.0**-10}
 _EXACT = 1e-3
+_EXPLAINED = 0.95  # of every state, by its outputs with the recovered weights
 
 
 def warnings(run: Run) -> list[str]:
     """What makes the numbers doubtful: values that are not finite, a stream that does not add up."""
-    return [told for told in (_states(run), _loss(run), _identity(run)) if told]
+    return [told for told in (_states(run), _loss(run), "" if _weighed(run) else _identity(run)) if told]
 
 
 def remarks(run: Run) -> list[str]:
     """What one should know beside the numbers: skipped steps, gaps in the recording, what could not be measured."""
-    return [told for told in (_resumed(run), _skipped(run), gaps.sentence(run), *_unmeasured(run)) if told]
+    found = (_resumed(run), _weighed(run), _skipped(run), gaps.sentence(run), *_unmeasured(run))
+    return [told for told in found if told]
 
 
 def _states(run: Run) -> str:
@@ -89,6 +91,20 @@ def _identity(run: Run) -> str:
         f"The {_state(run, state)} is not the embedding plus the outputs before it: it is off by "
         f"{100 * errors[row, state]:.2g}% of its size at step {words.step(int(steps[row]))}. The model changes its "
         "stream in other ways too, so its outputs tell only a part."
+    )
+
+
+def _weighed(run: Run) -> str:
+    """Where the outputs do explain every state, but not with weight one: the stream is rescaled or normed on its way."""
+    if not _identity(run):
+        return ""
+    _, explained = series(run, "mixing_r2")
+    explained = explained[np.isfinite(explained)]
+    if not len(explained) or explained.min() < _EXPLAINED:
+        return ""
+    return (
+        "This residual rescales its stream: its states are sums of its outputs with weights other than one, which Depth "
+        "attention shows as recovered mixing."
     )
 
 
