@@ -127,3 +127,15 @@ def test_a_run_that_follows_no_tokens_says_how(folder):
     assert (
         "full recorded no single tokens" in said(at).replace("*", "") and "tokens_every=" in at.code[0].value
     )
+
+
+def test_a_click_on_a_token_shows_what_every_layer_reads_for_it(followed, serve, watched):
+    watched.goto(f"{serve(followed)}/tokens?focus=full&read=4&source=2")
+    watched.wait_for_selector(".depthscope-chart >> nth=2 >> canvas", timeout=30_000)
+    watched.wait_for_timeout(1_000)
+    box = watched.locator(".depthscope-chart").first.bounding_box()
+    watched.mouse.click(box["x"] + 15, box["y"] + 20)  # the first token
+    watched.wait_for_selector("text=/“def”, token 1, at step 200/")
+    watched.wait_for_url("**token=1*")
+    watched.locator(".depthscope-player input").press("Home")
+    watched.wait_for_selector("text=/layer 2 .MLP. at step 0: 0.25 for every token/")
