@@ -5,6 +5,7 @@ import numpy as np
 from app import gaps, words
 from app.frames import series
 from probes import Run
+from probes.finite import first_place, not_finite
 from probes.vocabulary import metric
 
 # What rounding alone does to the sum of the outputs (as probes/identity.py has it, which needs torch).
@@ -25,19 +26,40 @@ def remarks(run: Run) -> list[str]:
 
 
 def _states(run: Run) -> str:
-    """The first state in which something was not finite."""
+    """The first step and place at which something was not finite: by what was counted, and by the sizes in between."""
     steps, counts = series(run, "nonfinite")
     bad = counts > 0
-    if not bad.any():
-        return ""
-    row = int(np.argmax(bad.any(axis=1)))
-    state = int(np.argmax(bad[row]))
-    count = int(counts[row, state])
-    before = f"; at step {words.step(int(steps[row - 1]))} all were finite" if row else ""
-    return (
-        f"The {_state(run, state)} held {count:,} value{'s' if count > 1 else ''} that {'are' if count > 1 else 'is'} "
-        f"not finite at step {words.step(int(steps[row]))}, the first seen in this run{before}."
+    found = (
+        [(int(steps[row]), _place(run, bad[row])) for row in np.flatnonzero(bad.any(axis=1))[:1]]
+        if bad.size
+        else []
     )
+    sized, states, outputs = _sizes(run)
+    rows = np.flatnonzero(states.any(axis=1) | outputs.any(axis=1)) if len(sized) else ()
+    found += [(int(sized[row]), first_place(run.layout, states[row], outputs[row])) for row in rows[:1]]
+    if not found:
+        return ""
+    step, place = min(found, key=lambda each: each[0])
+    looked = np.unique(np.concatenate([steps, sized]))
+    before = looked[looked < step]
+    finite = f"; at step {words.step(int(before[-1]))} all were finite" if len(before) else ""
+    count = int(counts[steps == step].max(initial=0))
+    held = f"{count:,} value{'s' if count > 1 else ''}" if count else "values"
+    are = "is" if count == 1 else "are"
+    return f"The {place} held {held} that {are} not finite at step {words.step(step)}, the first seen in this run{finite}."
+
+
+def _place(run: Run, states: np.ndarray) -> str:
+    return first_place(run.layout, states, np.zeros_like(states))
+
+
+def _sizes(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, and of each which states and outputs had no finite size though they have one at other steps."""
+    steps, states = series(run, "hidden_rms")
+    others, outputs = series(run, "output_rms")
+    shared, here, there = np.intersect1d(steps, others, return_indices=True)
+    states, outputs = (not_finite(x, np.isfinite(x).any(axis=0)) for x in (states[here], outputs[there]))
+    return shared, states, outputs
 
 
 def _loss(run: Run) -> str:
