@@ -36,6 +36,7 @@ pages = [
     st.Page("pages_/dilution.py", title="Dilution", icon=":material/water_drop:"),
     st.Page("pages_/gradients.py", title="Gradients", icon=":material/trending_down:"),
     st.Page("pages_/depth_attention.py", title="Depth attention", icon=":material/stacked_line_chart:"),
+    st.Page("pages_/attribution.py", title="Attribution", icon=":material/science:"),
     st.Page("pages_/compare.py", title="Compare", icon=":material/compare_arrows:"),
 ]
 page = st.navigation(pages, position="hidden")
