@@ -50,7 +50,7 @@ def paired(frame: pd.DataFrame, unit: str, title: str, height: int = 260) -> alt
             "what:N",
             sort=list(PAIR),
             scale=alt.Scale(domain=list(PAIR), range=list(PAIR.values())),
-            legend=alt.Legend(title=None, orient="top", direction="horizontal", offset=24),
+            legend=alt.Legend(title=None, orient="top", direction="horizontal", offset=28),
         ),
     )
     reach = (
@@ -109,7 +109,7 @@ def _kinds(shown: list[str]) -> alt.Legend:
     names = axes.lookup({}, "datum.label")
     for kind in shown:
         names = f"datum.label === {kind!r} ? {NAMES[kind]!r} : {names}"
-    return alt.Legend(title=None, orient="top", direction="horizontal", labelExpr=names, offset=24)
+    return alt.Legend(title=None, orient="top", direction="horizontal", labelExpr=names, offset=28)
 
 
 def scatter(
@@ -144,12 +144,12 @@ def scatter(
     colour = alt.Color(
         "odd:N",
         scale=alt.Scale(domain=domain, range=[palette.RUNS[1], palette.RUNS[3]]),
-        legend=alt.Legend(title=None, orient="top", direction="horizontal", offset=24),
+        legend=alt.Legend(title=None, orient="top", direction="horizontal", offset=28),
     )
     shape = alt.Shape(
         "odd:N",
         scale=alt.Scale(domain=domain, range=["square", "diamond"]),
-        legend=alt.Legend(title=None, orient="top", direction="horizontal", offset=24),
+        legend=alt.Legend(title=None, orient="top", direction="horizontal", offset=28),
     )
     marked = alt.Chart(odd)
     points = marked.mark_point(filled=True, size=80, opacity=1).encode(

@@ -76,7 +76,13 @@ def removal(frame: pd.DataFrame, kind: str, label: str, title: str, height: int 
             sort=shown,
             scale=alt.Scale(domain=shown, range=[COLOURS[name] for name in shown]),
             legend=alt.Legend(
-                title=None, orient="top", direction="horizontal", symbolType="stroke", offset=24
+                title=None,
+                orient="top",
+                direction="horizontal",
+                symbolType="stroke",
+                symbolOpacity=1,
+                symbolStrokeWidth=3,
+                offset=28,
             ),
         ),
     )
