@@ -138,7 +138,8 @@ def _kinds(gates: Gates) -> list[str]:
 
 def _able(kind: str, gates: Gates) -> np.ndarray:
     """Flat indices of what can be removed."""
-    there = np.array(gates.gated) if kind == LAYERS else gates.layout.triangle()
+    edges = gates.layout.triangle() & np.array(gates.reached)[:, None]
+    there = np.array(gates.gated) if kind == LAYERS else edges
     return np.flatnonzero(there.ravel())
 
 

@@ -151,7 +151,10 @@ def test_a_difference_of_logits_is_the_difference():
 # A part at a time
 
 
-def test_it_goes_on_where_it_was(tmp_path):
+def test_it_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "probes.attribution.seconds_of", lambda effects: (1.0, 1.0)
+    )  # its forwards are not counted here
     model, batch = lively_decoder(blocks=2, **RESIDUALS["full"]), tokens()
     whole = attribute(model, batch, methods=[ABLATION, REMOVAL])
     path, calls = tmp_path / "parts" / "x", []
@@ -171,7 +174,8 @@ def test_it_goes_on_where_it_was(tmp_path):
         found = attribute(model, batch, methods=[ABLATION, REMOVAL], parts=parts, announce=told.append)
         parts.finish()
     assert len(kept) > 4 and 0 < told[0].done < 1 and not list(path.parent.iterdir())
-    assert len(calls) - first < told[0].forwards + 60  # the estimate's own forwards, and those that were left
+    left = round(told[0].forwards * (1 - told[0].done))
+    assert left <= len(calls) - first <= left + 3  # a look at the stream, at the memory and at the weights
     np.testing.assert_array_equal(found.edges[ABLATION], whole.edges[ABLATION])
     np.testing.assert_array_equal(found.layers[REMOVAL], whole.layers[REMOVAL])
 
@@ -191,11 +195,10 @@ def test_memory_bounds_what_goes_through_at_once(monkeypatch):
     model, batch, told = lively_decoder(blocks=2, **RESIDUALS["full"]), tokens(batch=5), []
     whole = attribute(model, batch, methods=[GRADIENT, ABLATION], announce=told.append)
     monkeypatch.setattr(budget, "resident", lambda: 0)
-    (each,) = {(estimate.bytes - 0) // 5 for estimate in told} if False else {None}
     sizes = []
     with pytest.raises(probes.RunError, match="Too little memory: one sequence takes") as refused:
         attribute(model, batch, methods=[GRADIENT], memory=1000)
-    assert "Allow more, or take shorter sequences" in str(refused.value) and each is None
+    assert "Allow more, or take shorter sequences" in str(refused.value)
     one = _bytes_of_one(model, batch)
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     parted = attribute(model, batch, methods=[GRADIENT, ABLATION], memory=2.5 * one, announce=told.append)
@@ -222,7 +225,16 @@ def _bytes_of_one(model, batch) -> int:
 @pytest.mark.long
 def test_a_killed_command_goes_on(run):
     command = [sys.executable, "-m", "app", "attribute", str(run), "--data", str(run.parent / "text.txt")]
-    command += ["--sequences", "8", "--methods", "shapley", "--samples", "400"]
+    command += [
+        "--sequences",
+        "2",
+        "--methods",
+        "shapley",
+        "--samples",
+        "24",
+        "--model",
+        "tests.probes.test_attributed:slow",
+    ]
     here = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=here, stderr=subprocess.DEVNULL)
     for _ in range(600):
@@ -251,6 +263,9 @@ def test_the_edges_of_models_that_do_not_say_where_they_read(layout, size):
     model(batch)
     for row, read in enumerate(model.reads):
         weight = read.weight.flatten(1).mean(1)
+        if len(weight) == 1 and np.isnan(found.weight[row, 0]):
+            assert np.isnan(found.edges[ABLATION][row, 0])  # of one source, and its mix is not seen
+            continue
         np.testing.assert_allclose(found.weight[row, : len(weight)], weight, atol=1e-6)
     read = model.reads[-1]
     # The last read without its source 1, by the model's own weights.
@@ -273,14 +288,38 @@ def test_the_edges_of_models_that_do_not_say_where_they_read(layout, size):
     assert found.loss == pytest.approx(base)
 
 
-def test_a_converted_model_has_edges():
+@pytest.mark.parametrize("residual", [None, "full", "block"])
+def test_a_converted_model_has_edges(residual):
     import attnres
 
-    plain = lively_decoder(blocks=2, **RESIDUALS["prenorm"])
-    converted = attnres.convert(plain, residual="full", example=tokens())
-    found = attribute(converted, tokens(), methods=[ABLATION, REMOVAL])
-    assert np.isfinite(found.edges[ABLATION][found.layout.triangle()]).all()
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=17, num_hidden_layers=2, **shape)
+    )
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, 5:] = 0
+    batch = {"input_ids": tokens(), "attention_mask": mask}
+    if residual:
+        size = {"layers_per_block": 3} if residual == "block" else {}
+        attnres.convert(model, residual=residual, example={"input_ids": tokens()}, **size)
+    found = attribute(model, batch, methods=[GRADIENT, ABLATION, REMOVAL])
+    with torch.no_grad():
+        (mlp,) = [each for name, each in model.named_modules() if name.endswith("layers.0.mlp.down_proj")]
+        kept = mlp.weight.clone()
+        mlp.weight.zero_()
+        assert attribute(model, batch, methods=[REMOVAL]).loss - found.loss == pytest.approx(
+            found.layers[REMOVAL][1], abs=1e-6
+        )
+        mlp.weight.copy_(kept)
+    for method in (GRADIENT, ABLATION):
+        assert np.isfinite(found.edges[method][found.layout.triangle()]).all()
     assert np.nansum(found.final_share) == pytest.approx(1, abs=1e-4)
+    with torch.no_grad():
+        short = model(input_ids=tokens()[1:, :5], labels=tokens()[1:, :5]).loss
+        long = model(input_ids=tokens()[:1], labels=tokens()[:1]).loss
+    assert found.loss == pytest.approx(((short + long) / 2).item(), rel=1e-4)  # padding does not count
 
 
 def test_a_baseline_whose_states_are_no_sums_has_layers_only(trained):
@@ -300,8 +339,8 @@ class Deaf(torch.nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, x):
-        return 0 * self.inner(x)
+    def forward(self, *given):
+        return 0 * self.inner(*given)
 
 
 @pytest.mark.parametrize("kind", ["prenorm", "full"])
@@ -318,11 +357,11 @@ def test_a_layer_that_adds_nothing_is_needed_by_nobody(kind):
 
 def test_layers_sum_to_the_whole_by_every_method_that_promises_it():
     model = lively_decoder(blocks=2, **RESIDUALS["prenorm"])
-    found = attribute(model, tokens(), methods=["integrated", "shapley"], steps=150, samples=3)
+    found = attribute(model, tokens(), methods=["integrated", "shapley"], steps=50, samples=2)
     gone = attribute(_without_layers(model), tokens(), methods=[GRADIENT])
     whole = gone.loss - found.loss
     assert found.layers["shapley"].sum() == pytest.approx(whole, rel=1e-9)
-    assert found.layers["integrated"].sum() == pytest.approx(whole, rel=0.02)
+    assert found.layers["integrated"].sum() == pytest.approx(whole, rel=0.05)
 
 
 def _without_layers(model):
@@ -403,6 +442,12 @@ def own():
 
     shape = {"width": 16, "blocks": 2, "heads": 2, "kv_heads": 1, "context": 16}
     return Decoder(DecoderConfig(residual="full", **shape)), torch.randint(256, (4, 12))
+
+
+def slow():
+    model = own()[0]
+    model.register_forward_hook(lambda *_: time.sleep(0.1))
+    return model
 
 
 # Broken files
