@@ -494,3 +494,14 @@ def test_hostile_files_are_refused(run):
     opened = probes.open_run(run)
     assert opened.attributions() == [] and len(opened.attribution_problems) == 8
     assert len(checking.check(run).defects) == 8
+
+
+def test_the_docs_way_to_read_it(run, monkeypatch, capsys):
+    asked(run, "--methods", "removal")
+    (run.parent / "runs" / "mine").mkdir(parents=True)
+    run.rename(run.parent / "runs" / "mine" / "full")
+    monkeypatch.chdir(run.parent)
+    page = (ROOT / "docs" / "attribution.md").read_text()
+    code = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)[1]
+    exec(compile(code, "docs/attribution.md", "exec"), {"probes": probes})
+    assert capsys.readouterr().out.startswith("2 loss [")
