@@ -149,18 +149,20 @@ def correlations(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def disagreements(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of most weight for their attribution, and of most attribution for their weight, with a `label` and an
-    `odd` ("weight" or "effect"); among reads of three sources or more, by the distance of their ranks."""
-    known = frame[(frame["sources"] > 2)].dropna(subset=["even", "value"])
+    """With a `label` and an `odd`: the heaviest edges ("weight") among those whose effect is below the median, and the
+    strongest ("effect") among those of less than an even share; in reads of three sources or more."""
+    known = frame[frame["sources"] > 2].dropna(subset=["even", "value"])
+    empty = frame.iloc[:0].assign(label="", odd="")
     if len(known) < 2 * NAMED or np.ptp(known["even"]) < 1e-9:
-        return frame.iloc[:0].assign(label="", odd="")
-    apart = known["even"].rank(pct=True) - known["value"].abs().rank(pct=True)
-    order = apart.sort_values(kind="stable").index
-    parts = []
-    for odd, chosen in (("effect", order[:NAMED]), ("weight", order[::-1][:NAMED])):
-        part = known.loc[[index for index in chosen if (apart[index] < 0) == (odd == "effect")]]
-        parts.append(part.assign(odd=odd))
-    found = pd.concat(parts)
+        return empty
+    size = known["value"].abs()
+    heavy = known[(known["even"] > 1) & (size <= size.median())].sort_values("even", ascending=False)
+    strong = known[(known["even"] < 1) & (size > size.median())].sort_values(
+        "value", key=np.abs, ascending=False
+    )
+    found = pd.concat([heavy.head(NAMED).assign(odd="weight"), strong.head(NAMED).assign(odd="effect")])
+    if found.empty:
+        return empty
     return found.assign(label=[link(row) for _, row in found.iterrows()])
 
 

@@ -123,11 +123,7 @@ def scatter(
         scale=alt.Scale(zero=True, nice=True),
         axis=alt.Axis(title="Weight, in even shares of the read", tickCount=7, grid=False),
     )
-    y = alt.Y(
-        "value:Q",
-        scale=alt.Scale(zero=True),
-        axis=alt.Axis(title=f"Attribution ({unit})", tickCount=6, **axes.FLAT),
-    )
+    y = axes.signed("value", f"Attribution ({unit})", frame["value"], **axes.FLAT)
     tips = [
         alt.Tooltip("read:N", title="Read"),
         alt.Tooltip("from:N", title="Source"),

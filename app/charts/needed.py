@@ -23,7 +23,7 @@ def ranked(
     names = "datum.label"
     for kind in shown:
         names = f"datum.label === {kind!r} ? {NAMES[kind]!r} : {names}"
-    axis = alt.Axis(title=label, tickCount=5, orient="top")
+    x = axes.signed(column, label, frame[column].dropna(), alt.X, orient="top")
     y = alt.Y(
         "place:N",
         sort=order,
@@ -45,7 +45,7 @@ def ranked(
         ]
     base = alt.Chart(frame.dropna(subset=[column])).encode(y=y, tooltip=tips)
     bars = base.mark_bar(cornerRadiusEnd=2).encode(
-        x=alt.X(f"{column}:Q", axis=axis, scale=alt.Scale(zero=True)),
+        x=x,
         color=alt.Color(
             "kind:N",
             scale=alt.Scale(domain=shown, range=[KINDS[kind] for kind in shown]),
@@ -56,7 +56,11 @@ def ranked(
     )
     layers = [bars]
     if error:
-        layers.append(base.mark_rule(strokeWidth=1.2).encode(x=alt.X("low:Q", axis=axis), x2="high:Q"))
+        layers.append(
+            base.mark_rule(strokeWidth=1.2).encode(
+                x=alt.X("low:Q", axis=x["axis"], scale=x["scale"]), x2="high:Q"
+            )
+        )
     return alt.layer(*layers).properties(title=axes.title(title), height=max(150, 15 * len(order)))
 
 

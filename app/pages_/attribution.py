@@ -3,7 +3,7 @@
 import pandas as pd
 import streamlit as st
 
-from app import causes, cells, draw, focus, pick, room, view, words
+from app import causes, cells, draw, findings, focus, pick, room, view, words
 from app.charts import palette
 from app.charts.causes import agreement, paired, scatter
 from app.charts.lines import lines
@@ -78,7 +78,7 @@ def _live(one: room.Shown) -> None:
         return
     frame = causes.live(one.run, step)
     with picture:
-        _edges(one, frame, "loss per unit of gate", "live")
+        _edges(one, frame, "nats per token", step)
     st.caption(
         "Single layers, spread over sequences and ablation need a saved model: `depthscope attribute` measures them."
     )
@@ -96,7 +96,7 @@ def _file(one: room.Shown, found: Attribution) -> None:
     methods = causes.edge_methods(found)
     if methods:
         method = pick.choice("cause", "Method", {name: TITLES[name] for name in methods})
-        _edges(one, causes.edges(found, method), about.unit, f"{found.name} {method}")
+        _edges(one, causes.edges(found, method), about.unit, found.step or 0)
         if (links := causes.idle(found)) is not None:
             st.info(words.plain(links.sentence()), icon=":material/link_off:")
     _layers(one, found)
@@ -104,13 +104,13 @@ def _file(one: room.Shown, found: Attribution) -> None:
     _over_training(one, found)
 
 
-def _edges(one: room.Shown, frame: pd.DataFrame, unit: str, key: str) -> None:
+def _edges(one: room.Shown, frame: pd.DataFrame, unit: str, step: int) -> None:
     """Weight and attribution of every edge, of one read, read by read, and against each other."""
     frame = frame.assign(row=frame["number"] - 1)
     st.subheader("Does the weight go to what matters?", anchor=False)
     legends = {"weight": "Weight (share of the read)", "value": f"Attribution ({unit})"}
     told = {
-        "weight": f"{one.name}: where the weight goes",
+        "weight": findings.routing(frame.assign(depth_weight=frame["weight"], step=step), one.name),
         "value": f"{one.name}: {_peak(frame, unit)}",
     }
     columns = [name for name in legends if frame[name].notna().any()]
@@ -256,6 +256,8 @@ def _evidence(ballast: pd.DataFrame, found: Attribution) -> pd.DataFrame:
         }
     )
     for method in causes.layer_methods(found):
+        if method == "removal":
+            continue
         values = causes.layers(found, method)["value"]
         table[TITLES[method]] = [f"{values[index]:+.3g}" for index in ballast.index]
     return table

@@ -44,9 +44,7 @@ def test_a_run_with_all_of_it(attributed):
     ):
         assert wanted in told.replace("`", "").replace("**", ""), wanted
     charts = plotted(at)
-    assert (
-        len(charts) == 9
-    )  # 2 triangles, a read, agreement, scatter, 2 of layers, a what-if, 1 over training, less one
+    assert len(charts) == 10
     found = open_run(attributed / "full").attributions()[-1]
     (frame, *_) = charts[1][1]
     there = found.layout.triangle()
