@@ -40,6 +40,7 @@ try:
     from benchmarks.contenders import OWN, WAYS, compiled, decoder, loss_of, nothing, ours, tokens_for
     from probes.benching import machine
     from probes.cost import Cost, Spread
+    from probes.provenance import processor
     from probes.stopwatch import timed
 except ImportError as error:
     raise SystemExit(
@@ -213,7 +214,7 @@ def header(arguments: list[str] | None, options: argparse.Namespace) -> dict:
     return {
         "command": provenance.command("overhead", arguments),
         "commit": provenance.commit(),
-        "hardware": f"{machine(torch.device(options.device))}, {provenance.processor()}",
+        "hardware": f"{machine(torch.device(options.device))}, {processor()}",
         "versions": {
             name: version
             for name in ("torch", "wandb", "torchinstruments", "numpy")

@@ -119,6 +119,7 @@ def record(plan: Plan, options: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from app.training import Corpus, RecordedTraining, in_turn
+    from benchmarks.provenance import commit
 
     corpus = Corpus.from_path(options.text) if options.text else Corpus.standard_library()
     steps = min(options.steps or plan.training.steps, plan.training.steps)
@@ -131,6 +132,7 @@ def record(plan: Plan, options: argparse.Namespace) -> None:
         replace(plan.schedule, checkpoint_every=options.checkpoint_every),
         plan.tags,
     )
+    recorded.described["sample"] = {"says": plan.says, "commit": commit()}
     in_turn([recorded])
 
 
