@@ -73,7 +73,7 @@ def _label(found: Attribution) -> str:
 
 def _live(one: room.Shown) -> None:
     picture = st.container()
-    step = pick.step([one.run], [causes.LIVE])
+    step = pick.step([one.run], [causes.LIVE], st.container(key="player"))
     if step is None:
         return
     frame = causes.live(one.run, step)

@@ -505,3 +505,10 @@ def test_the_docs_way_to_read_it(run, monkeypatch, capsys):
     code = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)[1]
     exec(compile(code, "docs/attribution.md", "exec"), {"probes": probes})
     assert capsys.readouterr().out.startswith("2 loss [")
+
+
+def test_the_help_names_every_method_and_target():
+    from app.asking import TARGETS
+
+    told = said("--help")[1]
+    assert all(name in told for name in (*METHODS, *TARGETS))
