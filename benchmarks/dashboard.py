@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from probes.writer import RunWriter  # noqa: E402
 from tests.app import made  # noqa: E402
 
-PAGES = ("", "dilution", "gradients", "depth_attention", "tokens", "compare")
+PAGES = ("", "dilution", "gradients", "depth_attention", "tokens", "attribution", "compare")
 TITLES = {"": "Runs", "depth_attention": "Depth attention"}
 DEPTHS = (12, 32, 100)  # transformer blocks whose triangles are played
 CHART = ".depthscope-chart :is(canvas, svg)"
