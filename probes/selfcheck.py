@@ -36,6 +36,11 @@ class SelfCheck:
             self._say(f"depthscope saw no forward of {self._name} in training mode before a step. {BEFORE}")
         if taps.masks.odd:
             self._say("depthscope takes masks of [B, T] only; here every token counts: pass mask=.")
+        if taps.matrices and taps.edge_taps.unknown:
+            self._say(
+                "depthscope leaves the depth attribution blank of what no RMSNorm or LayerNorm of its own feeds: "
+                f"{', '.join(taps.edge_taps.unknown)}."
+            )
         if taps.repeated:
             names = ", ".join(taps.repeated)
             self._say(
