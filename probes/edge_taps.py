@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.edges import EDGE_METRICS, add_edges, few, taken
-from probes.hooks import tap_edges_in_graph
+from probes.hooks import tap_branch_in_graph, tap_edges_in_graph
 from probes.masks import fitting
 from probes.norms import Norm, understood
 from probes.rows import edge_sources
@@ -79,7 +79,12 @@ class EdgeTaps:
         )
         # Of this model's forwards that are still to be differentiated: their tensors must not outlive the step.
         self._forwards: weakref.WeakSet[_Forward] = weakref.WeakSet()
-        self._offset = torch.zeros(())
+        self._offset = torch.zeros(
+            1
+        )  # no scalar, which the compiler would take for one that it has to specialise on
+        # Of a compiled forward: its outputs by row, and its final state.
+        self._traced: dict[int, Tensor] = {}
+        self._traced_final: Tensor | None = None
 
     def attach(self) -> None:
         for row, norm in self._branches.items():
@@ -91,7 +96,7 @@ class EdgeTaps:
     def follow(self, device: torch.device) -> None:
         """The model is on that device now."""
         wide = torch.float32 if device.type == "mps" else torch.float64
-        self._offset = torch.zeros((), device=device, dtype=wide)
+        self._offset = torch.zeros(1, device=device, dtype=wide)
 
     def begin(self) -> None:
         """An eager forward begins, at which matrices are wanted."""
@@ -102,8 +107,15 @@ class EdgeTaps:
 
     def end(self) -> None:
         """The forward has ended."""
+        self._end_trace()
+        if torch.compiler.is_compiling():
+            return
         for forward in self._forwards:
             forward.end()
+
+    def _end_trace(self) -> None:
+        self._traced.clear()
+        self._traced_final = None
 
     def reset(self) -> None:
         """The step is over: let go of all that was kept."""
@@ -113,7 +125,11 @@ class EdgeTaps:
 
     def output(self, x: Tensor, row: int) -> None:
         """Source `row` of a baseline, where matrices are wanted."""
-        if self._branches and not torch.compiler.is_compiling():
+        if not self._branches:
+            return
+        if torch.compiler.is_compiling():
+            self._traced[row] = x.detach()
+        else:
             self._taps.eagerly(lambda: self._keep(x, row), *EDGE_METRICS)
 
     def _keep(self, x: Tensor, row: int) -> None:
@@ -144,16 +160,48 @@ class EdgeTaps:
 
     def final(self, x: object) -> None:
         """The final state of a baseline, where matrices are wanted."""
-        forward = self._taps.passes.now.edges
-        if forward is not None and isinstance(x, Tensor):
-            forward.final = _memory(x)
+        if torch.compiler.is_compiling():
+            # A tensor that outlives the graph would be one more result of it, to be differentiated.
+            self._traced_final = x if len(self._given) - 1 in self._branches else None
+        elif isinstance(x, Tensor) and self._taps.passes.now.edges is not None:
+            self._taps.passes.now.edges.final = _memory(x)
 
     def _branch(self, row: int, given: tuple, y: object) -> None:
         """The norm of layer row+1, or the final one, made `y` of the state it was given."""
-        if torch.compiler.is_compiling() or not given or not self._due("branch", row):
-            return  # in a compiled model the outputs before it may be another graph's
-        if isinstance(given[0], Tensor) and isinstance(y, Tensor):
+        if (
+            not self._taps.matrices
+            or not given
+            or not isinstance(given[0], Tensor)
+            or not isinstance(y, Tensor)
+        ):
+            return
+        if torch.compiler.is_compiling():
+            self._trace_branch(row, given[0], y)
+        elif self._due("branch", row):
             self._taps.eagerly(lambda: self._watch_branch(row, given[0], y), *EDGE_METRICS)
+
+    def _trace_branch(self, row: int, x: Tensor, y: Tensor) -> None:
+        """The same within a graph."""
+        parts = [self._traced.get(source) for source in range(self._given[row])]
+        known = y.requires_grad and not any(part is None for part in parts)
+        if row == len(self._given) - 1:
+            known = known and x is self._traced_final
+            self._end_trace()
+        if known:
+            norm, mask = self._branches[row], fitting(self._taps.mask, y)
+            gain = None if norm.gain is None else getattr(norm.module, norm.gain)
+            tap_branch_in_graph(
+                y,
+                self._taps.edges[row],
+                mask,
+                self._offset,
+                norm.centred,
+                norm.plus,
+                norm.eps,
+                gain,
+                x,
+                *parts,
+            )
 
     def _watch_branch(self, row: int, x: Tensor, y: Tensor) -> None:
         forward = self._taps.passes.now.edges
@@ -161,11 +209,19 @@ class EdgeTaps:
             if row == len(self._given) - 1 and forward.final != _memory(x):
                 return  # what this norm is given is not the final state
             state = forward.take(x)
-            parts = [forward.outputs.get(source) for source in range(self._given[row])]
+            parts = [self._kept(forward, source) for source in range(self._given[row])]
             if state is None or any(part is None for part in parts):
                 return
             forward.reads["branch", row] = parts, None, state
         self._watch(y, "branch", row)
+
+    def _kept(self, forward: _Forward, row: int) -> Tensor | None:
+        """What was kept of an output, be it that a compiled block made it."""
+        if row not in forward.outputs and row in self._traced:
+            part = forward.take(self._traced[row])
+            if part is not None:
+                forward.outputs[row] = part
+        return forward.outputs.get(row)
 
     def _due(self, place: str, row: int) -> bool:
         taps = self._taps

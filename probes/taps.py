@@ -223,8 +223,7 @@ class Taps(Hanging):
 
     def _forget(self) -> None:
         self._mean_squares.clear()
-        if not torch.compiler.is_compiling():
-            self.edge_taps.end()
+        self.edge_taps.end()
         self._states.clear()
         self._turns.clear()
         self._marks.forget()
@@ -252,7 +251,7 @@ class Taps(Hanging):
     def _state(self, x: Tensor, row: int) -> None:
         """What layer row+1 receives, or the final state; the first one is the embedding too."""
         self.tap(x, "state", row)
-        if row == len(self._sites.layers) and self.matrices and not torch.compiler.is_compiling():
+        if row == len(self._sites.layers) and self.matrices:
             self.edge_taps.final(x)
         entered = self._sites.entry is not None and (torch.compiler.is_compiling() or self._embedded)
         if row == 0 and not self._sites.has_reads and not entered:
