@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.edges import EDGE_METRICS, add_edges, few, taken
-from probes.hooks import tap_branch_in_graph, tap_edges_in_graph
+from probes.hooks import tap_edges_in_graph
 from probes.masks import fitting
 from probes.norms import Norm, understood
 from probes.rows import edge_sources
@@ -29,7 +29,8 @@ class _Forward:
         self._once: dict[int, tuple[Tensor, Tensor]] = {}  # by id, while the tensor is held beside it
         self.outputs: dict[int, Tensor] = {}  # by row
         self.final: tuple | None = None
-        self.reads: dict[tuple[str, int], tuple] = {}  # by place and row, what is to meet the gradient
+        # By place and row, what is to meet the gradient; None where that is several things.
+        self.reads: dict[tuple[str, int], tuple | None] = {}
 
     def take(self, x: Tensor) -> Tensor | None:
         """The tokens of `x` [..., D], [N, D]; None where it has not as many as others of this forward."""
@@ -43,6 +44,9 @@ class _Forward:
         if id(x) not in self._once:
             self._once[id(x)] = x, self.take(x)
         return self._once[id(x)][1]
+
+    def keep(self, key: tuple[str, int], *parts) -> None:
+        self.reads[key] = None if key in self.reads else parts
 
     def of_tokens(self, x: Tensor) -> Tensor:
         """[..., B*T] -> [..., N]"""
@@ -79,12 +83,8 @@ class EdgeTaps:
         )
         # Of this model's forwards that are still to be differentiated: their tensors must not outlive the step.
         self._forwards: weakref.WeakSet[_Forward] = weakref.WeakSet()
-        self._offset = torch.zeros(
-            1
-        )  # no scalar, which the compiler would take for one that it has to specialise on
-        # Of a compiled forward: its outputs by row, and its final state.
-        self._traced: dict[int, Tensor] = {}
-        self._traced_final: Tensor | None = None
+        # No scalar, which the compiler would take for one that it has to specialise on.
+        self._offset = torch.zeros(1)
 
     def attach(self) -> None:
         for row, norm in self._branches.items():
@@ -107,15 +107,10 @@ class EdgeTaps:
 
     def end(self) -> None:
         """The forward has ended."""
-        self._end_trace()
         if torch.compiler.is_compiling():
             return
         for forward in self._forwards:
             forward.end()
-
-    def _end_trace(self) -> None:
-        self._traced.clear()
-        self._traced_final = None
 
     def reset(self) -> None:
         """The step is over: let go of all that was kept."""
@@ -125,11 +120,7 @@ class EdgeTaps:
 
     def output(self, x: Tensor, row: int) -> None:
         """Source `row` of a baseline, where matrices are wanted."""
-        if not self._branches:
-            return
-        if torch.compiler.is_compiling():
-            self._traced[row] = x.detach()
-        else:
+        if self._branches and not torch.compiler.is_compiling():
             self._taps.eagerly(lambda: self._keep(x, row), *EDGE_METRICS)
 
     def _keep(self, x: Tensor, row: int) -> None:
@@ -155,53 +146,22 @@ class EdgeTaps:
             parts = [forward.take_once(source) for source in sources]
             if any(part is None for part in parts):
                 return
-            forward.reads["read", row] = parts, forward.of_tokens(weight.flatten(1))
+            forward.keep(("read", row), parts, forward.of_tokens(weight.flatten(1)))
         self._watch(mix, "read", row)
 
     def final(self, x: object) -> None:
         """The final state of a baseline, where matrices are wanted."""
-        if torch.compiler.is_compiling():
-            # A tensor that outlives the graph would be one more result of it, to be differentiated.
-            self._traced_final = x if len(self._given) - 1 in self._branches else None
-        elif isinstance(x, Tensor) and self._taps.passes.now.edges is not None:
-            self._taps.passes.now.edges.final = _memory(x)
+        forward = None if torch.compiler.is_compiling() else self._taps.passes.now.edges
+        if isinstance(x, Tensor) and forward is not None:
+            forward.final = _memory(x)
 
     def _branch(self, row: int, given: tuple, y: object) -> None:
         """The norm of layer row+1, or the final one, made `y` of the state it was given."""
-        if (
-            not self._taps.matrices
-            or not given
-            or not isinstance(given[0], Tensor)
-            or not isinstance(y, Tensor)
-        ):
+        # Outputs cannot be handed on from where a compiler looks: inside a checkpoint it refuses to trace that.
+        if torch.compiler.is_compiling() or not given or not self._due("branch", row):
             return
-        if torch.compiler.is_compiling():
-            self._trace_branch(row, given[0], y)
-        elif self._due("branch", row):
+        if isinstance(given[0], Tensor) and isinstance(y, Tensor):
             self._taps.eagerly(lambda: self._watch_branch(row, given[0], y), *EDGE_METRICS)
-
-    def _trace_branch(self, row: int, x: Tensor, y: Tensor) -> None:
-        """The same within a graph."""
-        parts = [self._traced.get(source) for source in range(self._given[row])]
-        known = y.requires_grad and not any(part is None for part in parts)
-        if row == len(self._given) - 1:
-            known = known and x is self._traced_final
-            self._end_trace()
-        if known:
-            norm, mask = self._branches[row], fitting(self._taps.mask, y)
-            gain = None if norm.gain is None else getattr(norm.module, norm.gain)
-            tap_branch_in_graph(
-                y,
-                self._taps.edges[row],
-                mask,
-                self._offset,
-                norm.centred,
-                norm.plus,
-                norm.eps,
-                gain,
-                x,
-                *parts,
-            )
 
     def _watch_branch(self, row: int, x: Tensor, y: Tensor) -> None:
         forward = self._taps.passes.now.edges
@@ -209,19 +169,11 @@ class EdgeTaps:
             if row == len(self._given) - 1 and forward.final != _memory(x):
                 return  # what this norm is given is not the final state
             state = forward.take(x)
-            parts = [self._kept(forward, source) for source in range(self._given[row])]
+            parts = [forward.outputs.get(source) for source in range(self._given[row])]
             if state is None or any(part is None for part in parts):
                 return
-            forward.reads["branch", row] = parts, None, state
+            forward.keep(("branch", row), parts, None, state)
         self._watch(y, "branch", row)
-
-    def _kept(self, forward: _Forward, row: int) -> Tensor | None:
-        """What was kept of an output, be it that a compiled block made it."""
-        if row not in forward.outputs and row in self._traced:
-            part = forward.take(self._traced[row])
-            if part is not None:
-                forward.outputs[row] = part
-        return forward.outputs.get(row)
 
     def _due(self, place: str, row: int) -> bool:
         taps = self._taps
@@ -230,16 +182,17 @@ class EdgeTaps:
     def _watch(self, x: Tensor, place: str, row: int) -> None:
         """Add a read to its row when the gradient of `x` comes, its mix or what a norm made of that."""
         taps = self._taps
-        forward, kept = taps.passes.now.edges, taps.passes.now.edges.reads.get((place, row))
-        if kept is None:
+        forward = taps.passes.now.edges
+        if forward.reads.get((place, row)) is None:
             return
         sums, mask = taps.edges[row], fitting(taps.passes.now.mask, x)
         mask = None if mask is None else forward.of_tokens(mask.flatten())
 
         def add(gradient: Tensor) -> None:
-            if (place, row) not in forward.reads:
-                return  # the step it belongs to is over
-            parts, weight, *state = forward.reads[place, row]
+            kept = forward.reads.get((place, row))
+            if kept is None:
+                return  # the step it belongs to is over, or the read was made twice
+            parts, weight, *state = kept
             gradient = forward.take(gradient)
             if state:
                 gradient = self._branches[row].backward(*state, gradient)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from probes.edges import add_edges, few, taken
-from probes.norms import norm_backward
 from probes.statistics import add_moments
 
 
@@ -25,55 +24,17 @@ def tap_edges_in_graph(
     mix: Tensor, row: Tensor, mask: Tensor | None, offset: Tensor, weight: Tensor, *sources: Tensor
 ) -> None:
     """The same for a depth read, its sources S times [B, T, D] and their weights [S, B, T] (edges.py)."""
-    tokens, scale = _few(mix, offset)
-    _tap_edges(mix, row, mask, tokens, scale, _of(weight.detach().flatten(1), tokens), sources, lambda g: g)
-
-
-@torch._dynamo.allow_in_graph
-def tap_branch_in_graph(
-    y: Tensor,
-    row: Tensor,
-    mask: Tensor | None,
-    offset: Tensor,
-    centred: bool,
-    plus: float,
-    eps: float,
-    gain: Tensor | None,
-    x: Tensor,
-    *sources: Tensor,
-) -> None:
-    """The same for a norm's output `y`, made of the sum `x` of the sources (norms.py)."""
-    tokens, scale = _few(y, offset)
-    state, gain = taken(x, tokens), None if gain is None else gain.detach()
-    _tap_edges(
-        y,
-        row,
-        mask,
-        tokens,
-        scale,
-        None,
-        sources,
-        lambda g: norm_backward(state, g, gain, plus, centred, eps),
-    )
-
-
-def _few(x: Tensor, offset: Tensor) -> tuple[Tensor | None, float]:
-    tokens = few(x, offset)
-    return tokens, 1.0 if tokens is None else x.shape[:-1].numel() / len(tokens)
-
-
-def _of(x: Tensor, tokens: Tensor | None) -> Tensor:
-    return x if tokens is None else x[..., tokens]
-
-
-def _tap_edges(x, row, mask, tokens, scale, weight, sources, mixed: Callable[[Tensor], Tensor]) -> None:
+    tokens, scale = few(mix, offset), 1.0
     parts = [taken(source, tokens) for source in sources]
-    mask = None if mask is None else _of(mask.flatten(), tokens)
+    weight, mask = weight.detach().flatten(1), None if mask is None else mask.flatten()
+    if tokens is not None:
+        weight, mask = weight[:, tokens], None if mask is None else mask[tokens]
+        scale = mix.shape[:-1].numel() / len(tokens)
 
     def tap(gradient: Tensor) -> None:
-        add_edges(row, mixed(taken(gradient, tokens)), parts, weight, mask, scale)
+        add_edges(row, taken(gradient, tokens), parts, weight, mask, scale)
 
-    x.register_hook(tap)
+    mix.register_hook(tap)
 
 
 class Hook:

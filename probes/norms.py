@@ -25,25 +25,17 @@ class Norm:
 
     def backward(self, x: Tensor, gradient: Tensor) -> Tensor:
         """The gradient with respect to `x` [N, D], float32 or wider, of one [N, D] with respect to y."""
-        gain = None if self.gain is None else getattr(self.module, self.gain).detach()
-        return norm_backward(x, gradient, gain, self.plus, self.centred, self.eps)
-
-
-def norm_backward(
-    x: Tensor, gradient: Tensor, gain: Tensor | None, plus: float, centred: bool, eps: float
-) -> Tensor:
-    """`Norm.backward`, with all it needs."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x, gradient = x.to(wide), gradient.to(wide)
-    if gain is not None:
-        gradient = gradient * (gain.to(wide) + plus)
-    elif plus != 1:
-        gradient = gradient * plus
-    if centred:
-        x, gradient = (each - each.mean(-1, keepdim=True) for each in (x, gradient))
-    size = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-    x = x * size
-    return (gradient - x * (gradient * x).mean(-1, keepdim=True)) * size
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, gradient = x.to(wide), gradient.to(wide)
+        if self.gain is not None:
+            gradient = gradient * (getattr(self.module, self.gain).detach().to(wide) + self.plus)
+        elif self.plus != 1:
+            gradient = gradient * self.plus
+        if self.centred:
+            x, gradient = (each - each.mean(-1, keepdim=True) for each in (x, gradient))
+        size = (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        x = x * size
+        return (gradient - x * (gradient * x).mean(-1, keepdim=True)) * size
 
 
 @torch.no_grad()

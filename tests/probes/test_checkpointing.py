@@ -114,7 +114,8 @@ def test_the_plain_rows_are_autograds(tmp_path):
 def test_compiled_checkpointing(tmp_path):
     torch._dynamo.reset()
     found = recorded(tmp_path / "compiled", Stack(WAYS["non-reentrant"], blocks=1), compiled=True, steps=1)
-    assert_same(found, recorded(tmp_path / "plain", Stack(blocks=1), steps=1), 1e-5)
+    plain = recorded(tmp_path / "plain", Stack(blocks=1), steps=1)
+    assert_same(found, plain, 1e-5, UNLIKE | {"depth_attribution"})
 
 
 @pytest.mark.parametrize("way", [None, "reentrant", "non-reentrant"])
