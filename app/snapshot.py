@@ -56,6 +56,7 @@ class Followed:
 def _as_it_is(attempt: Attempt) -> Attempt:
     """The attempt, untouched by what is read later; the arrays in common."""
     kept = copy.copy(attempt)
-    kept.parts = {name: list(parts) for name, parts in attempt.parts.items()}
+    kept.parts = {name: dict(parts) for name, parts in attempt.parts.items()}
+    kept.digests = list(attempt.digests)
     kept.sealed, kept.broken = dict(attempt.sealed), dict(attempt.broken)
     return kept
