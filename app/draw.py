@@ -36,9 +36,7 @@ def show(
             _save(chart, data, key)
     if subtitle:
         st.caption(words.plain(subtitle))
-    bare = chart.copy(deep=False)
-    bare.title = alt.Undefined
-    browser.chart(bare, key=f"chart {key}", alt=title, frames=frames, fields=fields, on_click=on_click)
+    browser.chart(chart, key=f"chart {key}", alt=title, frames=frames, fields=fields, on_click=on_click)
 
 
 def _save(chart: alt.TopLevelMixin, data: pd.DataFrame | None, key: str) -> None:

@@ -52,6 +52,11 @@ TOLD: dict[str, tuple[str, str]] = {
         r"\lVert \theta_l \rVert_2",
         "Slow growth is usual; beside the gradient norm it gives the update ratio.",
     ),
+    "update_ratio": (
+        r"\lVert \theta_l' - \theta_l \rVert_2 / \lVert \theta_l \rVert_2",
+        "About 0.001 is usual with Adam; far above, the layer is thrown about, far below it stands still. Level over depth "
+        "means that all layers move at one pace.",
+    ),
     "depth_weight": (
         r"\alpha_{l,i} = \langle \mathrm{softmax}_i(q_l \cdot \mathrm{RMSNorm}(v_i)) \rangle_t",
         "A dark diagonal reads its neighbour, a dark column is a sink that everybody reads, a pale column is ballast. An "

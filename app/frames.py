@@ -234,7 +234,10 @@ def gini(values: np.ndarray) -> np.ndarray:
 
 
 def update_ratio(run: Run, label: str, step: int) -> pd.DataFrame:
-    """run, step, depth, place, value: param_grad_norm times lr over param_norm, layer by layer; none without all three."""
+    """run, step, depth, place, value: the update ratio as recorded, layer by layer; of a run without it param_grad_norm
+    times lr over param_norm, and none without all three."""
+    if "update_ratio" in run:
+        return profile(run, label, "update_ratio", step)
     parts = [profile(run, label, name, step) for name in ("param_grad_norm", "param_norm")]
     steps, rates = series(run, "lr")
     index = nearest(steps, step)

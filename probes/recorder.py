@@ -40,6 +40,7 @@ from probes.sites import Sites
 from probes.statistics import DEPTH_METRICS
 from probes.tally import ACTIVATIONS
 from probes.taps import MATRICES, OFF, VECTORS, Taps
+from probes.updates import UPDATE_RATIO, Updates
 from probes.vocabulary import GRADIENTS, METRICS
 from probes.wrapped import unwrap_optimizer
 from probes.writer import RunWriter
@@ -303,6 +304,7 @@ class Recorder:
 
     def _watch_parameters(self) -> None:
         self._gradients = GradientNorms(self._sites)
+        self._updates = Updates(self._sites)
         self._backwards = Backwards(
             self._gradients.watched(),
             lambda: self._taps.mode != OFF,
@@ -321,6 +323,8 @@ class Recorder:
         with self._faults.guard(*NORMS):
             # Parameters change slowly, and reading them all takes as long as reading all gradients.
             self._gradients.measure(parameters=self._taps.mode == MATRICES)
+            with self._faults.guard(UPDATE_RATIO):
+                self._updates.before(self._clock.now.attempt)
         with self._faults.guard(*GRADIENTS):
             self._scale.at_backward(self._gradients.squares)
 
@@ -357,6 +361,8 @@ class Recorder:
             self._scale.unknown = self._taps.half and not self._scale.given
         known = self._scale.known()
         metrics = self._taps.finish() | self._gradients.finish(self._scale.value)
+        with self._faults.guard(UPDATE_RATIO):
+            metrics |= self._updates.after(self._clock.now.attempt)
         if self._scale.value is not None:
             metrics |= {
                 name: v / self._scale.value for name, v in metrics.items() if name.endswith("_grad_rms")

@@ -72,6 +72,22 @@ def reached(tree: object, path: tuple) -> object:
     return tree
 
 
+def put(tree: object, path: tuple, x: Tensor) -> object:
+    """The tree of tuples, lists and dicts with `x` where `path` leads; made anew, but for the output objects of a
+    library, which are made for one call."""
+    if not path:
+        return x
+    key, rest = path[0], path[1:]
+    if isinstance(tree, dict):
+        changed = put(tree[key], rest, x)
+        if type(tree) is dict:
+            return {**tree, key: changed}
+        tree[key] = changed
+        return tree
+    parts = [put(part, rest, x) if place == key else part for place, part in enumerate(tree)]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+
+
 @dataclass(frozen=True)
 class LayerSite:
     """One layer. Its state is seen at `state`, or is the state before plus the output before (None). Its output is seen

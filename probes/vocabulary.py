@@ -96,6 +96,14 @@ _ROWS = [
         "Recorded with the matrices.",
     ),
     Metric(
+        "update_ratio",
+        LAYER,
+        "Update ratio (estimate)",
+        "",
+        "L2 norm of what the optimizer's step changed in a layer's parameters, over their L2 norm before it. An estimate "
+        "from a fixed sample of about 4,096 of each layer's elements.",
+    ),
+    Metric(
         "other_grad_norm",
         SCALAR,
         "Other gradient norm",

@@ -24,7 +24,7 @@ def profile(
     last = int(lasts[0]) if len(lasts) == 1 else None
     first, most = (int(frame["depth"].min()), int(max(lasts))) if len(frame) else (0, 1)
     axis = alt.Axis(title="Relative depth", grid=False) if relative else axes.depth(name, last)
-    base = alt.Chart(frame).encode(
+    base = alt.Chart().encode(
         x=alt.X(
             "depth:Q",
             scale=alt.Scale(domain=[first, most], nice=False, zero=False, padding=8),
@@ -32,7 +32,7 @@ def profile(
         ),
         y=axes.value("value", label, frame["value"], scale),
         color=palette.colour(colours),
-        order="depth:Q",
+        order=alt.Order("depth:Q"),
     )
     lines = base.mark_line(strokeWidth=2 if most <= 64 else 1.6)
     size = 34 if most <= 32 else 14 if most <= 80 else 6
@@ -45,6 +45,6 @@ def profile(
             alt.Tooltip("step:Q", title="Step", format=",d"),
         ],
     )
-    return alt.layer(lines, points).properties(
-        title=axes.title(title), height=height + palette.legend_room(colours)
+    return alt.layer(
+        lines, points, data=frame, title=axes.title(title), height=height + palette.legend_room(colours)
     )

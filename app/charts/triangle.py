@@ -61,13 +61,13 @@ def triangle(
                     **_labels(sources, _short_source, EVEN),
                 ),
             ),
-            x2="right:Q",
+            x2=alt.X2("right:Q"),
             y=alt.Y(
                 "top:Q",
                 scale=_span(reads, reverse=True),
                 axis=alt.Axis(title="Read of layer", **_labels(reads, _short_read, ODD), **axes.FLAT),
             ),
-            y2="bottom:Q",
+            y2=alt.Y2("bottom:Q"),
             color=_colour(name, domain, _corner(cells), legend),
             tooltip=[
                 alt.Tooltip("read:N", title="Read"),
@@ -81,9 +81,9 @@ def triangle(
         .mark_rect(fillOpacity=0, stroke=palette.FOCUS, strokeWidth=2, clip=False)
         .encode(
             x=alt.X("left:Q", scale=_span(sources)),
-            x2="right:Q",
+            x2=alt.X2("right:Q"),
             y=alt.Y("top:Q", scale=_span(reads, reverse=True)),
-            y2="bottom:Q",
+            y2=alt.Y2("bottom:Q"),
         )
     )
     painted = palette.painted(
@@ -95,7 +95,7 @@ def triangle(
         top=("row", -0.5),
         bottom=("row", 0.5),
     )
-    return alt.layer(grid, frame).properties(title=axes.title(title), height=height, usermeta=painted)
+    return alt.layer(grid, frame, title=axes.title(title), height=height, usermeta=painted)
 
 
 def _colour(name: str, domain: tuple[float, float], corner: bool, title: str) -> alt.Color:

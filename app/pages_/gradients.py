@@ -3,7 +3,7 @@
 import pandas as pd
 import streamlit as st
 
-from app import draw, findings, frames, over_depth, pick, room
+from app import draw, findings, frames, over_depth, pick, room, words
 from app.charts import axes
 from app.charts.lines import lines
 from app.charts.profile import profile
@@ -76,15 +76,23 @@ def _updates(shown: list[room.Shown], step: int) -> None:
         return
     st.subheader("How far does one step move a layer?", anchor=False)
     frame = pd.concat(parts.values(), ignore_index=True)
-    title = findings.unevenness(frame, "param_norm").replace("parameter norm", "estimated update ratio")
-    chart = profile(
-        frame, "param_norm", room.colours(list(parts)), title, "log", 280, label="Update ratio (estimate)"
-    )
+    title = findings.unevenness(frame, "update_ratio")
+    chart = profile(frame, "update_ratio", room.colours(list(parts)), title, "log", 280)
     draw.show(chart, key="update ratio", data=frame)
-    st.caption(
-        "An estimate: gradient norm × learning rate / parameter norm. It is exact for plain SGD without momentum or clipping; Adam "
-        "rescales every gradient, so compare layers and runs by it, not its size."
-    )
+    derived = [one.name for one in parts if "update_ratio" not in one.run]
+    told = []
+    if len(derived) < len(parts):
+        told.append(
+            "What the optimizer's step changed in a layer, over the layer's size: an estimate, from a fixed sample of its "
+            "elements."
+        )
+    if derived:
+        of = f" of {words.joined(derived)}" if len(derived) < len(parts) else ""
+        told.append(
+            f"An estimate{of}: gradient norm × learning rate / parameter norm. It is exact for plain SGD without "
+            "momentum or clipping; Adam rescales every gradient, so compare layers and runs by it, not its size."
+        )
+    st.caption(" ".join(told))
 
 
 room.enter(

@@ -59,7 +59,24 @@ def test_update_ratios(tmp_path):
     assert frames.update_ratio(run, "run", 3)["value"].tolist() == pytest.approx([0.02, 0.08])
     at = opened(tmp_path, "pages_/gradients.py", gradient="param_grad_norm")
     assert not at.exception and "An estimate: gradient norm" in said(at)
-    assert any("estimated update ratio is 4.0×" in data["alt"] for data in mounted(at, "depthscope_chart"))
+    assert any(
+        "update ratio (estimate) is 4.0×" in data["alt"].lower() for data in mounted(at, "depthscope_chart")
+    )
+
+
+def test_a_recorded_update_ratio_goes_before_a_derived_one(tmp_path):
+    writer = RunWriter(tmp_path / "run", Manifest(made.layout("prenorm", 1), 0.0, 1, 1))
+    norms = [(name, 0, np.float32([2, 4])) for name in ("param_grad_norm", "param_norm")]
+    rows = [*norms, ("lr", 0, np.float32(0.1)), ("update_ratio", 0, np.float32([0.25, 0.5]))]
+    writer.put(lambda: rows, 0)
+    writer.close("finished")
+    assert frames.update_ratio(open_run(tmp_path / "run"), "run", 0)["value"].tolist() == [0.25, 0.5]
+    at = opened(tmp_path, "pages_/gradients.py", gradient="param_grad_norm")
+    assert (
+        not at.exception
+        and "a fixed sample of its elements" in said(at)
+        and "gradient norm ×" not in said(at)
+    )
 
 
 def test_the_page_shows_exponents(folder):

@@ -159,7 +159,8 @@ def test_every_metric_has_its_twin(kind, tmp_path):
             look_away(model)
     run = probes.open_run(tmp_path / "run")
     assert not run.problems
-    assert set(run.metrics) == {*expected[0], "lr", "loss", "identity_error", *SAMPLED_METRICS, *HOST}
+    others = {"lr", "loss", "identity_error", "update_ratio"}
+    assert set(run.metrics) == {*expected[0], *others, *SAMPLED_METRICS, *HOST}
     unknown = set(METRICS) - set(run.metrics) - {"val_loss", "tokens", "skipped", "read_error"}
     assert unknown <= (DEPTH | {"query_norm"} if kind == "prenorm" else set())
     for name in expected[0]:
