@@ -49,6 +49,7 @@ class Attempt:
         self.parts: dict[str, dict[str, Part]] = {}  # rows in memory, by metric and shard
         self.digests: list[Digest] = []  # of shards whose rows are not in memory
         self.sealed: dict[str, tuple[int | None, int, int]] = {}  # sound shards: number, first and last step
+        self.sums: dict[str, str] = {}  # checksums of those that were only checked
         self.broken: dict[str, tuple[int, int, str]] = {}  # first and last step, and what is wrong
         self.unreadable: set[str] = set()  # those of them that may be sound
         self.quarantined: dict[str, tuple[int, int]] = {}
@@ -161,7 +162,9 @@ class Attempt:
             number = None if shard.number < 0 else shard.number
             self.sealed[name] = number, *shard_steps(name)
             self.size += shard.size
-            if room is not None:
+            if room is None:
+                self.sums[name] = shard.crc32
+            else:
                 room -= held
                 self.held += held
                 for each, part in rows.items():

@@ -1,9 +1,11 @@
 """Compact: make the digest of sealed shards (digest.py), so many of them a file; nothing else is written, no shard touched."""
 
 import contextlib
+import logging
 import os
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +15,10 @@ from probes.attempts import Attempt, shard_names
 from probes.careful import read_bytes
 from probes.digest import FOLDER, Covered, Digest, DigestError, Piece, digest_names, write_digest
 from probes.layout import Layout
+from probes.manifest import Manifest
 from probes.shard import MOST_BYTES, ShardError, parse_header, parse_shard, shard_name, shard_steps
+
+log = logging.getLogger("depthscope")
 
 ROWS = 1 << 15  # of one metric, in one file, or
 BYTES = 64 << 20  # of shards
@@ -61,7 +66,7 @@ class _Group:
             )
             for name, steps in self.steps.items()
         }
-        into.mkdir(parents=True, exist_ok=True)
+        into.mkdir(exist_ok=True)
         path = into / shard_name(min(s.first for s in self.shards), max(s.last for s in self.shards))
         write_digest(path, about, self.shards, series)
         return path
@@ -103,6 +108,7 @@ def kept(attempt: Attempt, layout: Layout, cache: Path) -> Path:
                 size += os.lstat(attempt.shards / name).st_size
     if size >= BYTES:
         with contextlib.suppress(OSError):  # a full disk: then the shards are read
+            cache.mkdir(parents=True, exist_ok=True)
             for _ in compact(attempt, layout, folder, whole=False):
                 pass
     return folder
@@ -117,6 +123,32 @@ def fitting(attempt: Attempt, folder: Path) -> Iterator[Digest]:
             continue
         if not digest.misfit(attempt.about):
             yield digest
+
+
+class Behind:
+    """The digest of a run while it is written: made when what was sealed since fills a file, by who has nothing else to do."""
+
+    def __init__(self, run: Path, number: int, manifest: Manifest):
+        self._run, self._number, self._manifest = run, number, manifest
+        self._bytes = self._rows = 0
+
+    def sealed(self, rows: Sequence[tuple[str, int, np.ndarray]]) -> None:
+        """A shard of these rows was sealed."""
+        count = Counter(name for name, _, _ in rows)
+        self._rows += max(count.values(), default=0)
+        self._bytes += sum(value.nbytes for _, _, value in rows)
+
+    def work(self) -> None:
+        """At most the reading of a few shards more than fill a file. Never raises: a digest is no loss."""
+        if self._bytes < BYTES and self._rows < ROWS:
+            return
+        self._bytes = self._rows = 0
+        try:
+            attempt = Attempt(self._run, self._number, self._manifest)
+            for _ in compact(attempt, self._manifest.layout, attempt.shards / FOLDER, whole=False):
+                pass
+        except Exception as error:
+            log.debug("depthscope made no digest of %s: %s", self._run, error)
 
 
 def tidy(attempt: Attempt, folder: Path) -> list[Path]:
