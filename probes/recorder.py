@@ -106,7 +106,7 @@ def record(
     vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
     sites = find_sites(model, stack, layers, norms)
     following = None if tokens_every is None else schedule_of("tokens_every", tokens_every)
-    if following is not None and not sites.reads:
+    if following is not None and not sites.has_reads:
         raise RunError(
             f"tokens_every asks for depth weights, and no module of this {type(sites.root).__name__} tells any: leave it out."
         )
@@ -425,6 +425,7 @@ class Recorder:
                 self._retry = mode
                 yield "skipped", step_of(now), np.float32(1)
                 return
+            self._selfcheck.finite(step_of(now), values, seen)
             self._selfcheck.identity(values.get("identity_error"))
             self._selfcheck.reads(values.get("read_error"), values.get("depth_weight"))
             for name in metrics:

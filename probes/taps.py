@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.backwards import in_backward
+from probes.expert_taps import EXPERT_METRICS, Counts, ExpertTaps
 from probes.faults import Faults
 from probes.found_taps import FoundTaps
 from probes.hanging import Hanging
@@ -87,7 +88,7 @@ class Taps(Hanging):
         self._autocasts = torch.amp.is_autocast_available(self._device.type)
         live = self._tally.live
         self._forward, self._backward = live.forward, live.backward
-        self._nonfinite, self._depth = live.nonfinite, live.depth
+        self._nonfinite, self._depth, self._experts = live.nonfinite, live.depth, live.experts
         self.read_errors = self._tally.errors
         self._sample, self._calls, self._passes = self._tally.sample, self._tally.calls, self._tally.passes
 
@@ -162,6 +163,8 @@ class Taps(Hanging):
             self.after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], output[1]))
         if self._found is not None:
             self._found.attach()
+        for module, count in ExpertTaps(sites.experts).places():
+            self.before(module, lambda args, kwargs, count=count: self._routed(count, args, kwargs))
         if sites.norm is not None:
             self.before(sites.norm, lambda args, kwargs: self._passed())
         if "block" in self._forward and sites.reads:
@@ -169,6 +172,15 @@ class Taps(Hanging):
                 # The newest source of the read after a transformer block is the partial sum the block left.
                 self.before(read, lambda args, kwargs, block=block: self.tap(args[0][-1], "block", block))
         self._handles.append(sites.called.register_forward_hook(Hook(self._end)))
+
+    def _routed(self, count: Counts, args: tuple, kwargs: dict) -> None:
+        """Experts are given their tokens."""
+        if not self.matrices or self.recomputing:
+            return
+        if torch.compiler.is_compiling():
+            count(self._experts, args, kwargs, self._mask)
+        else:
+            self.eagerly(lambda: count(self._experts, args, kwargs, self._mask), *EXPERT_METRICS)
 
     def _passed(self) -> None:
         if torch.compiler.is_compiling():
