@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -238,19 +238,16 @@ class Series:
             shaped(bins.nonfinite),
         )
 
-    def first_beyond(self, limit: float, nonfinite: bool = False) -> int | None:
-        """The number of the first row with a value above `limit` (`nonfinite`: or one that is not finite); None if none."""
-        start, stop = 0, len(self)
-        begin = count = 0
+    def first(self, test: Callable[[Binned], np.ndarray]) -> int | None:
+        """The number of the first row for which `test` is true of any entry, None if none. It is asked of bins [b, ...] first,
+        and of those that pass row by row."""
+        start, stop, begin, count = 0, len(self), 0, 0
         while stop > start:
             bins = self.between(start, stop, 1000)
-            bad = bins.high > limit
-            if nonfinite:
-                bad = bad | (bins.nonfinite > 0)
-            bad = bad.reshape(len(bins), -1).any(axis=1)
-            if not bad.any():
+            passed = np.asarray(test(bins)).reshape(len(bins), -1).any(axis=1)
+            if not passed.any():
                 return None
-            at = int(np.argmax(bad))
+            at = int(np.argmax(passed))
             begin, count = int(bins.start[at]), int(bins.count[at])
             if count == 1:
                 break

@@ -64,8 +64,10 @@ class Shard:
         return int(number) if re.fullmatch("[0-9]{1,9}", number) else -1
 
 
-def write_shard(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> int:
-    """Seal `tensors` at `path`: temporary file, fsync, rename, fsync of the folder. Returns its size.
+def write_shard(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], durable: bool = True
+) -> int:
+    """Seal `tensors` at `path`: temporary file, fsync, rename, fsync of the folder (not `durable`: no fsync). Returns its size.
 
     Raises OSError when the disk refuses, FileExistsError when the shard is there already (a shard is never
     rewritten).
@@ -74,8 +76,9 @@ def write_shard(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping
         raise FileExistsError(f"shard {path} exists already")
     content = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     data = safetensors_numpy.save(content, {**metadata, "crc32": checksum(content, metadata)})
-    write_whole(path, data)
-    sync_folder(path.parent)
+    write_whole(path, data, durable)
+    if durable:
+        sync_folder(path.parent)
     return len(data)
 
 
