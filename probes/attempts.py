@@ -177,8 +177,9 @@ class Attempt:
     def rely(self, names: list[str], folder: Path, layout: Layout) -> bool:
         """Take the digests in a folder whose shards are all among these; their rows leave the memory. Whether there were any."""
         self._layout, there, new = layout, set(names), False
-        for name in digest_names(folder):
-            path = folder / name
+        taken = {name for digest in self.digests for name in digest.names}
+        for file in digest_names(folder):
+            path = folder / file
             if path in self._looked_at:
                 continue
             self._looked_at.add(path)
@@ -187,18 +188,18 @@ class Attempt:
             except (DigestError, FileNotFoundError):
                 continue
             covered = set(digest.names)
-            taken = {name for other in self.digests for name in other.names}
             if covered - there or covered & taken or digest.misfit(self.about) or not self._fits(digest):
                 continue
             self.digests.append(digest)
-            for shard in digest.shards:
-                if shard.name not in self.sealed:
+            taken |= covered
+            for shard, name in zip(digest.shards, digest.names, strict=True):
+                if name not in self.sealed:
                     self.size += shard.size
-                self.broken.pop(shard.name, None)
+                self.broken.pop(name, None)
                 number = None if shard.number < 0 else shard.number
-                self.sealed[shard.name] = number, shard.first, shard.last
+                self.sealed[name] = number, shard.first, shard.last
                 for each, parts in self.parts.items():
-                    if (part := parts.pop(shard.name, None)) is not None:
+                    if (part := parts.pop(name, None)) is not None:
                         self.held -= _unpacked(each, *part, self._layout)
             new = True
         self.parts = {name: parts for name, parts in self.parts.items() if parts} if new else self.parts

@@ -190,6 +190,7 @@ class Digest:
             raise ValueError("it has not a checksum for each part")
         self.about = {key: value for key, value in metadata.items() if key not in ("digest", "metrics")}
         self.shards = [Covered(*map(int, row)) for row in self._tensor("shards", file, (None, 5))]
+        self.names = [shard.name for shard in self.shards]
         self.metrics = {name: Column(**told) for name, told in json.loads(metadata["metrics"]).items()}
         for name, told in self.metrics.items():
             if not all(type(n) is int and n >= 0 for n in (told.rows, told.width, told.first, told.last)):
@@ -201,23 +202,19 @@ class Digest:
                 if self._places[f"level.{level}.{name}"].shape != shape:
                     raise ValueError(f"{name!r} has another pyramid than rows")
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the shards it covers."""
-        return [shard.name for shard in self.shards]
-
     def misfit(self, about: dict[str, str]) -> str:
         """What sets it apart from the shards beside it, in a clause; empty where it is theirs. They are not read for that."""
         for key, value in about.items():
             if self.about.get(key) != value:
                 return f"is of another {key}"
-        for shard in self.shards:
+        below = os.path.join(self.folder, "")
+        for name, shard in zip(self.names, self.shards, strict=True):
             try:
-                size = os.lstat(self.folder / shard.name).st_size
+                size = os.lstat(below + name).st_size
             except OSError:
-                return f"covers shard {shard.name}, which is gone"
+                return f"covers shard {name}, which is gone"
             if size != shard.size:
-                return f"covers another shard {shard.name} than the one that is there"
+                return f"covers another shard {name} than the one that is there"
         return ""
 
     def verify(self) -> None:
