@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from app import reading
+from app import gaps, reading
 from app.derived import metric
 from app.reading import series
 from probes import Run
@@ -29,10 +29,8 @@ def nearest(steps: np.ndarray, step: int) -> int | None:
 def stops(runs: Iterable[Run], names: Iterable[str]) -> list[int]:
     """Every step at which any of the runs recorded any of the metrics, thinned to at most 400, ends kept."""
     names = list(names)
-    recorded = {id(each): each for run in runs for name in names if len(each := reading.steps(run, name))}
-    found = list(recorded.values())
-    steps = found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
-    return thinned(np.unique(steps), STOPS)
+    recorded = [reading.steps(run, name) for run in runs for name in names]
+    return thinned(gaps.together(recorded), STOPS)
 
 
 def thinned(steps: Sequence[int], most: int) -> list[int]:

@@ -32,7 +32,7 @@ def gaps(run: Run) -> list[Gap]:
 
 
 def _gaps(run: Run) -> list[Gap]:
-    steps = _together([run.steps(name) for name in run.metrics if metric(name).axes])
+    steps = together([run.steps(name) for name in run.metrics if metric(name).axes])
     vectors, matrices = run.manifest.vectors, run.manifest.matrices
     apart = np.diff(steps)
     # Most neighbours are as close as the interval puts them: only the others are worth asking about.
@@ -48,16 +48,16 @@ def _gaps(run: Run) -> list[Gap]:
     return found
 
 
-def _together(recorded: list[np.ndarray]) -> np.ndarray:
-    """All steps that are in any of the arrays, ascending."""
+def together(recorded: list[np.ndarray]) -> np.ndarray:
+    """All steps that are in any of the arrays, each once, ascending."""
     # Most metrics share one array of steps, and the matrices' are a part of it.
     distinct = sorted({id(steps): steps for steps in recorded}.values(), key=len, reverse=True)
     every = distinct[0] if distinct else np.empty(0, np.int64)
     for steps in distinct[1:]:
         at = np.minimum(np.searchsorted(every, steps), len(every) - 1)
         if len(steps) and (every[at] != steps).any():
-            every = np.union1d(every, steps)
-    return every
+            every = np.sort(np.concatenate([every, steps]), kind="stable")
+    return every[np.diff(every, prepend=-1) > 0]
 
 
 def cuts(run: Run, steps: np.ndarray) -> np.ndarray:

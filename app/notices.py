@@ -20,7 +20,10 @@ _EXPLAINED = 0.95  # of every state, by its outputs with the recovered weights
 
 def warnings(run: Run) -> list[str]:
     """What makes the numbers doubtful: values that are not finite, a stream that does not add up."""
-    return [told for told in (_states(run), _loss(run), "" if _weighed(run) else _identity(run)) if told]
+    if "warnings" not in run.kept:
+        found = (_states(run), _loss(run), "" if _weighed(run) else _identity(run))
+        run.kept["warnings"] = [told for told in found if told]
+    return run.kept["warnings"]
 
 
 def remarks(run: Run) -> list[str]:

@@ -34,7 +34,7 @@ MEANING = (
     "even share from every reader. Both need three readers for whom the source is not the newest."
 )
 SHARES = ("depth_weight", "mixing_share")  # each read's values sum to one: even shares have a meaning
-MATRICES = 500  # looked at over training, at most
+MATRICES = 250  # looked at over training, at most
 READERS, SINK, MOST, BALLAST = 3, 1.5, 0.75, 0.5
 
 

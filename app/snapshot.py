@@ -5,6 +5,7 @@ import threading
 from datetime import datetime
 from pathlib import Path
 
+from app import cache
 from probes import Run
 from probes.attempts import Attempt
 
@@ -42,7 +43,7 @@ class Followed:
 
     def __init__(self, path: Path):
         self._turn = threading.Lock()
-        self._run = Run(path)
+        self._run = Run(path, cache.folder(path))
 
     def look(self) -> Snapshot:
         """What is there now; between two looks without a new shard nothing is read."""

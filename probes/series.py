@@ -63,7 +63,9 @@ class Stored:
         return self._try(
             lambda: [
                 self._digest.bins(self._name, level, first, last, columns)
-                for level, first, last in pyramid.cover(start, stop, self._all, top)
+                for level, first, last in pyramid.cover(
+                    start, stop, self._all, min(top, pyramid.depth(self._all))
+                )
             ],
             lambda held: held.bins(start, stop, top, columns),
         )
