@@ -67,7 +67,7 @@ def _curves(shown: list[room.Shown], name: str, x: str, window: int | None, axis
         y_scale,
         x=x,
         x_scale=x_scale,
-        fill=palette.filling(420, 260, 560),
+        fill=palette.filling(500, 260, 440),
     )
     draw.show(chart, key=f"runs {name}", data=frame)
     st.caption("Ctrl and the mouse wheel zoom, dragging moves, a double click shows all again.")

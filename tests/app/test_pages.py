@@ -14,7 +14,7 @@ from probes import open_run
 from tests.app import made
 
 MAIN = Path(app.__file__).with_name("main.py")
-PAGES = ["runs", "dilution", "gradients", "depth_attention", "tokens", "compare"]
+PAGES = ["runs", "dilution", "gradients", "depth_attention", "tokens", "attribution", "compare"]
 FOLDERS = [
     "prenorm", "full", "block", "empty", "missing metrics", "broken shard", "single step", "few steps",
     "nothing yet", "unreadable manifest",
