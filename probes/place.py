@@ -14,16 +14,19 @@ from probes.jsonfile import MOST_BYTES, read_json, write_json
 from probes.layout import difference
 from probes.life import beat, beating
 from probes.manifest import Manifest, RunError
+from probes.ranks import MANIFEST as RANK
+from probes.ranks import rank_folder
 
 
 class Place:
     """Where one attempt writes. `begin` and `resume` give one."""
 
-    def __init__(self, run: Path, number: int, about: dict[Path, dict]):
-        self.run, self.number = run, number
-        self.folder = attempt_folder(run, number)
-        self.shards = self.folder / files.RANK_FOLDER
+    def __init__(self, run: Path, number: int, about: dict[Path, dict], rank: int = 0, created: float = 0.0):
+        self.run, self.number, self.rank = run, number, rank
+        self.shards = rank_folder(attempt_folder(run, number), rank)
+        self.folder = self.shards if rank else attempt_folder(run, number)  # of heartbeat and end marker
         self._about = about  # the content of run.json, and of attempt.json
+        self.created = about.get(run / files.MANIFEST, {}).get("created", created)
         self._device = os.stat(run).st_dev
         self._stamp: object = None
 
@@ -41,7 +44,7 @@ class Place:
         manifest = self.run / files.MANIFEST
         if _stamp(manifest) != self._stamp:
             there = read_json(manifest, MOST_BYTES)
-            if there is not None and there.get("created") != self._about[manifest]["created"]:
+            if there is not None and there.get("created") != self.created:
                 raise RunError(f"another run was begun at {self.run}")
         lost = [path for path in self._about if not path.exists()]
         if not lost and self.shards.is_dir():
@@ -104,6 +107,19 @@ def resume(run: Path, manifest: Manifest) -> Place:
         beat(folder, -1)
         about = {run / files.MANIFEST: read_json(run / files.MANIFEST, MOST_BYTES) or recorded.to_json()}
         return _made(Place(run, number + 1, {**about, folder / files.ATTEMPT: manifest.to_json()}))
+    except OSError as error:
+        raise _refused(run, error) from error
+
+
+def join(run: Path, number: int, rank: int, created: float, manifest: Manifest | None) -> Place:
+    """The place of another rank than 0 in an attempt that rank 0 has begun in a run that was `created` then; `manifest` says
+    what it records where that is not what rank 0 does. Raises RunError when the disk refuses."""
+    folder = rank_folder(attempt_folder(run, number), rank)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        beat(folder, -1)
+        about = {} if manifest is None else {folder / RANK: manifest.to_json()}
+        return _made(Place(run, number, about, rank, created))
     except OSError as error:
         raise _refused(run, error) from error
 

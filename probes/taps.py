@@ -18,6 +18,7 @@ from probes.found import FoundReads
 from probes.gradient_taps import GradientTaps
 from probes.hooks import Hook, tap_gradient_in_graph
 from probes.masks import Masks, fitting
+from probes.parallel import is_split
 from probes.read_taps import ReadTaps
 from probes.rows import reads_after_blocks, rows_by_arithmetic, unhooked_rows
 from probes.sampled import SAMPLED_METRICS
@@ -36,7 +37,7 @@ class Taps:
     what was counted in this step.
     """
 
-    def __init__(self, sites: Sites, masks: Masks | None = None, faults: Faults | None = None):
+    def __init__(self, sites: Sites, masks: Masks | None = None, faults: Faults | None = None, share: int = 1):
         self._mode = OFF
         # Booleans, for the compiler would make a number that changes a symbol, and compile graphs for it.
         self._looking = self._matrices = False
@@ -48,7 +49,7 @@ class Taps:
         self._given: list[
             torch.Size
         ] = []  # of this forward, [B, T] among them, where there are streams to be told
-        self._sites = sites
+        self._sites, self._share = sites, share
         self._faults = faults or Faults(strict=True)
         self.masks = masks or Masks(None, sites)
         self.gradients = GradientTaps(self._faults)
@@ -89,6 +90,11 @@ class Taps:
         return self._seconds + self.gradients.seconds
 
     @property
+    def tally(self) -> Tally:
+        """The sums of this step."""
+        return self._tally
+
+    @property
     def nbytes(self) -> int:
         """Memory held on the device, in bytes."""
         return self._tally.nbytes
@@ -101,7 +107,7 @@ class Taps:
 
     def _tally_up(self) -> None:
         """Empty sums where the model is. The names below are guarded by the compiler, which wants few steps to them."""
-        self._tally = Tally(self._sites, self._parameter.device)
+        self._tally = Tally(self._sites, self._parameter.device, self._share)
         self._device = self._tally.device
         self._autocasts = torch.amp.is_autocast_available(self._device.type)
         live = self._tally.live
@@ -436,6 +442,8 @@ class Taps:
         add_moments(x, forward.squares[row], forward.count[row], mask)
         if self._matrices and place == "state":
             add_nonfinite(x, self._nonfinite, row, mask)
+            if is_split(x):
+                self._tally.split.add(row)
 
     def _gradient(self, x: Tensor, place: str, row: int, streams: bool = False) -> None:
         sums = self._backward[place].rows[row]
