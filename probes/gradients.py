@@ -32,6 +32,10 @@ class GradientNorms:
         self._row = torch.tensor([row for row, group in enumerate(self._groups) for _ in group])
         # Of which parameters this process tells; None: all.
         self._told = None if parallel is None else [parallel.tells_of(p) for p in self._parameters]
+        # Those whose gradient is known when the parts of all processes have been added up.
+        self._whole = [
+            i for i, p in enumerate(self._parameters) if parallel is not None and parallel.whole(p)
+        ]
         self.reset()
 
     def watched(self) -> list[nn.Parameter]:
@@ -45,9 +49,13 @@ class GradientNorms:
         return any(p not in self._place for p in self._root.parameters())
 
     def reset(self) -> None:
+        self._squared: list[bool] | None = (
+            None  # of which gradients this process tells the squares; None: all
+        )
         self.squares: Tensor | None = None  # of each parameter's gradient, as autograd left it
         self._norm_squares: Tensor | None = None  # by group
         self._query_squares: Tensor | None = None
+        self._parts: Tensor | None = None  # of the gradients of `_whole`, flat
         self._left: list[GradientMark | None] = []
         self._taken: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -62,10 +70,20 @@ class GradientNorms:
             raise RuntimeError(
                 "the gradients were gone when the backward pass ended, as where optimizers step within it"
             )
-        self.squares = _squares(gradients)
+        if self._whole:
+            pairs = [(gradients[i], self._parameters[i]) for i in self._whole]
+            self._parts = torch.cat([self._parallel.part(*pair) for pair in pairs])
+        left_out = set(self._whole)
+        self.squares = _squares([None if i in left_out else g for i, g in enumerate(gradients)])
+        if self._told is not None:
+            # A gradient may be spread in another way than its parameter.
+            self._squared = [
+                g is not None and i not in left_out and self._parallel.tells_of(g)
+                for i, g in enumerate(gradients)
+            ]
         self._left = [GradientMark.of(g) for g in gradients]
         if parameters:
-            self._norm_squares = self._by_group(_squares(self._parameters))
+            self._norm_squares = self._by_group(_squares(self._parameters), self._told)
         device = local(self._parameters[0]).device
         if self._found is not None:
             queries = [[getattr(*each) for each in read.query] for read in self._found.reads]
@@ -88,6 +106,8 @@ class GradientNorms:
             for p in group["params"]
             if p in self._place and self._left[self._place[p]] is not None
         ]
+        if self._squared is not None:
+            places = [i for i in places if self._squared[i]]
         if not places:
             return
         if not any(self._left[i].changed(self._parameters[i].grad) for i in places):
@@ -95,10 +115,8 @@ class GradientNorms:
             # looked at all the same.
             small = [i for i in places if self._parameters[i].ndim < 2]
             places = small or [min(places, key=lambda i: self._parameters[i].numel())]
-        if self._told is not None:
-            places = [i for i in places if self._told[i]]
         found = _squares([self._parameters[i].grad for i in places]).sum()
-        expected = torch.stack([self.squares[i] for i in places] or [found]).sum()
+        expected = torch.stack([self.squares[i] for i in places]).sum()
         self._taken[id(optimizer)] = _unscaled(expected, before, 2), _unscaled(found, now, 2)
 
     def finite(self) -> Tensor:
@@ -115,7 +133,9 @@ class GradientNorms:
         [groups], "before" and "after" clipping [], "queries" [R]."""
         if self.squares is None:
             return {}
-        sums = {"gradients": self._by_group(self.squares)}
+        sums = {"gradients": self._by_group(self.squares, self._squared)}
+        if self._parts is not None:
+            sums["parts"] = self._parts
         if self._taken:
             taken = zip(*self._taken.values(), strict=True)
             sums["before"], sums["after"] = (torch.stack(parts).sum() for parts in taken)
@@ -129,13 +149,25 @@ class GradientNorms:
         """Of everything that `sums` may hold."""
         reads = len(self._found.reads) if self._found is not None else len(self._reads)
         groups = (len(self._groups),)
-        return {"gradients": groups, "parameters": groups, "before": (), "after": (), "queries": (reads,)}
+        parts = (sum(self._parameters[i].numel() for i in self._whole),)
+        return {
+            "parts": parts,
+            "gradients": groups,
+            "parameters": groups,
+            "before": (),
+            "after": (),
+            "queries": (reads,),
+        }
 
     def finished(self, sums: dict[str, Tensor], scale: Tensor | None) -> dict[str, Tensor]:
         """The metrics that such sums make."""
         if "gradients" not in sums:
             return {}
         squares = sums["gradients"]
+        if "parts" in sums:
+            each = sums["parts"].split([self._parameters[i].numel() for i in self._whole])
+            rows = self._row[self._whole].to(squares.device)
+            squares = squares.index_add(0, rows, torch.stack([(part * part).sum() for part in each]))
         metrics = {
             "param_grad_norm": self._blank(_unscaled(squares[:-1].sqrt(), scale)),
             "other_grad_norm": _unscaled(squares[-1].sqrt(), scale),
@@ -156,12 +188,12 @@ class GradientNorms:
             norms[row] = torch.nan
         return norms
 
-    def _by_group(self, squares: Tensor) -> Tensor:
-        """[parameters] -> [groups]."""
+    def _by_group(self, squares: Tensor, told: list[bool] | None) -> Tensor:
+        """[parameters] -> [groups], of those that are `told`."""
         self._row = self._row.to(squares.device)
-        if self._told is not None:
+        if told is not None:
             squares = torch.stack(
-                [each if told else torch.zeros_like(each) for each, told in zip(squares, self._told, strict=True)]
+                [each if tell else torch.zeros_like(each) for each, tell in zip(squares, told, strict=True)]
             )
         return torch.zeros(len(self._groups), device=squares.device).index_add_(0, self._row, squares)
 

@@ -8,6 +8,7 @@ for each token is counted equally often; what is not a ratio needs what is known
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,16 +36,27 @@ def part_of(mask: Tensor, x: Tensor) -> Tensor:
         return local(mask)
     for dim, placement in enumerate(x.placements):
         if placement.is_shard() and placement.dim < 2:
-            whole = -(-mask.shape[placement.dim] // x.device_mesh.size(dim))  # as DTensor cuts: all but the last alike
+            whole = -(
+                -mask.shape[placement.dim] // x.device_mesh.size(dim)
+            )  # as DTensor cuts: all but the last alike
             parts = mask.split(whole, placement.dim)
             place = x.device_mesh.get_local_rank(dim)
             mask = parts[place] if place < len(parts) else mask.narrow(placement.dim, 0, 0)
     return mask
 
 
-def is_split(x: Tensor) -> bool:
-    """Whether this process holds a part of the tokens or channels that others complete."""
-    return isinstance(x, DTensor) and any(placement.is_shard() for placement in x.placements)
+def is_split(x: Tensor, given: list[torch.Size], copies: int) -> bool:
+    """Whether this process holds a part of `x` [B, T, ...] that others complete: a shard, or fewer tokens than the model was
+    `given` ([B, T] of its inputs), which `copies` processes see."""
+    if isinstance(x, DTensor):
+        return any(placement.is_shard() for placement in x.placements)
+    shape = (x.shape[0], x.shape[1] * copies) if x.ndim > 2 else ()
+    return copies > 1 and any(shape == tuple(each) for each in given)
+
+
+def is_parallel(module: nn.Module) -> bool:
+    """Whether a module works on DTensors."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 class Parallel:
@@ -53,6 +65,7 @@ class Parallel:
     def __init__(self, model: nn.Module, root: nn.Module, rank: int, world: int):
         self.rank, self.world = rank, world
         self._root = root
+        self._tells: dict[tuple, bool] = {}
         self._ddp = _wrapper(model)
         self._fsdp = [module for module in root.modules() if isinstance(module, FSDPModule)]
 
@@ -86,7 +99,9 @@ class Parallel:
     @property
     def divisor(self) -> float:
         """By what the gradient of a process's loss is divided in the gradient that the optimizer takes."""
-        factors = [_state(module).gradient_divide_factor for module in self._fsdp if _state(module) is not None]
+        factors = [
+            _state(module).gradient_divide_factor for module in self._fsdp if _state(module) is not None
+        ]
         return next((factor for factor in factors if factor is not None), self.data)
 
     @property
@@ -100,16 +115,37 @@ class Parallel:
         groups = [_state(module) for module in self._fsdp if _state(module) is not None]
         return any(not (group.reduce_grads and group.all_reduce_grads) for group in groups)
 
-    def tells_of(self, parameter: nn.Parameter) -> bool:
-        """Whether this process tells of its part of a parameter; another one does that holds the same, where not."""
-        if not isinstance(parameter, DTensor):
+    def tells_of(self, tensor: Tensor) -> bool:
+        """Whether this process tells of its part of a parameter, or of a gradient; another one does that holds the same, where
+        not."""
+        if not isinstance(tensor, DTensor):
             return self.rank == 0
-        mesh = parameter.device_mesh
-        copies = [
-            place for place, each in zip(mesh.get_coordinate() or [1], parameter.placements, strict=False)
-            if isinstance(each, Replicate)
-        ]  # fmt: skip
-        return not any(copies) and bool((mesh.mesh == 0).any())
+        mesh, placements = tensor.device_mesh, tensor.placements
+        if (mesh, placements) not in self._tells:
+            places = zip(mesh.get_coordinate() or (), placements, strict=False)
+            copy = any(place and isinstance(each, Replicate) for place, each in places)
+            self._tells[mesh, placements] = not copy and _of_first(mesh)
+        return self._tells[mesh, placements]
+
+    def whole(self, parameter: nn.Parameter) -> bool:
+        """Whether the gradient of a parameter may be left as parts of a sum, one in each process: that of one which all hold
+        whole, and each uses for a part of the tokens."""
+        return (
+            not self._fsdp
+            and isinstance(parameter, DTensor)
+            and all(isinstance(each, Replicate) for each in parameter.placements)
+        )
+
+    def part(self, gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
+        """What this process adds to the gradient of such a parameter, flat."""
+        here = local(parameter)
+        if gradient is None or not _of_first(parameter.device_mesh):
+            return torch.zeros(here.numel(), device=here.device)
+        summed = [isinstance(each, Partial) for each in gradient.placements]
+        places = zip(parameter.device_mesh.get_coordinate() or (), summed, strict=False)
+        if any(place and not parts for place, parts in places):
+            return torch.zeros(here.numel(), device=here.device)  # another one tells of it
+        return gradient._local_tensor.detach().reshape(-1).float().clone()
 
     def describe(self) -> dict:
         """In JSON, for run.json."""
@@ -121,6 +157,11 @@ class Parallel:
         }
         told = [{"shape": list(shape), "names": list(names)} for shape, names in sorted(meshes)]
         return {"by": wrappers, "data": self.data, "meshes": told}
+
+
+def _of_first(mesh: DeviceMesh) -> bool:
+    """Whether rank 0 is among those of a mesh, of which there may be several like it."""
+    return bool((mesh.mesh == 0).any())
 
 
 def _wrapper(model: nn.Module) -> DistributedDataParallel | None:

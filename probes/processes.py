@@ -60,9 +60,7 @@ class Meeting:
         _meetings += 1
         self.values = values
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self._store = dist.PrefixStore(
-            f"depthscope/{_meetings}", dist.distributed_c10d._get_default_store()
-        )
+        self._store = dist.PrefixStore(f"depthscope/{_meetings}", dist.distributed_c10d._get_default_store())
         self._told = False
 
     def __enter__(self) -> "Meeting":
@@ -74,14 +72,21 @@ class Meeting:
             if self.rank == 0:
                 self._answer({"error": str(error)})
 
-    def begin(self, path: str, layout: Layout, schedules: object, claim: Callable[[], tuple[int, float]]) -> Agreed | None:
+    def begin(
+        self, path: str, layout: Layout, schedules: object, claim: Callable[[], tuple[int, float]]
+    ) -> Agreed | None:
         """Rank 0 calls `claim` when all are there and agree, and tells what it gives: attempt and time. None where each
         process has a path of its own: then each records a run of its own.
 
         Raises RunError on every process where one does not come, where they do not fit together, or where the
         claim fails.
         """
-        mine = {"path": path, "layout": _digest(layout), "schedules": _digest(schedules), "values": self.values}
+        mine = {
+            "path": path,
+            "layout": _digest(layout),
+            "schedules": _digest(schedules),
+            "values": self.values,
+        }
         self._tell(mine)
         if self.rank == 0:
             try:

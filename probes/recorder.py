@@ -33,9 +33,9 @@ from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, Masks
 from probes.mirrors import Mirror, Send
 from probes.parallel import Parallel
+from probes.place import join
 from probes.processes import Meeting, meet
 from probes.provenance import model_config, versions
-from probes.place import join
 from probes.ranks import LOCAL, MERGED, Ranks
 from probes.resuming import first_step, seconds_before
 from probes.sampled import SAMPLED_METRICS, of_sample
@@ -156,7 +156,12 @@ def record(
 
 
 def _begin(
-    meeting: Meeting | None, path: Path, manifest: Manifest, resume: bool, sites: Sites, parallel: Parallel | None
+    meeting: Meeting | None,
+    path: Path,
+    manifest: Manifest,
+    resume: bool,
+    sites: Sites,
+    parallel: Parallel | None,
 ) -> tuple[RunWriter, Together | None]:
     """The writer of this process, and what sums its values with those of others."""
     if meeting is None:
@@ -216,7 +221,8 @@ class Recorder:
         self._scalars = Scalars()
         self._stepped_at = time.perf_counter()
         self._began = self._stepped_at - seconds  # of a clock that nobody sets, as if there had been no pause
-        self._taps = Taps(sites, masks, faults, 1 if together is None else together.merging.senders)
+        senders, copies = (1, 1) if together is None else (together.merging.senders, parallel.copies)
+        self._taps = Taps(sites, masks, faults, senders, copies)
         self._skipped: torch.Tensor | None = None  # attempts at this step that the scaler skipped
         self._sites = sites
         self._watch_parameters()
@@ -517,7 +523,11 @@ class Recorder:
         left_out = self._scalars.logged | (set() if scale.known() else set(GRADIENTS))
         skips = {} if now.skips is None else {"skips": now.skips}
         vain = self._clock.vain()
-        own = skips | ({} if scale.value is None else {"scale": scale.value}) | ({} if vain is None else {"vain": vain})
+        own = (
+            skips
+            | ({} if scale.value is None else {"scale": scale.value})
+            | ({} if vain is None else {"vain": vain})
+        )
         if scale.given or vain is not None:
             own["skipped"] = torch.zeros(()) if self._skipped is None else self._skipped
 

@@ -18,7 +18,7 @@ from probes.found import FoundReads
 from probes.gradient_taps import GradientTaps
 from probes.hooks import Hook, tap_gradient_in_graph
 from probes.masks import Masks, fitting
-from probes.parallel import is_split
+from probes.parallel import is_parallel, is_split
 from probes.read_taps import ReadTaps
 from probes.rows import reads_after_blocks, rows_by_arithmetic, unhooked_rows
 from probes.sampled import SAMPLED_METRICS
@@ -37,7 +37,14 @@ class Taps:
     what was counted in this step.
     """
 
-    def __init__(self, sites: Sites, masks: Masks | None = None, faults: Faults | None = None, share: int = 1):
+    def __init__(
+        self,
+        sites: Sites,
+        masks: Masks | None = None,
+        faults: Faults | None = None,
+        share: int = 1,
+        copies: int = 1,
+    ):
         self._mode = OFF
         # Booleans, for the compiler would make a number that changes a symbol, and compile graphs for it.
         self._looking = self._matrices = False
@@ -50,6 +57,7 @@ class Taps:
             torch.Size
         ] = []  # of this forward, [B, T] among them, where there are streams to be told
         self._sites, self._share = sites, share
+        self._copies = copies  # processes that see the same sequence
         self._faults = faults or Faults(strict=True)
         self.masks = masks or Masks(None, sites)
         self.gradients = GradientTaps(self._faults)
@@ -258,7 +266,7 @@ class Taps:
             self._embedded = False
         if not self._live:
             return
-        if self._sites.entry is not None:
+        if self._sites.entry is not None or self._copies > 1:
             given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.ndim > 1]
             self._given = [each.shape[:2] for each in given]
         if not compiling:
@@ -340,7 +348,10 @@ class Taps:
             if self._wants():
                 self._timed(action, args, kwargs)
 
-        self._handles.append(module.register_forward_pre_hook(Hook(hook), with_kwargs=True))
+        # Before what makes a DTensor of it: that is no longer what the stream holds.
+        self._handles.append(
+            module.register_forward_pre_hook(Hook(hook), with_kwargs=True, prepend=is_parallel(module))
+        )
 
     def _after(self, module: nn.Module, action: Callable) -> None:
         def hook(module, args, kwargs, output):
@@ -442,7 +453,7 @@ class Taps:
         add_moments(x, forward.squares[row], forward.count[row], mask)
         if self._matrices and place == "state":
             add_nonfinite(x, self._nonfinite, row, mask)
-            if is_split(x):
+            if is_split(x, self._given, self._copies):
                 self._tally.split.add(row)
 
     def _gradient(self, x: Tensor, place: str, row: int, streams: bool = False) -> None:

@@ -200,7 +200,11 @@ class RunWriter:
         for piece in _pieces(ready):
             steps = [step for _, step, _ in piece]
             target = self._place.shards / shard_name(steps[0], steps[-1])
-            about = {"rank": str(self._place.rank), "attempt": str(self._place.number), "shard": str(self._shards)}
+            about = {
+                "rank": str(self._place.rank),
+                "attempt": str(self._place.number),
+                "shard": str(self._shards),
+            }
             about["format"] = str(FORMAT_VERSION)
             if not self._disk.do(
                 lambda target=target, piece=piece, about=about: write_shard(target, _tensors(piece), about)
