@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from probes import manifest as files
 from probes.careful import is_folder, printable
 from probes.layout import Layout
 from probes.life import Life
 from probes.manifest import Manifest
+from probes.ranks import rank_folder
 from probes.shard import SUFFIX, Shard, ShardError, UnreadableShard, read_shard, shard_steps
+from probes.statuses import Statuses
 from probes.vocabulary import METRICS, MOST_STEP, TRIANGLES, metric
 
 QUARANTINE = "quarantine"
@@ -33,12 +34,13 @@ Part = tuple[np.ndarray, np.ndarray]  # steps int64 [n], values [n, ...]
 class Attempt:
     """One recording of a run, from `step` on: its state, and the rows it sealed, those hidden by later ones too.
 
-    `number` counts from 0. `hidden_from` is the step at which a later attempt began, None if none did.
+    `number` counts from 0; the rows are those of one `rank`, which as a rule is 0 and stands for all. `hidden_from` is the step at which a later attempt began, None if none did.
     """
 
-    def __init__(self, run: Path, number: int, manifest: Manifest):
-        self.number, self.manifest = number, manifest
+    def __init__(self, run: Path, number: int, manifest: Manifest, rank: int = 0):
+        self.number, self.manifest, self.rank = number, manifest, rank
         self.folder = attempt_folder(run, number)
+        self.shards = rank_folder(self.folder, rank)
         self.step = manifest.step
         self.hidden_from: int | None = None
         self.size = 0  # bytes on the disk
@@ -50,7 +52,8 @@ class Attempt:
         self.quarantined: dict[str, tuple[int, int]] = {}
         self.told: dict = {}  # what it said last
         self.ended: tuple[str, str] = ("running", "")  # and how it was, when the shards were listed
-        self._life = Life(self.folder, manifest.created)
+        self._life = Life(self.shards if rank else self.folder, manifest.created)
+        self.ranks = Statuses(self.folder, manifest.ranks, manifest.created)
         self._run = run
         self._last: tuple[object, int] = None, -1
 
@@ -106,7 +109,7 @@ class Attempt:
         """
         # What it says first, and then what is there: in the other order a shard sealed between would be missed.
         self.ended, self.told = self._life.look()
-        folder, new = self.folder / files.RANK_FOLDER, False
+        folder, new = self.shards, False
         for name in shard_names(folder):
             if name in self.sealed or (name in self.broken and name not in self.unreadable):
                 continue
@@ -137,12 +140,12 @@ class Attempt:
                 for each, part in rows.items():
                     self.parts.setdefault(each, []).append(part)
             new = True
-        kept = quarantine_folder(self._run, self.number)
+        kept = quarantine_folder(self._run, self.number, self.rank)
         self.quarantined = {name: shard_steps(name) for name in shard_names(kept)}
         return new
 
     def _rows(self, name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
-        place = {"rank": 0, "attempt": self.number}
+        place = {"rank": self.rank, "attempt": self.number}
         for what, number in place.items():
             if shard.metadata.get(what, str(number)) != str(number):
                 raise ShardError(f"is of {what} {printable(shard.metadata[what], 20)}, and was put here")
@@ -161,10 +164,10 @@ def attempt_folder(run: Path, number: int) -> Path:
     return run / f"attempt-{number:05d}" if number else run
 
 
-def quarantine_folder(run: Path, number: int) -> Path:
+def quarantine_folder(run: Path, number: int, rank: int = 0) -> Path:
     """Where broken shards of an attempt are put aside."""
     below = run / QUARANTINE
-    return (attempt_folder(below, number) if number else below) / files.RANK_FOLDER
+    return rank_folder(attempt_folder(below, number) if number else below, rank)
 
 
 def claimed(run: Path) -> list[int]:

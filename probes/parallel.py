@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
+from probes.manifest import RunError
+
 try:
     from torch.distributed.fsdp import FSDPModule
 except ImportError:  # pragma: no cover
@@ -71,9 +73,14 @@ class Parallel:
 
     @classmethod
     def of(cls, model: nn.Module, root: nn.Module) -> "Parallel | None":
-        """None where nobody else trains."""
+        """None where nobody else trains. Raises RunError for what cannot be followed."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return None
+        if any(hasattr(parameter, "_st_info") for parameter in root.parameters()):
+            raise RunError(
+                "DistributedDataParallel over a model with DTensors makes new parameters in each forward, which neither an "
+                "optimizer nor a recorder can follow: use fully_shard."
+            )
         return cls(model, root, dist.get_rank(), dist.get_world_size())
 
     @property

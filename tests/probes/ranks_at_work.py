@@ -2,7 +2,7 @@
 
     python -m tests.probes.ranks_at_work FOLDER WORLD CASE...
 
-Each case is recorded at FOLDER/<case> by WORLD processes, and at FOLDER/<case>-single by one.
+Each case is recorded at FOLDER/<case> by WORLD processes, and at FOLDER/<case>-single by one; or it is a scene.
 """
 
 import os
@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import (
 
 import probes
 from tests.probes.models import decoder, loss_of
+from tests.probes.ranks_scenes import PLAYED, play
 
 STEPS, CLIP = 3, 0.25
 
@@ -103,15 +104,6 @@ def hsdp(model):
     return _sharded(model, mesh), 4
 
 
-def ddp_tp(model):
-    from torch.distributed.tensor.parallel.ddp import _pre_dp_module_transform
-
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    model = _sliced(model, mesh["tp"])
-    _pre_dp_module_transform(model)
-    return nn.parallel.DistributedDataParallel(model, process_group=mesh["dp"].get_group()), 2
-
-
 def _sharded(model, mesh):
     core = getattr(model, "inner", model)
     for block in core.blocks:  # layer by layer, for a block takes a stream, in which FSDP finds no tensors
@@ -160,15 +152,13 @@ def _fewer_heads(attention, parts: int) -> None:
     attention.kv_heads //= parts
 
 
-SPREAD = {
-    each.__name__: each for each in (ddp, inner, fsdp, one_group, tp, sp, fsdp_tp, fsdp_sp, hsdp, ddp_tp)
-}
+SPREAD = {each.__name__: each for each in (ddp, inner, fsdp, one_group, tp, sp, fsdp_tp, fsdp_sp, hsdp)}
 
 
 def made(case: str) -> nn.Module:
     kind = "prenorm" if "sp" in case.split("-")[0].split("_") else "full"
-    size = {"heads": 4, "width": 32} if "4" in case else {"heads": 2}
-    model = decoder(kind, blocks=2, **size)
+    heads = 4 if "4" in case else 2
+    model = decoder(kind, blocks=2, heads=heads, kv_heads=heads)
     return Masked(model) if "masked" in case else model
 
 
@@ -224,18 +214,24 @@ def work(rank: int, world: int, port: int, folder: Path, cases: list[str]) -> No
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     for case in cases:
+        if case in PLAYED:
+            play(case, rank, folder)
+            continue
         model = made(case)
         spread, data = SPREAD[case.split("-")[0]](model)
         part = rank * data // world
         options = {"ranks": "local"} if "local" in case else {}
         shown = model if case.startswith("inner") else spread
         train(case, spread, shown, [part], data, folder / case, rank, **options)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def alone(folder: Path, world: int, cases: list[str]) -> None:
-    halves = {"tp": 1, "sp": 1, "fsdp_tp": 2, "fsdp_sp": 2, "ddp_tp": 2}
+    halves = {"tp": 1, "sp": 1, "fsdp_tp": 2, "fsdp_sp": 2}
     for case in cases:
+        if case in PLAYED:
+            continue
         data = halves.get(case.split("-")[0], world)
         model = made(case)
         train(case, model, model, list(range(data)), data, folder / f"{case}-single")
@@ -251,5 +247,9 @@ def free_port() -> int:
 
 if __name__ == "__main__":
     folder, world, cases = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-    mp.spawn(work, (world, free_port(), folder, cases), nprocs=world)
+    try:
+        mp.spawn(work, (world, free_port(), folder, cases), nprocs=world)
+    except mp.ProcessExitedException:
+        if "dead" not in cases:
+            raise
     alone(folder, world, cases)
