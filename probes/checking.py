@@ -49,7 +49,7 @@ class Checked:
         else:
             many = _count(sum(len(attempt.sealed) for attempt in (*self.attempts, *self.others)), "shard")
             many += f" and {_count(self.snapshots, 'token snapshot')}" if self.snapshots else ""
-            many += f" of {len(self.others) + 1} ranks" if self.others else ""
+            many += f" of {1 + len({each.rank for each in self.others})} ranks" if self.others else ""
             where = _count(len(self.attempts), "attempt")
             said = [f"{path}: sound. {many} in {where}, {self.size:,} bytes."]
         return "\n".join([*said, *(f"  Note: {note}" for note in self.notes)])

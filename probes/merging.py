@@ -10,6 +10,7 @@ was asked for a step of its own), those that not all have are let go, and the su
 import contextlib
 import logging
 import queue
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ class Merging:
                     found = self._sum(step)
                     why = "" if found is not None else "not all processes recorded it"
                 except Exception as error:
-                    why = self._broken = f"the other processes could not be reached ({_short(error)})"
+                    why = self._broken = f"another process is gone or cannot be reached ({_short(error)})"
                     log.warning(
                         "depthscope cannot merge the processes' values any more, from step %d on: %s. Training goes on.",
                         step.number,
@@ -167,5 +168,6 @@ def together(samples: np.ndarray, rows: int, elements: int) -> tuple[np.ndarray,
 
 
 def _short(error: Exception) -> str:
-    text = (str(error) or type(error).__name__).splitlines()[0]
+    # Gloo begins with the place in its own source.
+    text = re.sub(r"^\[[^]]*\] ", "", (str(error) or type(error).__name__).splitlines()[0])
     return text if len(text) < 120 else f"{text[:120]}…"

@@ -218,7 +218,7 @@ def work(rank: int, world: int, port: int, folder: Path, cases: list[str]) -> No
             play(case, rank, folder)
             continue
         model = made(case)
-        spread, data = SPREAD[case.split("-")[0]](model)
+        spread, data = SPREAD[case.removeprefix("local-").split("-")[0]](model)
         part = rank * data // world
         options = {"ranks": "local"} if "local" in case else {}
         shown = model if case.startswith("inner") else spread
@@ -230,7 +230,7 @@ def work(rank: int, world: int, port: int, folder: Path, cases: list[str]) -> No
 def alone(folder: Path, world: int, cases: list[str]) -> None:
     halves = {"tp": 1, "sp": 1, "fsdp_tp": 2, "fsdp_sp": 2}
     for case in cases:
-        if case in PLAYED:
+        if case in PLAYED or "local" in case:
             continue
         data = halves.get(case.split("-")[0], world)
         model = made(case)
@@ -247,9 +247,14 @@ def free_port() -> int:
 
 if __name__ == "__main__":
     folder, world, cases = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-    try:
-        mp.spawn(work, (world, free_port(), folder, cases), nprocs=world)
-    except mp.ProcessExitedException:
-        if "dead" not in cases:
-            raise
+    port = free_port()
+    processes = [
+        mp.get_context("spawn").Process(target=work, args=(rank, world, port, folder, cases))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
     alone(folder, world, cases)
+    for process in processes:
+        process.join()
+    sys.exit(any(process.exitcode for process in processes) and "dead" not in cases)
