@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
 
 import probes
 from tests.probes.models import decoder, loss_of
-from tests.probes.ranks_scenes import PLAYED, play
+from tests.probes.ranks_scenes import PLAYED, free_port, play
 
 STEPS, CLIP = 3, 0.25
 
@@ -235,14 +235,6 @@ def alone(folder: Path, world: int, cases: list[str]) -> None:
         data = halves.get(case.split("-")[0], world)
         model = made(case)
         train(case, model, model, list(range(data)), data, folder / f"{case}-single")
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A scene writes what it saw to FOLDER/<scene>.<rank>.json, for the test to judge.
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def scene(play):
 def play(name: str, rank: int, folder: Path) -> None:
     seen = PLAYED[name](rank, folder / name)
     (folder / f"{name}.{rank}.json").write_text(json.dumps(seen))
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def wrapped(rank: int = 0, **changes):
@@ -123,8 +130,12 @@ def gone(rank, path):
     recorder = probes.record(model, path, optimizer=optimizer, every=1)
     for number in range(2):
         step(model, optimizer, rank, number)
+    port = [free_port()]
+    dist.broadcast_object_list(port)
     dist.destroy_process_group()
     recorder.close()
+    os.environ["MASTER_PORT"] = str(port[0])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
 
 
 @scene

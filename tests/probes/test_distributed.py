@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 DEPTH = {"depth_weight", "depth_weight_std", "contribution_rms", "depth_entropy", "query_norm"}
 
 SHORT = ["ddp", "inner", "fsdp-masked-accumulate", "one_group-accumulate", "tp", "sp"]
-SCENES = ["nothing", "asked", "refused", "stages", "resumed", "unknown", "local-ddp", "gone"]
+SCENES = ["nothing", "asked", "refused", "stages", "resumed", "unknown", "local-ddp", "gone", "dead"]
 LONG = [
     "ddp",
     "ddp-masked-accumulate",
@@ -172,12 +172,11 @@ def test_torch_may_be_done_before_the_recorder_is(two):
     assert run.steps("grad_norm").tolist() == [0, 1] and run.status == "finished"
 
 
-def test_the_others_outlive_a_process_that_is_killed(tmp_path, monkeypatch):
-    play(tmp_path, 2, "dead")
-    assert json.loads((tmp_path / "dead.0.json").read_text()) == {"steps": 8}
-    assert not (tmp_path / "dead.1.json").exists()
+def test_the_others_outlive_a_process_that_is_killed(two, monkeypatch):
+    assert json.loads((two / "dead.0.json").read_text()) == {"steps": 8}
+    assert not (two / "dead.1.json").exists()
     monkeypatch.setattr(files, "SILENT_SECONDS", 0)
-    run = probes.open_run(tmp_path / "dead")
+    run = probes.open_run(two / "dead")
     recorded = run.steps("hidden_rms").tolist()
     assert run.status == "finished" and recorded == [0, 1, 2][: len(recorded)]
     assert run.steps("lr").tolist() == list(range(8)), "what is rank 0's own is recorded to the end"
