@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from probes.manifest import RunError
 
 try:
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 except ImportError:  # pragma: no cover
-    FSDPModule = ()
+    FSDPModule = FullyShardedDataParallel = ()
 
 
 def local(x: Tensor) -> Tensor:
@@ -76,6 +76,10 @@ class Parallel:
         """None where nobody else trains. Raises RunError for what cannot be followed."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return None
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise RunError(
+                "FullyShardedDataParallel shows no parameter whole, and cannot be recorded: use fully_shard, which followed it."
+            )
         if any(hasattr(parameter, "_st_info") for parameter in root.parameters()):
             raise RunError(
                 "DistributedDataParallel over a model with DTensors makes new parameters in each forward, which neither an "

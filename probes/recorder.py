@@ -519,7 +519,7 @@ class Recorder:
             scale.unknown = self._taps.half and not scale.given
         if not self._parallel.known:
             untold = RuntimeError("nothing tells what becomes of the gradients of several processes")
-            self._faults.caught(untold, *GRADIENTS)
+            self._faults.caught(untold, *GRADIENTS, *NORMS)
         left_out = self._scalars.logged | (set() if scale.known() else set(GRADIENTS))
         skips = {} if now.skips is None else {"skips": now.skips}
         vain = self._clock.vain()

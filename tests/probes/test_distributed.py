@@ -167,6 +167,26 @@ def test_gradients_that_nobody_averages_are_not_told(two):
     assert "nothing tells" in json.dumps(run.attempts[0].told["missing"])
 
 
+@pytest.mark.long
+def test_trainers_of_others_under_torchrun(tmp_path):
+    """Hugging Face's Trainer and Accelerate: two processes record what one does."""
+    pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for how, world in ((launch, 2), ([], 1)):
+        script = ["-m", "tests.probes.ranks_trainers", str(tmp_path / f"{world}"), f"{world}"]
+        command = [sys.executable, *how, *script]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("trainer", "accelerate"):
+        run, alone = (probes.open_run(tmp_path / world / name) for world in "21")
+        assert run.manifest.ranks.parallel["by"] == ["DistributedDataParallel"]
+        assert run.metrics == alone.metrics and run.ranks[1] == ("finished", "") and not run.problems
+        assert run.steps("hidden_rms").tolist() == [0, 1, 2]
+        for metric in set(run.manifest.ranks.merged) & set(run.metrics):
+            atol = 1e-6 if metric == "identity_error" else 1e-7
+            np.testing.assert_allclose(run[metric], alone[metric], rtol=1e-5, atol=atol, err_msg=metric)
+
+
 def test_torch_may_be_done_before_the_recorder_is(two):
     run = probes.open_run(two / "gone")
     assert run.steps("grad_norm").tolist() == [0, 1] and run.status == "finished"
