@@ -14,6 +14,7 @@ from attnres.watching import ConversionError, WatchedBlock, watch
 from attnres.weights import EPS, NAME, check_eps, saved_reads, take
 
 
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     residual: str = "block",
@@ -36,6 +37,10 @@ def convert(
     layer where it is not, or the argument that cannot be.
     """
     check_is("model", model, nn.Module)
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ValueError(
+            "model must be the module itself, not what torch.compile made of it: convert the model, then compile it."
+        )
     if hasattr(model, NAME):
         raise ValueError(f"The model has {NAME!r} already: revert it before you convert it again.")
     if any(isinstance(hook, Enter) for part in model.modules() for hook in part._forward_pre_hooks.values()):
@@ -87,6 +92,7 @@ def convert(
     model.add_module(NAME, reads)
     reads.outputs = depth_outputs(layers)
     reads.handles = attach(model, blocks, size, reads.reads, reads.outputs)
+    _tell_compiler()
     return model
 
 
@@ -137,13 +143,22 @@ def _on_device(value: object, model: nn.Module) -> object:
     return value.to(_device(model)) if isinstance(value, Tensor) else value
 
 
+def _tell_compiler() -> None:
+    """Code compiled for a model of this class without our hooks would run this one too: nothing tells them apart.
+
+    So hooks shall, from now on, and what was compiled before is compiled again when it is next called.
+    """
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch.compiler.reset()
+
+
 def _residual(
     blocks: list[WatchedBlock], layers: int, layers_per_block: int | None, eps: float
 ) -> Full | Block:
-    """The reads, on the device of the first block and in its parameters' dtype."""
-    like = next(blocks[0].module.parameters())
-    width = blocks[0].output.shape[-1]
+    """The reads, on the device and in the dtype of the stream, which quantised or missing parameters may not have."""
+    stream = blocks[0].output
+    width = stream.shape[-1]
     made = (
         Full(width, layers, eps) if layers_per_block is None else Block(width, layers, layers_per_block, eps)
     )
-    return made.to(like.device, like.dtype)
+    return made.to(stream.device, stream.dtype)

@@ -4,8 +4,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from probes import attributed
 from probes import manifest as files
-from probes.attempts import Attempt, attempt_folder, claimed, hide, quarantine_folder
+from probes.attempts import QUARANTINE, Attempt, attempt_folder, claimed, hide, quarantine_folder
 from probes.careful import is_folder, printable, read_bytes
 from probes.gaps import gaps_of, vanished
 from probes.jsonfile import MOST_BYTES, intact, parse_json
@@ -40,6 +41,7 @@ class Checked:
     others: list[Attempt] = field(default_factory=list)  # what other ranks than 0 wrote in them
     snapshots: int = 0
     size: int = 0  # bytes of shards and snapshots
+    attributions: int = 0
 
     def __str__(self) -> str:
         path = printable(self.path)
@@ -50,8 +52,10 @@ class Checked:
             many = _count(sum(len(attempt.sealed) for attempt in (*self.attempts, *self.others)), "shard")
             many += f" and {_count(self.snapshots, 'token snapshot')}" if self.snapshots else ""
             many += f" of {1 + len({each.rank for each in self.others})} ranks" if self.others else ""
-            where = _count(len(self.attempts), "attempt")
-            said = [f"{path}: sound. {many} in {where}, {self.size:,} bytes."]
+            many += f" in {_count(len(self.attempts), 'attempt')}"
+            if self.attributions:
+                many += f", {_count(self.attributions, 'attribution')}"
+            said = [f"{path}: sound. {many}, {self.size:,} bytes."]
         return "\n".join([*said, *(f"  Note: {note}" for note in self.notes)])
 
 
@@ -82,6 +86,7 @@ def check(path: Path) -> Checked:
         _attempt(found, attempt)
         for rank in ranks_in(attempt.folder):
             _rank(found, attempt, rank)
+    _attributions(found)
     for gap in gaps_of(found.attempts):
         if not any(gap.cause in defect.sentence for defect in found.defects):
             found.notes.append(str(gap))
@@ -94,10 +99,15 @@ def repair(found: Checked) -> list[str]:
     No other file is touched. Raises OSError when the disk refuses.
     """
     done = []
-    for attempt in (*found.attempts, *found.others):
+    homes = {
+        attempt.shards: quarantine_folder(found.path, attempt.number, attempt.rank)
+        for attempt in (*found.attempts, *found.others)
+    }
+    homes[found.path / attributed.FOLDER] = found.path / QUARANTINE / attributed.FOLDER
+    for home, quarantine in homes.items():
         for defect in found.defects:
-            if defect.damaged and defect.path.parent == attempt.shards:
-                aside = _folders(found.path, quarantine_folder(found.path, attempt.number, attempt.rank))
+            if defect.damaged and defect.path.parent == home:
+                aside = _folders(found.path, quarantine)
                 target = aside / defect.path.name
                 while target.exists():
                     target = target.with_name(f"again-{target.name}")
@@ -172,6 +182,19 @@ def _names(folder: Path) -> list[str]:
         return sorted(os.listdir(folder)) if is_folder(folder) else []
     except OSError:
         return []
+
+
+def _attributions(found: Checked) -> None:
+    for name in attributed.attribution_names(found.path):
+        path = found.path / attributed.FOLDER / name
+        try:
+            attributed.read_attribution(found.path, name, found.attempts[0].manifest.layout)
+            found.attributions += 1
+        except FileNotFoundError:
+            continue
+        except ShardError as error:
+            sentence = f"The attribution {name} {error}."
+            found.defects.append(Defect(path, sentence, not isinstance(error, UnreadableShard)))
 
 
 def _manifest(found: Checked, folder: Path, name: str) -> Manifest | None:

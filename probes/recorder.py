@@ -48,6 +48,7 @@ from probes.statistics import DEPTH_METRICS
 from probes.tally import ACTIVATIONS
 from probes.taps import MATRICES, OFF, VECTORS, Taps
 from probes.together import Found, Together
+from probes.updates import UPDATE_RATIO, Updates
 from probes.vocabulary import GRADIENTS, METRICS, OF_ONE
 from probes.wrapped import unwrap_optimizer
 from probes.writer import RunWriter
@@ -119,7 +120,7 @@ def record(
         vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
         sites = find_sites(model, stack, layers, norms)
         following = None if tokens_every is None else schedule_of("tokens_every", tokens_every)
-        if following is not None and not sites.reads:
+        if following is not None and not sites.has_reads:
             raise RunError(
                 f"tokens_every asks for depth weights, and no module of this {type(sites.root).__name__} tells any: leave it out."
             )
@@ -366,7 +367,8 @@ class Recorder:
             self.step()
 
     def _watch_parameters(self) -> None:
-        self._gradients = GradientNorms(self._sites, self._parallel if self._together is not None else None)
+        shared = self._parallel if self._together is not None else None
+        self._gradients, self._updates = GradientNorms(self._sites, shared), Updates(self._sites, shared)
         self._backwards = Backwards(
             self._gradients.watched(),
             lambda: self._taps.mode != OFF,
@@ -387,6 +389,8 @@ class Recorder:
         with self._faults.guard(*NORMS):
             # Parameters change slowly, and reading them all takes as long as reading all gradients.
             self._gradients.measure(parameters=self._taps.mode == MATRICES)
+            with self._faults.guard(UPDATE_RATIO):
+                self._updates.before(self._clock.now.attempt)
         with self._faults.guard(*GRADIENTS):
             if self._gradients.squares is not None:
                 self._scale.at_backward(self._gradients.squares)
@@ -424,6 +428,8 @@ class Recorder:
             self._scale.unknown = self._taps.half and not self._scale.given
         known = self._scale.known()
         metrics = self._taps.finish() | self._gradients.finish(self._scale.value)
+        with self._faults.guard(UPDATE_RATIO):
+            metrics |= self._updates.after(self._clock.now.attempt)
         if self._scale.value is not None:
             metrics |= {
                 name: v / self._scale.value for name, v in metrics.items() if name.endswith("_grad_rms")
@@ -499,6 +505,7 @@ class Recorder:
 
     def _told(self, step: int, values: dict, seen: dict, kept: dict):
         """The rows of one recorded step, when its numbers are on the host."""
+        self._selfcheck.finite(step, values, seen)
         self._selfcheck.identity(values.get("identity_error"))
         self._selfcheck.reads(values.get("read_error"), values.get("depth_weight"))
         for name, value in values.items():
@@ -551,7 +558,9 @@ class Recorder:
             rows = rows if self._mirror is None else self._mirror.watch(rows)
             self._writer.put(lambda: rows, complete=lambda: step - 1)
 
-        self._together.hand(now.attempt, self._taps, self._gradients, self._faults.now, own, done)
+        self._together.hand(
+            now.attempt, self._taps, self._gradients, self._updates, self._faults.now, own, done
+        )
         self._put()
 
 

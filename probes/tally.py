@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from probes.expert_taps import EXPERT_METRICS, Loads, most
 from probes.identity import identity_error
 from probes.passes import Passes
 from probes.read_errors import ReadErrors
@@ -24,8 +25,9 @@ class Tally:
         sizes = {"state": len(sites.layers) + 1, "output": len(sites.layers) + 1}
         if self._block_rows is None:
             sizes["block"] = len(last_layers(sites))
-        shape = sizes, sites.depth_sources
-        self.live, self._counted = (Tables(*shape, device) for _ in range(2))
+        shape = sizes, sites.depth_sources, device, most(sites.experts)
+        self.live, self._counted = (Tables(*shape) for _ in range(2))
+        self._loads = Loads(sites.experts, device)
         self.errors = ReadErrors(sites.depth_sources, device) if sites.found is not None else None
         rows = len(sites.layers) + 1
         self.sample = Sample(rows, device, share)
@@ -74,6 +76,8 @@ class Tally:
             metrics["identity_error"] = error.masked_fill(self._mixed_up(), torch.nan)
             count = self._counted.forward["state"].count
             metrics["nonfinite"] = self._counted.nonfinite.float().where(count > 0, torch.nan)
+            if self._counted.experts is not None:
+                metrics |= self._loads.finish(self._counted.experts)[0]
             if self._counted.depth is not None:
                 metrics |= self._counted.depth.finish()
             if self.errors is not None:
@@ -84,7 +88,8 @@ class Tally:
         """What adds up over micro-batches and over processes: that of vectors, or that of matrices alone."""
         counted = self._counted
         if matrices:
-            return [counted.nonfinite, *(counted.depth.tensors() if counted.depth is not None else [])]
+            depth = counted.depth.tensors() if counted.depth is not None else []
+            return [counted.nonfinite, *depth, *([] if counted.experts is None else [counted.experts])]
         alone = {id(tensor) for tensor in self.sums(True)}
         return [*(tensor for tensor in counted.tensors() if id(tensor) not in alone), self.calls]
 
@@ -104,6 +109,9 @@ class Tally:
             counts[f"block_{suffix}"] = table[place].count[rows]
         if matrices:
             counts["nonfinite"] = counts["hidden_rms"]
+            if self._counted.experts is not None:
+                assigned = self._loads.finish(self._counted.experts)[1]
+                counts |= dict.fromkeys(EXPERT_METRICS, assigned)
             if self._counted.depth is not None:
                 counts |= dict.fromkeys(DEPTH_METRICS, self._counted.depth.tokens)
             if self.errors is not None:

@@ -17,6 +17,7 @@ from probes.processes import Agreed
 from probes.sites import Sites
 from probes.tally import Tally
 from probes.taps import MATRICES, Taps
+from probes.updates import Updates, ratio_of
 from probes.vocabulary import METRICS
 
 _NAMES = tuple(METRICS)
@@ -39,13 +40,22 @@ class Together:
         self.faults: set[str] = set()  # metrics that could not be measured somewhere, in the step done last
 
     def hand(
-        self, number: int, taps: Taps, gradients: GradientNorms, faults: set[str], own: dict, done: Done
+        self,
+        number: int,
+        taps: Taps,
+        gradients: GradientNorms,
+        updates: Updates,
+        faults: set[str],
+        own: dict,
+        done: Done,
     ) -> None:
         matrices = taps.mode == MATRICES
         tally = taps.tally
         tally.passes.settle()
         wrong = torch.tensor([float(name in faults) for name in _NAMES])
-        parts = {"vectors": packed([*tally.sums(False), *_present(gradients), wrong.to(tally.device)])}
+        sums = gradients.sums() | updates.sums(number)
+        shapes = gradients.shapes() | updates.shapes()
+        parts = {"vectors": packed([*tally.sums(False), *_present(sums, shapes), wrong.to(tally.device)])}
         if matrices:
             parts["matrices"] = packed(self._matrices(tally))
             if self.merging.sends:
@@ -63,7 +73,9 @@ class Together:
             if self._rank or sums is None:
                 done(None, mine, why)
             else:
-                done(self._made(sums, matrices, tally, gradients, divisor, mine.get("scale")), mine, "")
+                done(
+                    self._made(sums, shapes, matrices, tally, gradients, divisor, mine.get("scale")), mine, ""
+                )
 
         nbytes = sum(8 * part.numel() for part in parts.values())
         self.merging.hand(Step(number, matrices, fetched, then, nbytes))
@@ -90,6 +102,7 @@ class Together:
     def _made(
         self,
         sums: Sums,
+        shapes: dict[str, tuple[int, ...]],
         matrices: bool,
         live: Tally,
         gradients: GradientNorms,
@@ -99,7 +112,7 @@ class Together:
         twin = self._twin
         twin.reset()
         twin.passes.repeated = live.passes.repeated
-        norms = {name: torch.zeros(1 + int(np.prod(shape))) for name, shape in gradients.shapes().items()}
+        norms = {name: torch.zeros(1 + int(np.prod(shape))) for name, shape in shapes.items()}
         wrong = torch.zeros(len(_NAMES))
         unpack(sums["vectors"], [*twin.sums(False), *norms.values(), wrong])
         self.faults = {name for name, times in zip(_NAMES, wrong.tolist(), strict=True) if times}
@@ -118,22 +131,22 @@ class Together:
                 metrics[name] = metrics[name] / (divisor if scale is None else divisor * scale)
         found = {
             name: part[1:].reshape(shape)
-            for (name, shape), part in zip(gradients.shapes().items(), norms.values(), strict=True)
+            for (name, shape), part in zip(shapes.items(), norms.values(), strict=True)
             if part[0]
         }
-        metrics |= gradients.finished(found, scale)
+        updated = {name: found.pop(name) for name in ("moved", "size") if name in found}
+        metrics |= gradients.finished(found, scale) | ratio_of(updated)
         return metrics, counts, twin.sampled() if matrices else {}
 
 
-def _present(gradients: GradientNorms) -> list[Tensor]:
-    """The sums of the gradients, in order, each after 1, or zeros where there is none."""
-    sums = gradients.sums()
+def _present(sums: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:
+    """The sums there are, in the order of all that there may be, each after 1; zeros where there is none."""
     like = next(iter(sums.values()), torch.zeros(()))
     return [
         torch.cat([like.new_ones(1), sums[name].reshape(-1)])
         if name in sums
         else like.new_zeros(1 + int(np.prod(shape)))
-        for name, shape in gradients.shapes().items()
+        for name, shape in shapes.items()
     ]
 
 

@@ -1,5 +1,7 @@
 """What cannot be, at every public entry point: one sentence that begins with what is wrong and ends in a full stop."""
 
+import itertools
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,13 @@ WRONG = {
         (
             "blocks is 2, and the state dict",
             lambda: loaded({"residual": "full"}, {"residual": "full", "blocks": 3}),
+        ),
+        *(
+            (
+                f"residual is {mine}, and the state dict was saved from a decoder with {theirs}",
+                partial(loaded, {"residual": mine}, {"residual": theirs}),
+            )
+            for mine, theirs in itertools.permutations(("prenorm", "postnorm", "deepnorm", "rescaled"), 2)
         ),
         ("width is 16, and the state dict", lambda: loaded({}, {"width": 32})),
         ("vocabulary is 256, and the state dict", lambda: loaded({}, {"vocabulary": 300})),
@@ -228,6 +237,7 @@ WRONG = {
         ("example must", lambda: dit(example=5)),
         ("The model does not run on the example: TypeError", lambda: dit(example={"y": X})),
         ("The model does not run on the example: RuntimeError", lambda: dit(example=(X, X))),
+        ("model must be the module itself", lambda: convert(torch.compile(DiT()), "full")),
         ("No transformer blocks were found in ReLU", lambda: convert(nn.ReLU(), "full", example=X)),
     ],
     revert: [
