@@ -159,6 +159,9 @@ def made(case: str) -> nn.Module:
     kind = "prenorm" if "sp" in case.split("-")[0].split("_") else "full"
     heads = 4 if "4" in case else 2
     model = decoder(kind, blocks=2, heads=heads, kv_heads=heads)
+    if "inf" in case:
+        with torch.no_grad():
+            model.embedding.weight[3, 0] = torch.inf
     return Masked(model) if "masked" in case else model
 
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 DEPTH = {"depth_weight", "depth_weight_std", "contribution_rms", "depth_entropy", "query_norm"}
 
 SHORT = ["ddp", "inner", "fsdp-masked-accumulate", "one_group-accumulate", "tp", "sp"]
+BROKEN = ["ddp-inf", "tp-inf", "sp-inf"]
 SCENES = ["nothing", "asked", "refused", "stages", "resumed", "unknown", "local-ddp", "gone", "dead"]
 LONG = [
     "ddp",
@@ -47,7 +48,7 @@ def play(folder: Path, world: int, *cases: str) -> Path:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Every case, and every scene, by the same two processes: starting them is what takes time."""
-    return play(tmp_path_factory.mktemp("two"), 2, *SHORT, *SCENES)
+    return play(tmp_path_factory.mktemp("two"), 2, *SHORT, *BROKEN, *SCENES)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def assert_alike(folder: Path, case: str) -> None:
     run, alone = probes.open_run(folder / case), probes.open_run(folder / f"{case}-single")
     assert run.status == "finished" and not run.problems
     assert run.metrics == alone.metrics
-    assert set(SAMPLED_METRICS) | {"grad_norm", "clip_factor", "param_norm"} <= set(run.metrics)
+    assert set(SAMPLED_METRICS) | {"grad_norm", "clip_factor", "param_norm", "update_ratio"} <= set(run.metrics)
     assert ("sp" in case) or set(run.metrics) >= DEPTH
     for name in set(run.metrics) - {"wall_time", "step_time", "probe_time"}:
         assert run.steps(name).tolist() == alone.steps(name).tolist()
@@ -78,6 +79,13 @@ def assert_alike(folder: Path, case: str) -> None:
 @pytest.mark.parametrize("case", SHORT)
 def test_every_metric_is_that_of_one_process_on_the_same_batch(case, two):
     assert_alike(two, case)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_values_that_are_not_finite_are_counted_once(case, two):
+    run, alone = probes.open_run(two / case), probes.open_run(two / f"{case}-single")
+    assert alone["nonfinite"][0].min() > 0
+    np.testing.assert_array_equal(run["nonfinite"], alone["nonfinite"])
 
 
 @pytest.mark.long
