@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch import nn
 
 from probes.layout import Layout
 from probes.manifest import RunError
+from probes.parallel import is_parallel
 from probes.ranks import LOCAL, MERGED, ONE
 
 log = logging.getLogger("depthscope")
 
-WAIT = 120.0  # seconds that processes wait for one another when a recording begins
+WAIT = 600.0  # seconds that processes wait for one another when a recording begins
 _SAY = 10.0  # after so many it is said
-_TOGETHER = timedelta(hours=1)  # how long a sum may take: no longer than training itself would wait
+_TOGETHER = timedelta(minutes=30)  # how long a sum may take: as long as torch's own collectives wait
 
 _meetings = 0
 
@@ -40,14 +42,23 @@ class Agreed:
     group: object | None
 
 
-def meet(ranks: str) -> "Meeting | None":
-    """A meeting of all processes, None where this one records by itself. Raises RunError for other words than there are."""
+def meet(ranks: str, model: nn.Module) -> "Meeting | None":
+    """A meeting of all processes, None where this one records by itself. Raises RunError for other words than there are, and
+    for a model that takes all processes where one records."""
     if ranks not in (MERGED, LOCAL, ONE):
         raise RunError(
             f"ranks is {ranks!r}: give {MERGED!r} (values of all processes together), {LOCAL!r} (each process its own) or "
             f"{ONE!r} (only this process records)."
         )
-    if ranks == ONE or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    if ranks == ONE:
+        # A forward of it, as to find layers or to follow tokens, would wait for the others for ever.
+        if isinstance(model, nn.Module) and is_parallel(model):
+            raise RunError(
+                f"Of this model each process holds a part, so that one alone cannot record it: call probes.record on every "
+                f"process, with ranks={LOCAL!r} for values of each alone."
+            )
         return None
     return Meeting(ranks)
 
@@ -143,7 +154,11 @@ class Meeting:
             except dist.DistStoreError:
                 who = "rank 0" if key == "answer" else key
                 if wait < seconds:
-                    log.warning("depthscope waits for %s to call probes.record.", who)
+                    log.warning(
+                        "depthscope waits for %s to call probes.record too; ranks=%r is for one process that records alone.",
+                        who,
+                        ONE,
+                    )
         raise RunError(
             f"Of {self.world} processes {who} did not call probes.record within {seconds:g} s: call it on every one of "
             f"them, with the same path, or give ranks={ONE!r} where this process alone records."

@@ -36,7 +36,7 @@ from probes.parallel import Parallel
 from probes.place import join
 from probes.processes import Meeting, meet
 from probes.provenance import model_config, versions
-from probes.ranks import LOCAL, MERGED, Ranks
+from probes.ranks import LOCAL, MERGED, ONE, Ranks
 from probes.resuming import first_step, seconds_before
 from probes.sampled import SAMPLED_METRICS, of_sample
 from probes.scalars import Scalars
@@ -115,7 +115,7 @@ def record(
     model without recognisable layers or one that has already
     run compiled, a bad interval.
     """
-    meeting = meet(ranks)
+    meeting = meet(ranks, model)
     with meeting or contextlib.nullcontext():
         vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
         sites = find_sites(model, stack, layers, norms)
@@ -165,8 +165,10 @@ def _begin(
     parallel: Parallel | None,
 ) -> tuple[RunWriter, Together | None]:
     """The writer of this process, and what sums its values with those of others."""
+    if parallel is not None:
+        alone = dataclasses.replace(manifest, ranks=Ranks(parallel.world, ONE, (), parallel.describe()))
     if meeting is None:
-        return RunWriter(path, manifest, resume), None
+        return RunWriter(path, manifest if parallel is None else alone, resume), None
     merged = tuple(name for name in METRICS if name not in OF_ONE) if meeting.values == MERGED else ()
     ranks = Ranks(meeting.world, meeting.values, merged, parallel.describe())
     whole = dataclasses.replace(manifest, ranks=ranks)
@@ -179,7 +181,7 @@ def _begin(
     schedules = [manifest.vectors.to_json(), manifest.matrices.to_json(), manifest.step]
     agreed = meeting.begin(str(path), sites.layout, schedules, claim)
     if agreed is None:
-        return RunWriter(path, manifest, resume), None
+        return RunWriter(path, alone, resume), None
     if mine:
         writer = mine[0]
     else:

@@ -13,8 +13,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import probes
+from probes import processes
 from tests.probes.models import decoder, loss_of, sgd
 
 PLAYED = {}
@@ -121,6 +124,28 @@ def unknown(rank, path):
     with probes.record(model, path, optimizer=optimizer, every=1):
         for number in range(2):
             step(model, optimizer, rank, number)
+
+
+@scene
+def one(rank, path):
+    """Rank 0 alone records, once by mistake and once on purpose."""
+    model, optimizer = wrapped()
+    waited, recorder, whole = "", None, ""
+    if rank == 0:
+        processes._SAY, processes.WAIT, before = 0.1, 0.5, (processes._SAY, processes.WAIT)
+        waited = refusal(path, model, optimizer=optimizer)
+        processes._SAY, processes.WAIT = before
+        recorder = probes.record(model, path, optimizer=optimizer, every=1, ranks="one")
+        spread = fully_shard(decoder("prenorm", blocks=1), mesh=init_device_mesh("cpu", (1,)))
+        whole = refusal(path.with_name("whole"), spread, ranks="one")
+    else:
+        processes._meetings += 1  # as if it had been called here too
+    for number in range(2):
+        step(model, optimizer, rank, number)
+    if recorder is not None:
+        recorder.close()
+    norms = [p.grad.norm().item() for p in model.parameters()]
+    return {"waited": waited, "whole": whole, "norm": sum(each**2 for each in norms) ** 0.5}
 
 
 @scene

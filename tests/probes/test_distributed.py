@@ -23,7 +23,7 @@ DEPTH = {"depth_weight", "depth_weight_std", "contribution_rms", "depth_entropy"
 
 SHORT = ["ddp", "inner", "fsdp-masked-accumulate", "one_group-accumulate", "tp", "sp"]
 BROKEN = ["ddp-inf", "tp-inf", "sp-inf"]
-SCENES = ["nothing", "asked", "refused", "stages", "resumed", "unknown", "local-ddp", "gone", "dead"]
+SCENES = ["nothing", "asked", "refused", "stages", "resumed", "unknown", "local-ddp", "one", "gone", "dead"]
 LONG = [
     "ddp",
     "ddp-masked-accumulate",
@@ -64,7 +64,9 @@ def assert_alike(folder: Path, case: str) -> None:
     run, alone = probes.open_run(folder / case), probes.open_run(folder / f"{case}-single")
     assert run.status == "finished" and not run.problems
     assert run.metrics == alone.metrics
-    assert set(SAMPLED_METRICS) | {"grad_norm", "clip_factor", "param_norm", "update_ratio"} <= set(run.metrics)
+    assert set(SAMPLED_METRICS) | {"grad_norm", "clip_factor", "param_norm", "update_ratio"} <= set(
+        run.metrics
+    )
     assert ("sp" in case) or set(run.metrics) >= DEPTH
     for name in set(run.metrics) - {"wall_time", "step_time", "probe_time"}:
         assert run.steps(name).tolist() == alone.steps(name).tolist()
@@ -151,6 +153,16 @@ def test_each_process_its_own(two):
         probes.RunError, match="no rank 2: it was recorded by 2 processes, of each rank alone"
     ):
         probes.open_run(two / "stages", 2)
+
+
+def test_one_process_may_record_alone(two):
+    seen, _ = told(two, "one")
+    assert "Of 2 processes rank 1 did not call probes.record within 0.5 s" in seen["waited"]
+    assert "each process holds a part" in seen["whole"]
+    run = probes.open_run(two / "one")
+    assert (run.manifest.ranks.world, run.manifest.ranks.values, run.ranks) == (2, "one", {})
+    # The gradients as they are when all have been averaged.
+    np.testing.assert_allclose(run["grad_norm"][-1], seen["norm"], rtol=1e-5)
 
 
 def test_local_values_merge_to_those_of_all(two):
