@@ -67,6 +67,11 @@ TOLD: dict[str, tuple[str, str]] = {
         "Near zero the weight is the same for every token: a fixed skip connection. Large means that the read depends on "
         "the input.",
     ),
+    "token_depth_weight": (
+        r"\alpha_{l,i,t} = \mathrm{softmax}_i(q_l \cdot \mathrm{RMSNorm}(v_{i,t}))",
+        "One colour all along means that the read is the same for every token: a fixed skip connection. Where it changes "
+        "from word to word, the layer chooses by what it has before it.",
+    ),
     "contribution_rms": (
         r"\sqrt{\langle \lVert \alpha_{l,i} v_i \rVert^2 / D \rangle_t}",
         "What really arrives: a large weight on a tiny source adds little. Compare a row’s cells with each other.",

@@ -13,6 +13,7 @@ def depth_by_step(
     height: int,
     colour: alt.Color,
     value: alt.Tooltip,
+    fill: dict | None = None,
     **derived: str,
 ) -> alt.Chart:
     """Rows step, until, depth, place and value; `colour` has a domain; `derived` are Vega expressions."""
@@ -25,6 +26,7 @@ def depth_by_step(
         right=("until", 0),
         bottom=("depth", -0.5),
         top=("depth", 0.5),
+        fill=fill,
     )
     return (
         alt.Chart(frame, title=axes.title(title), height=height, usermeta=painted)

@@ -19,10 +19,11 @@ def lines(
     height: int = 340,
     x: str = "step",
     x_scale: str = "linear",
+    fill: dict | None = None,
 ) -> alt.LayerChart:
     """Rows run, step, `column` and, for bands, low and high. `label` is the axis title with its unit.
 
-    `x` "tokens" or "wall_time" draws against the column x, which holds that. No line joins rows of different `segment`.
+    `fill` as of app.charts.palette.filling: the height that the window leaves. `x` "tokens" or "wall_time" draws against the column x, which holds that. No line joins rows of different `segment`.
     """
     if scale == "log":
         frame = frame[frame[column] > 0]
@@ -70,5 +71,10 @@ def lines(
     )
     points.name = "points"
     return alt.layer(
-        *layers, points, data=frame, title=axes.title(title), height=height + palette.legend_room(colours)
+        *layers,
+        points,
+        data=frame,
+        title=axes.title(title),
+        height=height,
+        usermeta=fill or alt.Undefined,
     )

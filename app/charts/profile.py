@@ -15,8 +15,10 @@ def profile(
     height: int = 340,
     relative: bool = False,
     label: str = "",
+    fill: dict | None = None,
 ) -> alt.LayerChart:
-    """Rows run, step, depth, place, value; with `relative`, depth runs from 0 to 1. `label` replaces the metric's."""
+    """Rows run, step, depth, place, value; with `relative`, depth runs from 0 to 1. `label` replaces the metric's.
+    `fill` as of app.charts.palette.filling: the height that the window leaves."""
     label = label or axes.measure(name)
     if scale == "log":
         frame = frame[frame["value"] > 0]
@@ -46,5 +48,10 @@ def profile(
         ],
     )
     return alt.layer(
-        lines, points, data=frame, title=axes.title(title), height=height + palette.legend_room(colours)
+        lines,
+        points,
+        data=frame,
+        title=axes.title(title),
+        height=height,
+        usermeta=fill or alt.Undefined,
     )

@@ -4,7 +4,7 @@ import pandas as pd
 import streamlit as st
 
 from app import draw, experts, findings, frames, over_depth, pick, room, words
-from app.charts import axes
+from app.charts import axes, palette
 from app.charts.lines import lines
 from app.charts.profile import profile
 from probes.vocabulary import metric
@@ -19,16 +19,15 @@ MEASURES = {
 
 def body(shown: list[room.Shown]) -> None:
     names = [name for name in MEASURES if any(name in one.run for one in shown)] or [next(iter(MEASURES))]
-    picture, player = st.container(), st.container(key="player")
-    measures, scales = st.columns([3, 1], gap="medium")
-    name = pick.choice(
+    picture, (player, measures, scales) = st.container(), pick.bar(4, 3)
+    name = pick.one(
         "gradient",
         "Gradient of",
         {n: MEASURES[n] for n in names},
         where=measures,
         help="Gradients of outputs and parameters mean the same in every architecture; those of states do not.",
     )
-    scale = pick.choice("gradient_scale", "Scale", {"log": "Logarithmic", "linear": "Linear"}, where=scales)
+    scale = pick.one("gradient_scale", "Scale", {"log": "Logarithmic", "linear": "Linear"}, where=scales)
     step = pick.step([one.run for one in shown], [name], where=player)
     with picture:
         if name in axes.INCOMPARABLE:
@@ -37,7 +36,9 @@ def body(shown: list[room.Shown]) -> None:
                 "gradient, and read this one within a run.",
                 icon=":material/warning:",
             )
-        over_depth.profiles(shown, name, step, scale, findings.unevenness)
+        over_depth.profiles(
+            shown, name, step, scale, findings.unevenness, fill=palette.filling(440, 230, 520)
+        )
     have = [one for one in shown if name in one.run]
     if have and step is not None:
         st.subheader("Does it even out while it trains?", anchor=False)
