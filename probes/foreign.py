@@ -134,7 +134,7 @@ class _Finding:
             tuple(reads),
             tuple(rows),
             columns,
-            self._embedding_places(),
+            tuple(map(self._as_place, self._embedding_spots())),
             tuple([*odd, *notes]),
         )
         final = self._place(self._final) if self._final is not None else None
@@ -192,11 +192,11 @@ class _Finding:
             (each for each in candidates if self._tape.made_from(output, each)), key=lambda each: each.index
         )
 
-    def _embedding_places(self) -> tuple[Place, ...]:
+    def _embedding_spots(self) -> tuple[Spot, ...]:
         """Where the embedding is seen; where nowhere, the parts that it sums, in order."""
         spot = self._seen_at(self._embedding)
         if spot is not None:
-            return (self._as_place(spot),)
+            return (spot,)
         node = self._embedding
         parts = [node.slots[slot] for slot, _ in self._mixes.linear(node, node.value.ndim - 1) or ()]
         spots = [self._seen_at(part) for part in parts]
@@ -208,7 +208,7 @@ class _Finding:
             return ()
         if not any(p.tensor.shape == node.tensor.shape and len(self._tape.users[p]) == 1 for p in parts):
             return ()
-        return tuple(self._as_place(spot) for spot in sorted(spots, key=lambda spot: spot.moment))
+        return tuple(sorted(spots, key=lambda spot: spot.moment))
 
     # Layers
 
@@ -324,8 +324,10 @@ class _Finding:
         if not mix.edges:
             if spot is None:
                 raise Unreplayable("no hook sees the embedding")
-            replay = Replay(_of_one, (spot,), (), False)
-            return FoundRead("the embedding as it is", replay, self._tape.moments[spot.moment], None, ())
+            # The embedding where it is made, so that what the layer receives is compared with it.
+            made = [each for each in self._embedding_spots() if each.moment <= spot.moment]
+            replay = Replay(_of_one, tuple(made) or (spot,), (), False)
+            return FoundRead("the embedding as it is", replay, self._tape.moments[spot.moment], spot, ())
         place, when = (
             (spot.moment, self._tape.moments[spot.moment]) if spot else moment_of(self._tape, mix.node)
         )
@@ -406,5 +408,6 @@ class _Finding:
         return tuple(columns)
 
 
-def _of_one(x: torch.Tensor) -> tuple:
+def _of_one(*parts: torch.Tensor) -> tuple:
+    x = sum(parts)
     return torch.ones_like(x[..., 0]).unsqueeze(0), [x], x
