@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from app.attribute import attribute
 from app.bench import bench
 from app.check import check
 from app.demo import demo
@@ -52,6 +53,7 @@ main.add_command(demo)
 main.add_command(bench)
 main.add_command(describe)
 main.add_command(check)
+main.add_command(attribute)
 
 
 if __name__ == "__main__":

@@ -205,10 +205,18 @@ def finding(frame: pd.DataFrame, name: str, names: tuple[str, str]) -> str:
     if not len(last):
         return f"{metric(name).title}: nothing to compare"
     most = last.loc[last["value"].abs().idxmax()]
-    times = words.factor(2 ** abs(float(most["value"])))
+    times = 2 ** abs(float(most["value"]))
+    if times < 1.0005:
+        return f"{metric(name).title} is the same at every depth"
+    # Below a tenth, percents say more than a factor.
+    told, than = (
+        (f"{100 * (times - 1):.2g}% larger", "than")
+        if times < 1.1
+        else (f"{words.factor(times)} as large", "as")
+    )
     more, less = (names[1], names[0]) if most["value"] > 0 else names
     where = str(most["place"]) if metric(name).axes != STATE else str(most["place"]).removeprefix("into ")
-    return f"{noun[:1].upper()}{noun[1:]} differs most at {where}: {times} as large in {more} as in {less}"
+    return f"{noun[:1].upper()}{noun[1:]} differs most at {where}: {told} in {more} {than} in {less}"
 
 
 def _count(value: float) -> str:

@@ -55,6 +55,11 @@ def show(one: room.Shown, frame: pd.DataFrame, name: str) -> None:
             type="tertiary",
             on_click=lambda: choose(one, {}),
         )
+        if len(one.run.token_steps) and name not in cells.RECOVERED:
+            params = view.current().params()
+            st.page_link(
+                "pages_/tokens.py", label="Token by token", icon=":material/text_fields:", query_params=params
+            )
     if read is None:
         _readers(one, read, source, frame, name)
         return

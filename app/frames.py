@@ -42,9 +42,15 @@ def stops(runs: Iterable[Run], names: Iterable[str]) -> list[int]:
     names = list(names)
     found = [series(run, name)[0] for run in runs for name in names]
     steps = np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
-    if len(steps) > STOPS:
-        steps = steps[np.unique(np.linspace(0, len(steps) - 1, STOPS).round().astype(int))]
-    return [int(step) for step in steps]
+    return thinned([int(step) for step in steps], STOPS)
+
+
+def thinned(steps: list[int], most: int) -> list[int]:
+    """All steps, or at most as many (but two), evenly chosen, ends kept."""
+    most = max(2, most)
+    if len(steps) <= most:
+        return steps
+    return [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, most).round().astype(int))]
 
 
 def scalars(runs: Iterable[Run]) -> list[str]:
@@ -157,10 +163,7 @@ def of_source(run: Run, label: str, name: str, position: int) -> pd.DataFrame:
 
 def played(stops: list[int], rows: int) -> list[int]:
     """The stops a playback of so many rows shows: all, or as many as can be sent along, ends kept."""
-    most = max(2, PLAYED // max(rows, 1))
-    if len(stops) <= most:
-        return stops
-    return [stops[i] for i in np.unique(np.linspace(0, len(stops) - 1, most).round().astype(int))]
+    return thinned(stops, PLAYED // max(rows, 1))
 
 
 def profile_frames(run: Run, name: str, stops: list[int]) -> np.ndarray:
@@ -234,7 +237,10 @@ def gini(values: np.ndarray) -> np.ndarray:
 
 
 def update_ratio(run: Run, label: str, step: int) -> pd.DataFrame:
-    """run, step, depth, place, value: param_grad_norm times lr over param_norm, layer by layer; none without all three."""
+    """run, step, depth, place, value: the update ratio as recorded, layer by layer; of a run without it param_grad_norm
+    times lr over param_norm, and none without all three."""
+    if "update_ratio" in run:
+        return profile(run, label, "update_ratio", step)
     parts = [profile(run, label, name, step) for name in ("param_grad_norm", "param_norm")]
     steps, rates = series(run, "lr")
     index = nearest(steps, step)

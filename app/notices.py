@@ -5,37 +5,61 @@ import numpy as np
 from app import gaps, words
 from app.frames import series
 from probes import Run
+from probes.finite import first_place, not_finite
 from probes.vocabulary import metric
 
 # What rounding alone does to the sum of the outputs (as probes/identity.py has it, which needs torch).
 _ROUNDING = {"bfloat16": 4 * 2.0**-7, "float16": 4 * 2.0**-10}
 _EXACT = 1e-3
+_EXPLAINED = 0.95  # of every state, by its outputs with the recovered weights
 
 
 def warnings(run: Run) -> list[str]:
     """What makes the numbers doubtful: values that are not finite, a stream that does not add up."""
-    return [told for told in (_states(run), _loss(run), _identity(run)) if told]
+    return [told for told in (_states(run), _loss(run), "" if _weighed(run) else _identity(run)) if told]
 
 
 def remarks(run: Run) -> list[str]:
     """What one should know beside the numbers: skipped steps, gaps in the recording, what could not be measured."""
-    return [told for told in (_resumed(run), _skipped(run), gaps.sentence(run), *_unmeasured(run)) if told]
+    found = (_resumed(run), _weighed(run), _skipped(run), gaps.sentence(run), *_unmeasured(run))
+    return [told for told in found if told]
 
 
 def _states(run: Run) -> str:
-    """The first state in which something was not finite."""
+    """The first step and place at which something was not finite: by what was counted, and by the sizes in between."""
     steps, counts = series(run, "nonfinite")
     bad = counts > 0
-    if not bad.any():
-        return ""
-    row = int(np.argmax(bad.any(axis=1)))
-    state = int(np.argmax(bad[row]))
-    count = int(counts[row, state])
-    before = f"; at step {words.step(int(steps[row - 1]))} all were finite" if row else ""
-    return (
-        f"The {_state(run, state)} held {count:,} value{'s' if count > 1 else ''} that {'are' if count > 1 else 'is'} "
-        f"not finite at step {words.step(int(steps[row]))}, the first seen in this run{before}."
+    found = (
+        [(int(steps[row]), _place(run, bad[row])) for row in np.flatnonzero(bad.any(axis=1))[:1]]
+        if bad.size
+        else []
     )
+    sized, states, outputs = _sizes(run)
+    rows = np.flatnonzero(states.any(axis=1) | outputs.any(axis=1)) if len(sized) else ()
+    found += [(int(sized[row]), first_place(run.layout, states[row], outputs[row])) for row in rows[:1]]
+    if not found:
+        return ""
+    step, place = min(found, key=lambda each: each[0])
+    looked = np.unique(np.concatenate([steps, sized]))
+    before = looked[looked < step]
+    finite = f"; at step {words.step(int(before[-1]))} all were finite" if len(before) else ""
+    count = int(counts[steps == step].max(initial=0))
+    held = f"{count:,} value{'s' if count > 1 else ''}" if count else "values"
+    are = "is" if count == 1 else "are"
+    return f"The {place} held {held} that {are} not finite at step {words.step(step)}, the first seen in this run{finite}."
+
+
+def _place(run: Run, states: np.ndarray) -> str:
+    return first_place(run.layout, states, np.zeros_like(states))
+
+
+def _sizes(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, and of each which states and outputs had no finite size though they have one at other steps."""
+    steps, states = series(run, "hidden_rms")
+    others, outputs = series(run, "output_rms")
+    shared, here, there = np.intersect1d(steps, others, return_indices=True)
+    states, outputs = (not_finite(x, np.isfinite(x).any(axis=0)) for x in (states[here], outputs[there]))
+    return shared, states, outputs
 
 
 def _loss(run: Run) -> str:
@@ -67,6 +91,20 @@ def _identity(run: Run) -> str:
         f"The {_state(run, state)} is not the embedding plus the outputs before it: it is off by "
         f"{100 * errors[row, state]:.2g}% of its size at step {words.step(int(steps[row]))}. The model changes its "
         "stream in other ways too, so its outputs tell only a part."
+    )
+
+
+def _weighed(run: Run) -> str:
+    """Where the outputs do explain every state, but not with weight one: the stream is rescaled or normed on its way."""
+    if not _identity(run):
+        return ""
+    _, explained = series(run, "mixing_r2")
+    explained = explained[np.isfinite(explained)]
+    if not len(explained) or explained.min() < _EXPLAINED:
+        return ""
+    return (
+        "This residual rescales its stream: its states are sums of its outputs with weights other than one, which Depth "
+        "attention shows as recovered mixing."
     )
 
 

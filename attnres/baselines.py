@@ -14,10 +14,28 @@ from attnres.stream import Stream
 QUARTER = 1 / 4
 
 
-class PostNorm(nn.Module):
+class Baseline(nn.Module):
+    """A residual without parameters; its name is kept with the weights, for they would fit all the others too."""
+
+    name: str
+
+    def get_extra_state(self) -> Tensor:
+        """The name's bytes."""
+        return torch.tensor(list(self.name.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: the decoder compares it (`name_in`), where all of a state dict has to fit."""
+
+
+def name_in(state: Tensor) -> str:
+    """What `get_extra_state` of a baseline kept."""
+    return bytes(state.tolist()).decode()
+
+
+class PostNorm(Baseline):
     """The residual of the first Transformer: a layer's input is Norm(input + output) of the layer before."""
 
-    scale = 1.0
+    name, scale = "postnorm", 1.0
 
     def open(self, embedding: Tensor) -> "PostNormStream":
         """The stream of one pass, from the embedding [B, T, D]."""
@@ -32,6 +50,8 @@ class DeepNorm(PostNorm):
 
     `scale` is (2B)^¼, and `gain` (8B)^-¼ shrinks the initial weights of values, attention outputs and MLPs.
     """
+
+    name = "deepnorm"
 
     def __init__(self, blocks: int):
         super().__init__()
@@ -62,8 +82,10 @@ class PostNormStream(Stream):
         self.newest[0] = torch.add(output, given, alpha=self.scale)
 
 
-class Rescaled(nn.Module):
+class Rescaled(Baseline):
     """The rescaled residual: after layer l the state is l/(l+1) · state + output/(l+1), the mean of all sources."""
+
+    name = "rescaled"
 
     def open(self, embedding: Tensor) -> "RescaledStream":
         """The stream of one pass, from the embedding [B, T, D]."""

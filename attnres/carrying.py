@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attnres.depth import AttentiveDepth, Depth
+from attnres.plans import Plan, plans_of, this_thread
 from attnres.watching import WatchedBlock, first_tensor, with_first
 
 LOST = (
@@ -30,51 +31,15 @@ EXCHANGED = (
     "{} was exchanged after the conversion, and the new module does not know of AttnRes: keep model.attnres.state_dict(), "
     "attnres.revert the model, exchange the module, attnres.convert again, and load the reads' state dict."
 )
+UNTRIED = (
+    "{} did not run on the example that the model was converted on, and does in this pass, so nothing is known of what it "
+    "adds to the stream: attnres.revert the model, and convert it with an example on which that part runs."
+)
 REENTRANT = (
     "{} runs with gradients off in a forward that has them, or with gradients on after blocks that had none, as under "
     "reentrant checkpointing or no_grad around some blocks, and gradients of sources and queries would be lost. Use "
     'gradient_checkpointing_kwargs={{"use_reentrant": False}}, and requires_grad_(False) for what is not to be trained.'
 )
-
-
-class Plan:
-    """Where the layers of one transformer block stand among the depth blocks, and how its code is given the state."""
-
-    def __init__(self, block: WatchedBlock, first: int, layers_per_block: int):
-        self.name, self.keyword = block.name, block.keyword
-        self.first = first
-        """How many layers come before."""
-        self.layers = len(block.layers)
-        self.begins = first % layers_per_block == 0
-        """Whether its first layer begins a depth block."""
-        boundaries = [(first + index) % layers_per_block == 0 for index in range(1, self.layers)]
-        self.slot = [sum(boundaries[:index]) for index in range(self.layers)]
-        """The slot that each layer writes to."""
-        self.slots = self.slot[-1] + 1
-        self.running: list[Depth] = []
-        """The sources, from its first norm to its last; while compiling, from its entry to its exit."""
-        self.counts = self.slots > 1 and any(layer.tail_calls > 1 for layer in block.layers)
-        """Whether a module that ends a layer is called more than once, so that calls have to be told apart."""
-        self.progress: list = []
-        """Where it counts: the layer that runs, and the modules called since its norm that may end it."""
-        self.parts = {layer.norm_name: layer.norm for layer in block.layers}
-        """The block's children that have hooks of ours, by their names."""
-        if self.slots > 1:
-            self.parts |= {layer.tail_name: layer.tail for layer in block.layers}
-
-    def state(self, args: tuple, kwargs: dict) -> Tensor:
-        return args[0] if self.keyword is None else kwargs[self.keyword]
-
-    def replaced(self, args: tuple, kwargs: dict, state: Tensor) -> tuple[tuple, dict]:
-        if self.keyword is None:
-            return (state, *args[1:]), kwargs
-        return args, kwargs | {self.keyword: state}
-
-    def widened(self, x: Tensor, slot: int) -> Tensor:
-        """x in its slot and zeros in the others, [slots, B, T, D]; x itself where there is one slot only."""
-        if self.slots == 1:
-            return x
-        return torch.stack([x if index == slot else torch.zeros_like(x) for index in range(self.slots)])
 
 
 def depth_of(state: Tensor, name: str) -> Depth:
@@ -93,20 +58,19 @@ class Opened:
 
     def __init__(self, reads: nn.ModuleList | None, depth_type: type):
         self.reads, self.depth_type = reads, depth_type
-        self.is_open = False
+        self.threads: dict[int, bool] = {}
+        """Those with an open pass."""
 
     def depth(self) -> Depth:
         """That of a new pass."""
-        self._is(True)
+        self.threads[this_thread()] = True
         return self.depth_type.open(self.reads)
 
     def close(self) -> None:
-        self._is(False)
+        self.threads.pop(this_thread(), None)
 
-    def _is(self, is_open: bool) -> None:
-        # The compiler lets a checkpointed block change nothing outside.
-        if not torch.compiler.is_compiling():
-            self.is_open = is_open
+    def is_open(self) -> bool:
+        return this_thread() in self.threads
 
 
 class Begin:
@@ -126,7 +90,7 @@ class End:
         self.opened, self.last = opened, last
 
     def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
-        if not torch.compiler.is_compiling() and self.opened.is_open:
+        if self.opened.is_open():
             raise RuntimeError(LEFT_OUT.format(self.last))
 
 
@@ -159,9 +123,18 @@ class Enter:
         else:
             carried = plan.widened(state, 0)
         carried.attnres_depth = depth
-        if torch.compiler.is_compiling():
-            plan.running[:] = [depth]
+        plan.progress().begin(depth)
         return plan.replaced(args, kwargs, carried)
+
+
+class Untried:
+    """Before a child of a transformer block that did not run on the example."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        raise RuntimeError(UNTRIED.format(self.name))
 
 
 class Read:
@@ -176,7 +149,7 @@ class Read:
         if torch.is_grad_enabled() != depth.records:
             raise RuntimeError(REENTRANT.format(self.name))
         if plan.counts:
-            plan.progress[:] = [self.index]
+            plan.progress().calls[:] = [self.index]
         if self.index == 0 and plan.begins:
             return depth.read(plan.first, []), *args[1:]
         slots = [carried] if plan.slots == 1 else carried.unbind(0)
@@ -185,15 +158,18 @@ class Read:
 
     def _depth(self, carried: Tensor) -> Depth:
         """The sources of the pass that this norm runs in, also when it runs again in backward."""
-        plan = self.plan
+        plan, progress = self.plan, self.plan.progress()
         if torch.compiler.is_compiling():
             # The compiler traces a checkpointed block once, and lets it change nothing outside.
-            return plan.running[0]
+            return progress.depth[0]
         if self.index == 0:
-            plan.running[:] = [depth_of(carried, self.name)]
-        depth = plan.running[0]
+            # Those of Enter, but where the block's own code checkpoints itself.
+            progress.begin(depth_of(carried, self.name))
+        plan.check_read(progress.read, self.index)
+        progress.read.append(self.index)
+        depth = progress.depth[0]
         if self.index == plan.layers - 1:
-            plan.running.clear()
+            progress.depth.clear()
         return depth
 
 
@@ -225,8 +201,9 @@ class WidenEach:
         """For each layer that ends in this module, the call after the layer's norm that does."""
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        layer, *seen = self.plan.progress
-        self.plan.progress.append(module)
+        calls = self.plan.progress().calls
+        layer, *seen = calls
+        calls.append(module)
         if sum(other is module for other in seen) != self.calls.get(layer):
             return output
         plain = self.outputs[layer](first_tensor(output))
@@ -246,8 +223,10 @@ class Leave:
         depth = depth_of(plan.state(args, kwargs), plan.name)
         written = plan.first + plan.layers
         *finished, partial = first_tensor(output).unbind(0) if plan.slots > 1 else [first_tensor(output)]
-        if torch.compiler.is_compiling():
-            plan.running.clear()
+        progress = plan.progress()
+        progress.depth.clear()
+        if not torch.compiler.is_compiling() and progress.read:
+            plan.check_read(progress.read, plan.layers)
         if self.is_last:
             self.opened.close()
             return with_first(output, depth.read(written, [*finished, partial]))
@@ -268,23 +247,26 @@ def attach(
     depth_type: type = AttentiveDepth,
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Put the hooks of all blocks in place; the handles take them off again. `outputs` has one for each layer."""
+    plans = plans_of(blocks, layers_per_block)
     opened, last = Opened(reads, depth_type), blocks[-1]
     holder = model.get_submodule(last.name.rpartition(".")[0].rpartition(".")[0])
     handles = [
         holder.register_forward_pre_hook(Begin(opened)),
         holder.register_forward_hook(End(opened, last.name)),
     ]
-    first, before = 0, ""
-    for block in blocks:
-        plan = Plan(block, first, layers_per_block)
+    before = ""
+    for block, plan in zip(blocks, plans, strict=True):
         handles.append(block.module.register_forward_pre_hook(Enter(plan, opened, before), with_kwargs=True))
         for index, layer in enumerate(block.layers):
             handles.append(layer.norm.register_forward_pre_hook(Read(plan, index, layer.name)))
+        for name, child in block.module.named_children():
+            if name in block.untried:
+                handles.append(child.register_forward_pre_hook(Untried(f"{block.name}.{name}")))
         if plan.slots > 1:
-            handles += _widen(block, plan, outputs[first : first + plan.layers])
+            handles += _widen(block, plan, outputs[plan.first : plan.first + plan.layers])
         leave = Leave(plan, opened, is_last=block is last)
         handles.append(block.module.register_forward_hook(leave, with_kwargs=True))
-        first, before = first + plan.layers, block.name
+        before = block.name
     return handles
 
 

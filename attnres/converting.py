@@ -14,6 +14,7 @@ from attnres.watching import ConversionError, WatchedBlock, watch
 from attnres.weights import EPS, NAME, check_eps, saved_reads, take
 
 
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     residual: str = "block",
@@ -26,16 +27,22 @@ def convert(
     """Give a PreNorm model the residual "full" or "block", in place; returns the model.
 
     Its depth reads are then `model.attnres.reads`, one for each layer and the final one: parameters for the optimizer,
-    and part of the state dict; `model.attnres.outputs` are for hooks (docs/attnres.md). A layer is a sublayer, so `layers_per_block` is usually even. `example` is an input to
-    try the model on, as one argument, a tuple of them or keywords; transformers' language models bring their own.
-    `eps` is that of the key norms: 1e-6, or what the `weights` were saved with. `weights` is a folder that `save_pretrained` made of a converted model, to take
-    the reads' parameters from.
+    and part of the state dict; `model.attnres.outputs` are for hooks (docs/attnres.md). A layer is a sublayer, so
+    `layers_per_block` is usually even. `example` is an input to try the model on, as one argument, a tuple of them or
+    keywords; transformers' language models bring their own. `eps` is that of the key norms: 1e-6, or what the `weights`
+    were saved with. `weights` is a folder that `save_pretrained` made of a converted model, to take the reads' parameters
+    from.
 
     Before anything is changed three forward passes, in training mode but without a trace, find the layers, check that
-    they run one after the other, and that every state is the embedding plus the sum of the outputs so far. ValueError (ConversionError) naming the first
-    layer where it is not, or the argument that cannot be.
+    they run one after the other, and that every state is the embedding plus the sum of the outputs so far. ValueError
+    (ConversionError) naming the first layer where it is not, or the argument that cannot be. Code that torch.compile made
+    before is compiled again.
     """
     check_is("model", model, nn.Module)
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ValueError(
+            "model must be the module itself, not what torch.compile made of it: convert the model, then compile it."
+        )
     if hasattr(model, NAME):
         raise ValueError(f"The model has {NAME!r} already: revert it before you convert it again.")
     if any(isinstance(hook, Enter) for part in model.modules() for hook in part._forward_pre_hooks.values()):
@@ -87,6 +94,7 @@ def convert(
     model.add_module(NAME, reads)
     reads.outputs = depth_outputs(layers)
     reads.handles = attach(model, blocks, size, reads.reads, reads.outputs)
+    _tell_compiler()
     return model
 
 
@@ -137,13 +145,22 @@ def _on_device(value: object, model: nn.Module) -> object:
     return value.to(_device(model)) if isinstance(value, Tensor) else value
 
 
+def _tell_compiler() -> None:
+    """Code compiled for a model of this class without our hooks would run this one too: nothing tells them apart.
+
+    So hooks shall, from now on, and what was compiled before is compiled again when it is next called.
+    """
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch.compiler.reset()
+
+
 def _residual(
     blocks: list[WatchedBlock], layers: int, layers_per_block: int | None, eps: float
 ) -> Full | Block:
-    """The reads, on the device of the first block and in its parameters' dtype."""
-    like = next(blocks[0].module.parameters())
-    width = blocks[0].output.shape[-1]
+    """The reads, on the device and in the dtype of the stream, which quantised or missing parameters may not have."""
+    stream = blocks[0].output
+    width = stream.shape[-1]
     made = (
         Full(width, layers, eps) if layers_per_block is None else Block(width, layers, layers_per_block, eps)
     )
-    return made.to(like.device, like.dtype)
+    return made.to(stream.device, stream.dtype)

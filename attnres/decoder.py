@@ -5,10 +5,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from attnres.baselines import DeepNorm, PostNorm, Rescaled
+from attnres.baselines import DeepNorm, PostNorm, Rescaled, name_in
 from attnres.cache import Cache
 from attnres.checks import check_is, check_tokens, check_vocabulary
-from attnres.config import RESIDUALS, DecoderConfig
+from attnres.config import DecoderConfig
 from attnres.layers import Rotary, TransformerBlock
 from attnres.residual import Block, Full, PreNorm
 from attnres.stream import Residual
@@ -108,9 +108,11 @@ def check_same_decoder(config: DecoderConfig, state_dict: Mapping[str, Tensor]) 
     if "embedding.weight" not in state_dict:
         return
     vocabulary, width = state_dict["embedding.weight"].shape
-    attnres = ("full", "block")
-    has_reads = any(name.startswith("residual.reads.") for name in state_dict)
-    kinds = attnres if has_reads else tuple(kind for kind in RESIDUALS if kind not in attnres)
+    kept = state_dict.get("residual._extra_state")
+    if any(name.startswith("residual.reads.") for name in state_dict):
+        kinds = ("full", "block")
+    else:
+        kinds = ("prenorm" if kept is None else name_in(kept),)
     found = {
         "vocabulary": vocabulary,
         "width": width,

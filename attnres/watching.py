@@ -5,8 +5,9 @@ output does not change when its input doubles. All that runs after it, up to the
 layer's *tail* is the last child in it, whose output joins the stream.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +53,8 @@ class WatchedBlock:
     module: nn.Module
     keyword: str | None
     layers: list[WatchedLayer]
+    untried: tuple[str, ...]
+    """Its children that did not run, in this block or in another."""
     output: Tensor
     """The state that it returned, detached."""
 
@@ -81,6 +84,7 @@ class _Visit:
     given: Tensor | None
     calls: list[_Call] = field(default_factory=list)
     made: Tensor | None = None
+    runs: bool = True
 
 
 def first_tensor(value: object) -> Tensor | None:
@@ -91,7 +95,21 @@ def first_tensor(value: object) -> Tensor | None:
 
 def with_first(output: Tensor | tuple | list, tensor: Tensor) -> Tensor | tuple | list:
     """The output of a module with another first tensor."""
-    return type(output)((tensor, *output[1:])) if isinstance(output, tuple | list) else tensor
+    if not isinstance(output, tuple | list):
+        return tensor
+    # A named tuple takes its fields one by one.
+    return getattr(output, "_make", type(output))((tensor, *output[1:]))
+
+
+@contextmanager
+def forked_random_numbers(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Draws on the CPU and on the devices of these tensors leave their generators as they were."""
+    devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([], device_type="cpu"))
+        for device in devices:
+            stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
+        yield
 
 
 @contextmanager
@@ -99,8 +117,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Passes in training mode that leave no trace: random numbers, buffers and modes are as before."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    with forked_random_numbers(tensors), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        # On the CPU, where layers are dropped; elsewhere one pass draws what the others do as it is.
+        torch.default_generator.manual_seed(0)
         model.train()
         try:
             yield
@@ -149,7 +169,10 @@ def watch(model: nn.Module, args: tuple, kwargs: dict) -> list[WatchedBlock]:
         raise ConversionError(
             f"{members[longest[0]]} is the only transformer block: a depth of one has nothing to mix."
         )
-    return [_block(members[member], member, visits[member]) for member in longest]
+    ran = {call.module for each in visits.values() for visit in each for call in visit.calls}
+    found_blocks = [_block(members[member], member, visits[member], ran) for member in longest]
+    _check_own_norms(found_blocks)
+    return found_blocks
 
 
 def _check_all_ran(
@@ -199,19 +222,33 @@ def _check_only(others: list[str]) -> None:
         )
 
 
+def _check_own_norms(blocks: list[WatchedBlock]) -> None:
+    """A hook on a norm has to know which layer it is called for."""
+    owners: dict[nn.Module, str] = {}
+    for block in blocks:
+        for layer in block.layers:
+            name = f"{block.name}.{layer.norm_name}"
+            if layer.norm in owners:
+                raise ConversionError(
+                    f"The norm of {layer.name}, {name}, is that of {owners[layer.norm]} too: give each layer a norm of its "
+                    "own, copy.deepcopy(norm) where they are to start alike."
+                )
+            owners[layer.norm] = layer.name
+
+
 def _watch_member(member: nn.Module, visits: list[_Visit]) -> Iterator[torch.utils.hooks.RemovableHandle]:
     def enter(module, args, kwargs):
         keyword, state = _state(args, kwargs)
         visits.append(_Visit(keyword, state))
 
     def leave(module, args, output):
-        visits[-1].made = first_tensor(output)
+        visits[-1].made, visits[-1].runs = first_tensor(output), False
 
     yield member.register_forward_pre_hook(enter, with_kwargs=True)
     for name, child in member.named_children():
 
         def called(module, args, kwargs, output, name=name):
-            if visits:
+            if visits and visits[-1].runs:
                 _, given = _state(args, kwargs)
                 made = first_tensor(output)
                 visits[-1].calls.append(
@@ -241,7 +278,7 @@ def _is_norm(module: nn.Module, args: tuple, kwargs: dict, made: Tensor | None) 
     # Far above any eps, and far below the largest float16; powers of two, so that no dtype rounds.
     size = args[0].float().square().mean().sqrt().log2().nan_to_num(0, 0, 0).round().item()
     large, larger = args[0] * 2.0 ** (6 - size), args[0] * 2.0 ** (7 - size)
-    with suppress(RuntimeError), torch.random.fork_rng():
+    with suppress(RuntimeError), forked_random_numbers(args[:1]):
         one, two = (first_tensor(module.forward(x, *args[1:], **kwargs)) for x in (large, larger))
         # Dropout and activations differ by far more; constants are not norms.
         return bool((one - two).norm() <= 1e-3 * one.norm()) and bool(one.norm() > 0)
@@ -263,7 +300,7 @@ def _keeps_shape(visits: list[_Visit]) -> bool:
     return visits[0].made.shape == visits[0].given.shape
 
 
-def _block(name: str, module: nn.Module, visits: list[_Visit]) -> WatchedBlock:
+def _block(name: str, module: nn.Module, visits: list[_Visit], ran: set[nn.Module]) -> WatchedBlock:
     if len(visits) != 1:
         raise ConversionError(
             f"{name} is called {len(visits)} times in one forward pass, and a converted block must be once."
@@ -273,7 +310,8 @@ def _block(name: str, module: nn.Module, visits: list[_Visit]) -> WatchedBlock:
     _check_prenorm(name, visit, starts)
     ends = [*starts[1:], len(visit.calls)]
     layers = [_layer(name, visit, start, end) for start, end in zip(starts, ends, strict=True)]
-    return WatchedBlock(name, module, visit.keyword, layers, visit.made.detach())
+    untried = tuple(child for child, part in module.named_children() if part not in ran)
+    return WatchedBlock(name, module, visit.keyword, layers, untried, visit.made.detach())
 
 
 def _reads_state(visit: _Visit, index: int) -> bool:

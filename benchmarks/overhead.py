@@ -42,6 +42,7 @@ try:
     from probes.benching import machine
     from probes.cost import Cost, Spread
     from probes.edge_taps import EdgeTaps
+    from probes.provenance import processor
     from probes.stopwatch import timed
 except ImportError as error:
     raise SystemExit(
@@ -230,7 +231,7 @@ def header(arguments: list[str] | None, options: argparse.Namespace) -> dict:
     return {
         "command": provenance.command("overhead", arguments),
         "commit": provenance.commit(),
-        "hardware": f"{machine(torch.device(options.device))}, {provenance.processor()}",
+        "hardware": f"{machine(torch.device(options.device))}, {processor()}",
         "versions": {
             name: version
             for name in ("torch", "wandb", "torchinstruments", "numpy")

@@ -4,8 +4,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from probes import attributed
 from probes import manifest as files
-from probes.attempts import Attempt, attempt_folder, claimed, hide, quarantine_folder
+from probes.attempts import QUARANTINE, Attempt, attempt_folder, claimed, hide, quarantine_folder
 from probes.careful import is_folder, printable, read_bytes
 from probes.gaps import gaps_of, vanished
 from probes.jsonfile import MOST_BYTES, intact, parse_json
@@ -35,6 +36,7 @@ class Checked:
     defects: list[Defect] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
+    attributions: int = 0
 
     def __str__(self) -> str:
         path = printable(self.path)
@@ -45,6 +47,8 @@ class Checked:
             shards = sum(len(attempt.sealed) for attempt in self.attempts)
             size = sum(attempt.size for attempt in self.attempts)
             many = f"{_count(shards, 'shard')} in {_count(len(self.attempts), 'attempt')}"
+            if self.attributions:
+                many += f", {_count(self.attributions, 'attribution')}"
             said = [f"{path}: sound. {many}, {size:,} bytes."]
         return "\n".join([*said, *(f"  Note: {note}" for note in self.notes)])
 
@@ -74,6 +78,7 @@ def check(path: Path) -> Checked:
     hide(found.attempts)
     for attempt in found.attempts:
         _attempt(found, attempt)
+    _attributions(found)
     for gap in gaps_of(found.attempts):
         if not any(gap.cause in defect.sentence for defect in found.defects):
             found.notes.append(str(gap))
@@ -86,10 +91,15 @@ def repair(found: Checked) -> list[str]:
     No other file is touched. Raises OSError when the disk refuses.
     """
     done = []
-    for attempt in found.attempts:
+    homes = {
+        attempt.folder / files.RANK_FOLDER: quarantine_folder(found.path, attempt.number)
+        for attempt in found.attempts
+    }
+    homes[found.path / attributed.FOLDER] = found.path / QUARANTINE / attributed.FOLDER
+    for home, quarantine in homes.items():
         for defect in found.defects:
-            if defect.damaged and defect.path.parent == attempt.folder / files.RANK_FOLDER:
-                aside = _folders(found.path, quarantine_folder(found.path, attempt.number))
+            if defect.damaged and defect.path.parent == home:
+                aside = _folders(found.path, quarantine)
                 target = aside / defect.path.name
                 while target.exists():
                     target = target.with_name(f"again-{target.name}")
@@ -130,6 +140,19 @@ def _attempt(found: Checked, attempt: Attempt) -> None:
     for name in (files.HEARTBEAT, files.END):
         if os.path.lexists(attempt.folder / name):
             _small(found, attempt.folder / name, attempt.manifest.format)
+
+
+def _attributions(found: Checked) -> None:
+    for name in attributed.attribution_names(found.path):
+        path = found.path / attributed.FOLDER / name
+        try:
+            attributed.read_attribution(found.path, name, found.attempts[0].manifest.layout)
+            found.attributions += 1
+        except FileNotFoundError:
+            continue
+        except ShardError as error:
+            sentence = f"The attribution {name} {error}."
+            found.defects.append(Defect(path, sentence, not isinstance(error, UnreadableShard)))
 
 
 def _manifest(found: Checked, folder: Path, name: str) -> Manifest | None:

@@ -41,6 +41,7 @@ from probes.sites import Sites
 from probes.statistics import DEPTH_METRICS
 from probes.tally import ACTIVATIONS
 from probes.taps import MATRICES, OFF, VECTORS, Taps
+from probes.updates import UPDATE_RATIO, Updates
 from probes.vocabulary import GRADIENTS, METRICS
 from probes.wrapped import unwrap_optimizer
 from probes.writer import RunWriter
@@ -106,7 +107,7 @@ def record(
     vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
     sites = find_sites(model, stack, layers, norms)
     following = None if tokens_every is None else schedule_of("tokens_every", tokens_every)
-    if following is not None and not sites.reads:
+    if following is not None and not sites.has_reads:
         raise RunError(
             f"tokens_every asks for depth weights, and no module of this {type(sites.root).__name__} tells any: leave it out."
         )
@@ -304,6 +305,7 @@ class Recorder:
 
     def _watch_parameters(self) -> None:
         self._gradients = GradientNorms(self._sites)
+        self._updates = Updates(self._sites)
         self._backwards = Backwards(
             self._gradients.watched(),
             lambda: self._taps.mode != OFF,
@@ -322,6 +324,8 @@ class Recorder:
         with self._faults.guard(*NORMS):
             # Parameters change slowly, and reading them all takes as long as reading all gradients.
             self._gradients.measure(parameters=self._taps.mode == MATRICES)
+            with self._faults.guard(UPDATE_RATIO):
+                self._updates.before(self._clock.now.attempt)
         with self._faults.guard(*GRADIENTS):
             self._scale.at_backward(self._gradients.squares)
 
@@ -358,6 +362,8 @@ class Recorder:
             self._scale.unknown = self._taps.half and not self._scale.given
         known = self._scale.known()
         metrics = self._taps.finish() | self._gradients.finish(self._scale.value)
+        with self._faults.guard(UPDATE_RATIO):
+            metrics |= self._updates.after(self._clock.now.attempt)
         if self._scale.value is not None:
             scaled = {name for name in metrics if name.endswith("_grad_rms")} | set(EDGE_METRICS)
             metrics |= {name: metrics[name] / self._scale.value for name in scaled & set(metrics)}
@@ -419,6 +425,7 @@ class Recorder:
                 self._retry = mode
                 yield "skipped", step_of(now), np.float32(1)
                 return
+            self._selfcheck.finite(step_of(now), values, seen)
             self._selfcheck.identity(values.get("identity_error"))
             self._selfcheck.reads(values.get("read_error"), values.get("depth_weight"))
             for name in metrics:

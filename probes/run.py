@@ -10,6 +10,7 @@ import numpy as np
 
 from probes import manifest as files
 from probes.attempts import Attempt, attempt_folder, claimed, hide
+from probes.attributed import Attribution, attribution_names, read_attribution
 from probes.careful import is_folder
 from probes.gaps import Gap, gaps_of
 from probes.layout import Layout, difference
@@ -43,6 +44,7 @@ class Run:
         self.attempts: list[Attempt] = [Attempt(self.path, 0, self.manifest)]
         self._left_out: dict[int, str] = {}
         self._whole: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._attributed: dict[str, Attribution | str] = {}
         self.refresh()
 
     def __repr__(self) -> str:
@@ -197,6 +199,26 @@ class Run:
             return read_tokens(folders[step], step, self.layout)
         except (ShardError, FileNotFoundError) as error:
             raise RunError(f"The token snapshot of {self.name} at step {step} {error}.") from error
+
+    def attributions(self) -> list[Attribution]:
+        """What `depthscope attribute` found, by step; files that cannot be trusted are left out (`attribution_problems`)."""
+        return [found for found in self._read_attributions() if isinstance(found, Attribution)]
+
+    @property
+    def attribution_problems(self) -> list[str]:
+        """A sentence for each attribution that cannot be read."""
+        return [found for found in self._read_attributions() if isinstance(found, str)]
+
+    def _read_attributions(self) -> list[Attribution | str]:
+        # A file is never changed: what was read is kept, unless it could not be.
+        for name in (names := attribution_names(self.path)):
+            if isinstance(self._attributed.get(name), Attribution):
+                continue
+            try:
+                self._attributed[name] = read_attribution(self.path, name, self.layout)
+            except (ShardError, FileNotFoundError) as error:
+                self._attributed[name] = f"The attribution {name} is left out: it {error}."
+        return [self._attributed[name] for name in names]
 
     def _snapshots(self) -> dict[int, Path]:
         """Folders of the visible ones, by step."""

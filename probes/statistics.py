@@ -178,16 +178,24 @@ class Tables:
     """All sums of one model, empty: moments by place, forward and backward, non-finite counts, depth sums, depth edges."""
 
     def __init__(
-        self, sizes: dict[str, int], sources: list[int], edges: EdgeSums | None, device: torch.device
+        self,
+        sizes: dict[str, int],
+        sources: list[int],
+        edges: EdgeSums | None,
+        device: torch.device,
+        experts: int = 0,
     ):
         self.edges = edges
         self.forward = {place: Moments(rows, device) for place, rows in sizes.items()}
         self.backward = {place: RowMoments(rows, device) for place, rows in sizes.items()}
         self.nonfinite = torch.zeros(sizes["state"], dtype=torch.int64, device=device)
         self.depth = DepthSums(sources, device) if sources else None
+        shape = sizes["state"] - 1, experts + 2
+        self.experts = torch.zeros(shape, dtype=torch.int64, device=device) if experts else None
 
     def forward_tensors(self) -> list[Tensor]:
         depth = self.depth.tensors() if self.depth is not None else []
+        depth += [] if self.experts is None else [self.experts]
         return [self.nonfinite, *depth, *(t for moments in self.forward.values() for t in moments.tensors())]
 
     def backward_tensors(self) -> list[Tensor]:

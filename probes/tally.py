@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from probes.edges import EdgeSums
+from probes.expert_taps import EXPERT_METRICS, Loads, most
 from probes.identity import identity_error, tolerance
 from probes.passes import Passes
 from probes.read_errors import ReadErrors
@@ -27,11 +28,18 @@ class Tally:
             sizes["block"] = len(last_layers(sites))
         edges, exists = edge_sources(sites), torch.from_numpy(sites.layout.triangle())
         self.live, self._counted = (
-            Tables(sizes, sites.depth_sources, EdgeSums(edges, exists, device) if edges else None, device)
+            Tables(
+                sizes,
+                sites.depth_sources,
+                EdgeSums(edges, exists, device) if edges else None,
+                device,
+                most(sites.experts),
+            )
             for _ in range(2)
         )
         self._is_sum = sites.is_plain
         self._allowed = tolerance(next(sites.root.parameters()).dtype)
+        self._loads = Loads(sites.experts, device)
         self.errors = ReadErrors(sites.depth_sources, device) if sites.found is not None else None
         rows = len(sites.layers) + 1
         self.sample = Sample(rows, device)
@@ -78,6 +86,8 @@ class Tally:
             metrics["identity_error"] = error.masked_fill(self._mixed_up(), torch.nan)
             count = self._counted.forward["state"].count
             metrics["nonfinite"] = self._counted.nonfinite.float().where(count > 0, torch.nan)
+            if self._counted.experts is not None:
+                metrics |= self._loads.finish(self._counted.experts)[0]
             if self._counted.depth is not None:
                 metrics |= self._counted.depth.finish()
             if self._counted.edges is not None:
@@ -102,6 +112,9 @@ class Tally:
             counts[f"block_{suffix}"] = table[place].count[rows]
         if matrices:
             counts["nonfinite"] = counts["hidden_rms"]
+            if self._counted.experts is not None:
+                assigned = self._loads.finish(self._counted.experts)[1]
+                counts |= dict.fromkeys(EXPERT_METRICS, assigned)
             if self._counted.depth is not None:
                 counts |= dict.fromkeys(DEPTH_METRICS, self._counted.depth.tokens)
             if self._counted.edges is not None:

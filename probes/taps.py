@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from probes.backwards import in_backward
 from probes.edge_taps import EdgeTaps
+from probes.expert_taps import EXPERT_METRICS, Counts, ExpertTaps
 from probes.faults import Faults
 from probes.found_taps import FoundTaps
 from probes.hanging import Hanging
@@ -89,7 +90,7 @@ class Taps(Hanging):
         self._autocasts = torch.amp.is_autocast_available(self._device.type)
         live = self._tally.live
         self._forward, self._backward = live.forward, live.backward
-        self._nonfinite, self._depth = live.nonfinite, live.depth
+        self._nonfinite, self._depth, self._experts = live.nonfinite, live.depth, live.experts
         self.read_errors = self._tally.errors
         self.edges = live.edges.rows if live.edges is not None else []
         self.edge_taps.follow(self._device)
@@ -168,6 +169,8 @@ class Taps(Hanging):
         if self._found is not None:
             self._found.attach()
         self.edge_taps.attach()
+        for module, count in ExpertTaps(sites.experts).places():
+            self.before(module, lambda args, kwargs, count=count: self._routed(count, args, kwargs))
         if sites.norm is not None:
             self.before(sites.norm, lambda args, kwargs: self._passed())
         if "block" in self._forward and sites.reads:
@@ -175,6 +178,15 @@ class Taps(Hanging):
                 # The newest source of the read after a transformer block is the partial sum the block left.
                 self.before(read, lambda args, kwargs, block=block: self.tap(args[0][-1], "block", block))
         self._handles.append(sites.called.register_forward_hook(Hook(self._end)))
+
+    def _routed(self, count: Counts, args: tuple, kwargs: dict) -> None:
+        """Experts are given their tokens."""
+        if not self.matrices or self.recomputing:
+            return
+        if torch.compiler.is_compiling():
+            count(self._experts, args, kwargs, self.mask)
+        else:
+            self.eagerly(lambda: count(self._experts, args, kwargs, self.mask), *EXPERT_METRICS)
 
     def _passed(self) -> None:
         if torch.compiler.is_compiling():

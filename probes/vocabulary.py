@@ -17,6 +17,7 @@ BLOCK = ("transformer block",)  # B
 LAYER = ("layer",)  # L
 READ = ("read",)  # R = L+1
 TRIANGLE = ("read", "source")  # R x S
+EXPERTS = (*LAYER, "expert")  # L x E, the most experts of any layer
 MIXING = (*STATE, *OUTPUT)  # (L+1) x (L+1), a triangle too
 TRIANGLES = (TRIANGLE, MIXING)
 
@@ -94,6 +95,14 @@ _ROWS = [
         "L2",
         "L2 norm of a layer's parameters (sublayer, its norms, its gate and its depth query) before the update. "
         "Recorded with the matrices.",
+    ),
+    Metric(
+        "update_ratio",
+        LAYER,
+        "Update ratio (estimate)",
+        "",
+        "L2 norm of what the optimizer's step changed in a layer's parameters, over their L2 norm before it. An estimate "
+        "from a fixed sample of about 4,096 of each layer's elements.",
     ),
     Metric(
         "other_grad_norm",
@@ -235,6 +244,22 @@ _ROWS = [
         "Non-finite values",
         "values",
         "Number of infinite and not-a-number values in each state. Counted with the matrices.",
+    ),
+    Metric(
+        "expert_load",
+        EXPERTS,
+        "Expert load",
+        "share of the assignments",
+        "Share of the tokens of a layer with a mixture of experts that its router sends to each expert; a token sent to "
+        "k experts counts k times. Blank for layers without experts. Counted with the matrices.",
+    ),
+    Metric(
+        "expert_balance",
+        LAYER,
+        "Expert balance",
+        "share of the maximum",
+        "Entropy of a layer's expert load divided by ln(number of experts): 1 where all experts get as many tokens, 0 "
+        "where one gets all.",
     ),
     Metric("loss", SCALAR, "Training loss", "nats per token", "The training loss as logged."),
     Metric("val_loss", SCALAR, "Validation loss", "nats per token", "The validation loss as logged."),

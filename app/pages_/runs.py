@@ -4,7 +4,7 @@ import pandas as pd
 import streamlit as st
 
 from app import draw, findings, frames, pick, room, settings, table
-from app.charts import axes
+from app.charts import axes, palette
 from app.charts.lines import lines
 from probes.vocabulary import metric
 
@@ -66,9 +66,9 @@ def _curves(shown: list[room.Shown], name: str, x: str, window: int | None, axis
         room.colours(have),
         title,
         y_scale,
-        height=380,
         x=x,
         x_scale=x_scale,
+        fill=palette.filling(500, 260, 440),
     )
     draw.show(chart, key=f"runs {name}", data=frame)
     st.caption("Ctrl and the mouse wheel zoom, dragging moves, a double click shows all again.")

@@ -123,9 +123,15 @@ class Dropping(Stack):
         return self.norm(x)
 
 
-@pytest.mark.parametrize("index", [0, 1, 2])
-@pytest.mark.parametrize(("residual", "size"), [("full", None), ("block", 2), ("block", 4)])
-def test_a_block_left_out_of_a_pass_is_refused_by_name(residual, size, index):
+LEFT_OUT = [
+    (residual, size, index, False)
+    for residual, size in (("full", None), ("block", 2), ("block", 4))
+    for index in (0, 1, 2)
+]
+
+
+@pytest.mark.parametrize(("residual", "size", "index", "compiles"), [*LEFT_OUT, ("block", 4, 2, True)])
+def test_a_block_left_out_of_a_pass_is_refused_by_name(residual, size, index, compiles):
     """LayerDrop, when it strikes after the conversion."""
     model = attnres.convert(Dropping(Block, Block, Block), residual, size, example=example())
     model.left_out = (index,)
@@ -134,10 +140,59 @@ def test_a_block_left_out_of_a_pass_is_refused_by_name(residual, size, index):
         if index == 0
         else rf"blocks.{index} was left out"
     )
+    run = torch.compile(model, backend="eager") if compiles else model
     with pytest.raises(RuntimeError, match=says) as caught:
-        model(example())
+        run(example())
     assert "\n" not in str(caught.value)
     assert model.eval()(example()).isfinite().all()
+
+
+class Skipping(Block):
+    """Leaves out a layer of these numbers, or runs one that it did not have."""
+
+    left_out, adds = (), False
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        for index, (norm, layer) in enumerate(((self.norm1, self.first), (self.norm2, self.second))):
+            if index not in self.left_out:
+                x = x + layer(norm(x))
+        return x + self.extra(x) if self.adds else x
+
+
+@pytest.mark.parametrize(("index", "name"), [(0, "first"), (1, "second")])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_layer_left_out_of_a_pass_is_refused_by_name(size, index, name):
+    model = attnres.convert(stack(Skipping, Skipping, Skipping), "block", size, example=example())
+    model.blocks[1].left_out = (index,)
+    with pytest.raises(RuntimeError, match=rf"^blocks\.1\.{name} did not run in its place [^\n]*\.$"):
+        model(example())
+    model.blocks[1].left_out = ()
+    assert model(example()).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_part_that_did_not_run_on_the_example_is_refused_by_name(size):
+    """What it adds to the stream may be a layer that nobody reads for, as cross-attention is."""
+    model = attnres.convert(stack(Skipping, Skipping), "block", size, example=example())
+    model.blocks[1].adds = True
+    with pytest.raises(RuntimeError, match=r"^blocks\.1\.extra did not run on the example [^\n]*\.$"):
+        model(example())
+
+
+def test_a_part_that_ran_in_another_block_may_run_in_any():
+    model = stack(Skipping, Skipping, Skipping)
+    shared = model.blocks[0].extra
+    for block in model.blocks:
+        block.extra = shared
+    model.blocks[0].extra = nn.Identity()
+    model.blocks[1].extra, model.blocks[1].adds = shared, False
+    model.blocks[2].second = shared
+    attnres.convert(model, "block", 2, example=example())
+    assert model(example()).isfinite().all()
 
 
 def test_a_block_left_out_while_converting_is_refused_by_name():

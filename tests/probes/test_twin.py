@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import probes
+from probes.expert_taps import EXPERT_METRICS
 from probes.sampled import SAMPLED_METRICS
 from probes.vocabulary import METRICS
 from tests.attnres.models import defined_pass
@@ -176,8 +177,11 @@ def test_every_metric_has_its_twin(kind, tmp_path):
             look_away(model)
     run = probes.open_run(tmp_path / "run")
     assert not run.problems
-    assert set(run.metrics) == {*expected[0], "lr", "loss", "identity_error", *SAMPLED_METRICS, *HOST}
-    unknown = set(METRICS) - set(run.metrics) - {"val_loss", "tokens", "skipped", "read_error"}
+    others = {"lr", "loss", "identity_error", "update_ratio"}
+    assert set(run.metrics) == {*expected[0], *others, *SAMPLED_METRICS, *HOST}
+    unknown = (
+        set(METRICS) - set(run.metrics) - {"val_loss", "tokens", "skipped", "read_error", *EXPERT_METRICS}
+    )
     assert unknown <= (DEPTH | {"query_norm"} if kind == "prenorm" else set())
     for name in expected[0]:
         steps = range(0, 4, MATRICES_EVERY if name in MATRICES else 1)
