@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
@@ -38,13 +39,14 @@ LIVE = "Number(document.body.innerText.match(/live, step ([\\d,]+)/)?.[1].replac
 
 
 @contextlib.contextmanager
-def served(*folders: Path):
-    """The address of the real command's server on some folders."""
+def served(*folders: Path, tell: Callable[[int], object] = lambda pid: None):
+    """The address of the real command's server on some folders; `tell` hears its process id."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "app", "dash", *map(str, folders), "--port", str(port), "--no-browser"]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    tell(server.pid)
     try:
         for _ in range(600):
             with contextlib.suppress(OSError):
