@@ -15,6 +15,8 @@ from tests.app import made
 
 MAIN = Path(app.__file__).with_name("main.py")
 PAGES = ["runs", "dilution", "gradients", "depth_attention", "tokens", "compare"]
+SAMPLE_RUNS = Path(__file__).resolve().parents[2] / "sample_runs"
+SAMPLES = sorted(path.parent.name for path in SAMPLE_RUNS.glob("*/run.json"))
 FOLDERS = [
     "prenorm", "full", "block", "empty", "missing metrics", "broken shard", "single step", "few steps",
     "nothing yet", "unreadable manifest",
@@ -90,6 +92,14 @@ def test_an_empty_folder_says_how_to_record(folders, page):
     at = opened(folders["empty"], f"pages_/{page}.py")
     assert "No run is here yet" in said(at)
     assert "probes.record(model" in at.code[0].value
+
+
+@pytest.mark.parametrize("run", SAMPLES)
+def test_every_page_opens_every_sample_run(run):
+    for page in PAGES:
+        at = opened(SAMPLE_RUNS / run, f"pages_/{page}.py")
+        assert not at.exception, page
+        assert mounted(at, "depthscope_chart") or "recorded no single tokens" in said(at), page
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path):
