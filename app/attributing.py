@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from app import causes, checkpoints, sequences, words
-from app.attribute import Asked
+from app.asking import Asked
 from app.checkpoints import Checkpoint
 from probes import attribution, target
 from probes.attributed import Attribution, attribution_path, read_attribution, write_attribution

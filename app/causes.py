@@ -149,18 +149,20 @@ def correlations(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def disagreements(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of most weight for their attribution, and of most attribution for their weight, with a `label` and an
-    `odd` ("weight" or "effect"); among reads of three sources or more, by the distance of their ranks."""
-    known = frame[(frame["sources"] > 2)].dropna(subset=["even", "value"])
+    """With a `label` and an `odd`: the heaviest edges ("weight") among those whose effect is below the median, and the
+    strongest ("effect") among those of less than an even share; in reads of three sources or more."""
+    known = frame[frame["sources"] > 2].dropna(subset=["even", "value"])
+    empty = frame.iloc[:0].assign(label="", odd="")
     if len(known) < 2 * NAMED or np.ptp(known["even"]) < 1e-9:
-        return frame.iloc[:0].assign(label="", odd="")
-    apart = known["even"].rank(pct=True) - known["value"].abs().rank(pct=True)
-    order = apart.sort_values(kind="stable").index
-    parts = []
-    for odd, chosen in (("effect", order[:NAMED]), ("weight", order[::-1][:NAMED])):
-        part = known.loc[[index for index in chosen if (apart[index] < 0) == (odd == "effect")]]
-        parts.append(part.assign(odd=odd))
-    found = pd.concat(parts)
+        return empty
+    size = known["value"].abs()
+    heavy = known[(known["even"] > 1) & (size <= size.median())].sort_values("even", ascending=False)
+    strong = known[(known["even"] < 1) & (size > size.median())].sort_values(
+        "value", key=np.abs, ascending=False
+    )
+    found = pd.concat([heavy.head(NAMED).assign(odd="weight"), strong.head(NAMED).assign(odd="effect")])
+    if found.empty:
+        return empty
     return found.assign(label=[link(row) for _, row in found.iterrows()])
 
 
@@ -367,3 +369,65 @@ def _link(row: pd.Series) -> str:
 
 def _effect(row: pd.Series, unit: str) -> str:
     return f"{row['value']:+.2g} ± {2 * row['error']:.1g} {unit}"
+
+
+# Over removal and over training
+
+
+def curve_frame(curve: Curve) -> pd.DataFrame:
+    """ranking ("by weight" …), count, share (of all), value, low, high: of random orders the mean, and their range."""
+    parts = []
+    for ranking, name in RANKED.items():
+        if ranking not in curve.values:
+            continue
+        values = np.atleast_2d(curve.values[ranking])
+        parts.append(
+            pd.DataFrame(
+                {
+                    "ranking": name,
+                    "count": curve.counts,
+                    "share": curve.counts / max(int(curve.counts[-1]), 1),
+                    "value": values.mean(0),
+                    "low": values.min(0),
+                    "high": values.max(0),
+                }
+            )
+        )
+    return (
+        pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["ranking", "count", "value"])
+    )
+
+
+def alike(found: Attribution, everything: list[Attribution]) -> list[Attribution]:
+    """The attributions of the same question at each step, the latest where there are several."""
+    same = {
+        other.step: other
+        for other in sorted(everything, key=lambda each: each.about.created)
+        if (other.about.target, other.about.mass) == (found.about.target, found.about.mass)
+    }
+    return [same[step] for step in sorted(same)]
+
+
+def layers_over_training(series: list[Attribution], method: str, most: int = 6) -> pd.DataFrame:
+    """run (a layer's label), step, value: the layers with the largest effects at the last step."""
+    parts = [layers(each, method).assign(step=each.step) for each in series if method in each.layers]
+    if len(parts) < 2:
+        return pd.DataFrame(columns=["run", "step", "value"])
+    last = parts[-1].dropna(subset=["value"])
+    chosen = last.loc[last["value"].abs().sort_values(ascending=False).index[:most], "place"]
+    frame = pd.concat(parts, ignore_index=True)
+    frame = frame[frame["place"].isin(chosen)]
+    return frame.rename(columns={"place": "run"})[["run", "step", "value"]]
+
+
+def agreement_over_training(series: list[Attribution], method: str) -> pd.DataFrame:
+    """run, step, value: the median rank correlation of weight and attribution."""
+    rows = [
+        (each.step, correlations(edges(each, method))["value"].median())
+        for each in series
+        if method in each.edges
+    ]
+    frame = pd.DataFrame(rows, columns=["step", "value"]).dropna()
+    return (
+        frame.assign(run="median read") if len(frame) > 1 else pd.DataFrame(columns=["run", "step", "value"])
+    )

@@ -39,6 +39,7 @@ pages = [
     st.Page("pages_/gradients.py", title="Gradients", icon=":material/trending_down:"),
     st.Page("pages_/depth_attention.py", title="Depth attention", icon=":material/stacked_line_chart:"),
     st.Page("pages_/tokens.py", title="Tokens", icon=":material/text_fields:"),
+    st.Page("pages_/attribution.py", title="Attribution", icon=":material/science:"),
     st.Page("pages_/compare.py", title="Compare", icon=":material/compare_arrows:"),
 ]
 page = st.navigation(pages, position="hidden")

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from probes.writer import RunWriter  # noqa: E402
 from tests.app import made  # noqa: E402
 
-PAGES = ("", "dilution", "gradients", "depth_attention", "tokens", "compare")
+PAGES = ("", "dilution", "gradients", "depth_attention", "tokens", "attribution", "compare")
 TITLES = {"": "Runs", "depth_attention": "Depth attention"}
 DEPTHS = (12, 32, 100)  # transformer blocks whose triangles are played
 CHART = ".depthscope-chart :is(canvas, svg)"
@@ -38,13 +39,14 @@ LIVE = "Number(document.body.innerText.match(/live, step ([\\d,]+)/)?.[1].replac
 
 
 @contextlib.contextmanager
-def served(*folders: Path):
-    """The address of the real command's server on some folders."""
+def served(*folders: Path, tell: Callable[[int], object] = lambda pid: None):
+    """The address of the real command's server on some folders; `tell` hears its process id."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "app", "dash", *map(str, folders), "--port", str(port), "--no-browser"]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    tell(server.pid)
     try:
         for _ in range(600):
             with contextlib.suppress(OSError):

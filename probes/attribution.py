@@ -216,11 +216,11 @@ class _Work:
         most = max(self._whole.sequences, self._other.sequences if self._other else 0)
         at_once = sequences_that_fit(each, most, memory, one.edges.device)
         # Parts that were done with so many at once fit no others.
-        before = int(self._parts.get("at once", np.array(0)))
+        before = int(self._parts.get("at once", np.zeros(1))[0])
         if before > at_once:
             self._parts.clear()
         self._at_once = before if 0 < before <= at_once else at_once
-        self._parts["at once"] = np.array(self._at_once)
+        self._parts["at once"] = np.array([self._at_once])
         timed = self._whole.part(0, min(self._at_once, self._whole.sequences))
         self._seconds = seconds_of(timed)
         self._timed = timed.sequences
@@ -294,7 +294,7 @@ class _Work:
             layout, about, weight=routed.weight, share=routed.share, final_share=routed.final_share
         )
         shapes = {EDGES: layout.triangle().shape, LAYERS: (len(layout.layers),)}
-        exists = {EDGES: layout.triangle(), LAYERS: np.array(gates.gated)}
+        exists = {EDGES: layout.triangle() & np.array(gates.reached)[:, None], LAYERS: np.array(gates.gated)}
         kinds: dict[tuple[str, str], None] = {}
         for job in self._todo:
             for kind in (EDGES, LAYERS) if job.method == GRADIENT and not gates.no_edges else (job.kind,):

@@ -18,6 +18,7 @@ import numpy as np
 from probes import manifest as files
 from probes import place as places
 from probes.attempts import row_shape
+from probes.compacting import Behind
 from probes.disk import Disk
 from probes.jsonfile import write_json
 from probes.life import beat
@@ -63,6 +64,7 @@ class RunWriter:
         self._queue: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
         self._place = (places.resume if resume else places.begin)(path, manifest)
         self._disk = Disk(self._place)
+        self._behind = Behind(path, self._place.number, manifest)
         self._started = self._beaten = time.monotonic()
         self._seal_at = self._started + SEAL_SECONDS
         self._thread = threading.Thread(target=self._work, name=f"depthscope writer {path.name}", daemon=True)
@@ -124,11 +126,14 @@ class RunWriter:
                 self._beaten = now
                 if self._place.resumed:
                     self._warn("resumed", f"Another process has continued the run at {self.path} meanwhile.")
+            if self._queue.empty() and not self._disk.refused:
+                self._behind.work()
         self._seal(None)
         if self._open:
             self._shed(len(self._open))
         end = {"time": time.time(), **self._end, "step": self._last_step, **self._told()}
         self._disk.do(lambda: write_json(self._place.folder / files.END, end))
+        self._behind.work()
 
     def _told(self) -> dict:
         told = {"dropped": self.dropped, "shards": self._shards, "gaps": self._lost.gaps()}
@@ -181,6 +186,7 @@ class RunWriter:
             ):
                 break
             self._shards += 1
+            self._behind.sealed(piece)
             ready = ready[len(piece) :]
         self._open = ready + later
         self._bytes = sum(_size(value) for _, _, value in self._open)

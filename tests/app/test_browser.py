@@ -8,7 +8,7 @@ import pytest
 from probes.writer import RunWriter
 from tests.app import made
 
-PAGES = ["", "dilution", "gradients", "depth_attention", "compare"]
+PAGES = ["", "dilution", "gradients", "depth_attention", "attribution", "compare"]
 CHART = ".depthscope-chart :is(canvas, svg)"
 PLAYER = ".depthscope-player input"
 

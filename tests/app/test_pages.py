@@ -16,7 +16,7 @@ from probes.writer import RunWriter
 from tests.app import made
 
 MAIN = Path(app.__file__).with_name("main.py")
-PAGES = ["runs", "dilution", "gradients", "depth_attention", "tokens", "compare"]
+PAGES = ["runs", "dilution", "gradients", "depth_attention", "tokens", "attribution", "compare"]
 SAMPLE_RUNS = Path(__file__).resolve().parents[2] / "sample_runs"
 SAMPLES = sorted(path.parent.name for path in SAMPLE_RUNS.glob("*/run.json"))
 FOLDERS = [
