@@ -24,6 +24,11 @@ def about_a_model(command: Callable) -> Callable:
         except RunError as error:
             raise click.ClickException(str(error)) from error
 
+    return click.argument("target", metavar="MODULE:FUNCTION")(layer_options(run))
+
+
+def layer_options(command: Callable) -> Callable:
+    """A command with the options `stack`, `layers` and `norms`."""
     for add in (
         click.option(
             "--norms",
@@ -43,10 +48,9 @@ def about_a_model(command: Callable) -> Callable:
             callback=_given,
             help="The list of transformer blocks to look at, where there are several.",
         ),
-        click.argument("target", metavar="MODULE:FUNCTION"),
     ):
-        run = add(run)
-    return run
+        command = add(command)
+    return command
 
 
 def _given(context: click.Context, option: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...] | None:

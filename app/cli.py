@@ -4,8 +4,10 @@ from pathlib import Path
 
 import click
 
+from app.attribute import attribute
 from app.bench import bench
 from app.check import check
+from app.compact import compact
 from app.demo import demo
 from app.describe import describe
 from app.server import free, serve
@@ -52,6 +54,8 @@ main.add_command(demo)
 main.add_command(bench)
 main.add_command(describe)
 main.add_command(check)
+main.add_command(compact)
+main.add_command(attribute)
 
 
 if __name__ == "__main__":

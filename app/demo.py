@@ -27,6 +27,7 @@ SAMPLE_RUNS = Path(__file__).resolve().parent.parent / "sample_runs"
 SHAPE = {"width": 128, "blocks": 12, "heads": 4, "kv_heads": 2, "context": 128}
 BATCH = 4
 BLOCK_LAYERS = 3  # eight depth blocks
+TOKENS_EVERY = 20  # steps between snapshots of the tokens of two sequences
 
 
 @click.command()
@@ -44,7 +45,20 @@ BLOCK_LAYERS = 3  # eight depth blocks
 @click.option(
     "--text", type=click.Path(path_type=Path), help="File or folder to learn  [default: Python's own library]"
 )
-def demo(runs: Path | None, port: int, serve: bool, no_browser: bool, steps: int, text: Path | None) -> None:
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(1),
+    help="Save each model after so many steps and at the end, for depthscope attribute  [default: never]",
+)
+def demo(
+    runs: Path | None,
+    port: int,
+    serve: bool,
+    no_browser: bool,
+    steps: int,
+    text: Path | None,
+    checkpoint_every: int | None,
+) -> None:
     """Train a PreNorm, a Full AttnRes and a Block AttnRes model in turn, and watch them in the dashboard."""
     runs = runs or Path("runs") / f"demo-{datetime.now():%Y-%m-%d-%H%M%S}"
     if serve and not free(port):
@@ -52,12 +66,12 @@ def demo(runs: Path | None, port: int, serve: bool, no_browser: bool, steps: int
             f"Port {port} is in use: choose another with --port (or PORT=… make demo)."
         )
     if not serve:
-        train_three(runs, steps, text)
+        train_three(runs, steps, text, checkpoint_every)
         return
-    _supervise(runs, port, not no_browser, steps, text)
+    _supervise(runs, port, not no_browser, steps, text, checkpoint_every)
 
 
-def train_three(runs: Path, steps: int, text: Path | None) -> None:
+def train_three(runs: Path, steps: int, text: Path | None, checkpoint_every: int | None = None) -> None:
     """Train and record the three models of equal size into `runs`, a step of each in turn."""
     try:
         from app.training import Corpus, DecoderConfig, RecordedTraining, Schedule, TrainingConfig, in_turn
@@ -83,7 +97,10 @@ def train_three(runs: Path, steps: int, text: Path | None) -> None:
                 DecoderConfig(residual=kind, **SHAPE, **extra),
                 config,
                 corpus,
-                Schedule(),
+                Schedule(
+                    tokens_every=None if kind == "prenorm" else TOKENS_EVERY,
+                    checkpoint_every=checkpoint_every,
+                ),
                 ["demo"],
             )
             for kind, extra in kinds.items()
@@ -110,7 +127,9 @@ def _leave_a_core() -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
 
-def _supervise(runs: Path, port: int, browser: bool, steps: int, text: Path | None) -> None:
+def _supervise(
+    runs: Path, port: int, browser: bool, steps: int, text: Path | None, checkpoint_every: int | None
+) -> None:
     """Run the two processes until both are done or Ctrl-C; the training first, so that there is something to see."""
     try:
         runs.mkdir(parents=True, exist_ok=True)
@@ -124,6 +143,7 @@ def _supervise(runs: Path, port: int, browser: bool, steps: int, text: Path | No
     command = [sys.executable, "-m", "app"]
     training = [*command, "demo", "--no-serve", "--runs", str(runs), "--steps", str(steps)]
     training += ["--text", str(text)] if text else []
+    training += ["--checkpoint-every", str(checkpoint_every)] if checkpoint_every else []
     folders = [str(runs), *([str(SAMPLE_RUNS)] if SAMPLE_RUNS.is_dir() else [])]
     dashboard = [*command, "dash", *folders, "--port", str(port), "--no-browser"]
     url = f"http://{HOST}:{port}"

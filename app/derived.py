@@ -37,6 +37,8 @@ DERIVED = {
 
 def metric(name: str) -> Metric:
     """The vocabulary's entry of a metric, or of a derived one."""
+    if name == vocabulary.TOKEN_WEIGHT.name:  # recorded apart from the metrics
+        return vocabulary.TOKEN_WEIGHT
     return DERIVED[name].metric if name in DERIVED else vocabulary.metric(name)
 
 

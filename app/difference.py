@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from app import cells as pictures
-from app import frames, match, reads, words
+from app import frames, match, reading, reads, words
 from probes import Run
 from probes.vocabulary import OUTPUT, STATE, metric
 
@@ -181,8 +181,8 @@ def _measures(run: Run, step: int) -> dict[str, float]:
     good = len(row) and np.isfinite(row).all() and row.min() > 0
     found["Output gradient RMS, max/min"] = row.max() / row.min() if good else np.nan
     found["Output gradient RMS, CV"] = row.std() / row.mean() if good else np.nan
-    routing = reads.over_training(run, "")
-    routing = routing[routing["step"] <= step]
+    last = frames.nearest(reading.steps(run, "depth_weight"), step)
+    routing = reads.over_training(run, "", index=np.array([] if last is None else [last], np.int64))
     for name, label in reads.MEASURES.items():
         found[label] = float(routing[name].iloc[-1]) if len(routing) else np.nan
     return found
@@ -205,10 +205,18 @@ def finding(frame: pd.DataFrame, name: str, names: tuple[str, str]) -> str:
     if not len(last):
         return f"{metric(name).title}: nothing to compare"
     most = last.loc[last["value"].abs().idxmax()]
-    times = words.factor(2 ** abs(float(most["value"])))
+    times = 2 ** abs(float(most["value"]))
+    if times < 1.0005:
+        return f"{metric(name).title} is the same at every depth"
+    # Below a tenth, percents say more than a factor.
+    told, than = (
+        (f"{100 * (times - 1):.2g}% larger", "than")
+        if times < 1.1
+        else (f"{words.factor(times)} as large", "as")
+    )
     more, less = (names[1], names[0]) if most["value"] > 0 else names
     where = str(most["place"]) if metric(name).axes != STATE else str(most["place"]).removeprefix("into ")
-    return f"{noun[:1].upper()}{noun[1:]} differs most at {where}: {times} as large in {more} as in {less}"
+    return f"{noun[:1].upper()}{noun[1:]} differs most at {where}: {told} in {more} {than} in {less}"
 
 
 def _count(value: float) -> str:

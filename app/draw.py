@@ -13,6 +13,7 @@ from app.browser import Frames
 from app.charts import palette
 
 PICTURES = {"png": "image/png", "svg": "image/svg+xml", "pdf": "application/pdf"}
+SHORT = "short names"  # what stands for the long names of the runs on the page, in titles on the screen
 NUMBERS = {"csv": "text/csv", "parquet": "application/vnd.apache.parquet"}
 
 
@@ -31,14 +32,14 @@ def show(
     """
     title, subtitle = _title(chart)
     with st.container(horizontal=True, wrap=False, vertical_alignment="center", gap="small"):
-        st.markdown(f"**{words.plain(title)}**", width="stretch")
+        # Long names of runs are read in full above and in the legend.
+        told = words.replaced(title, st.session_state.get(SHORT, {}))
+        st.markdown(f"**{words.plain(told)}**", width="stretch")
         with st.popover("Save", icon=":material/download:", type="tertiary", key=f"save {key}"):
             _save(chart, data, key)
     if subtitle:
         st.caption(words.plain(subtitle))
-    bare = chart.copy(deep=False)
-    bare.title = alt.Undefined
-    browser.chart(bare, key=f"chart {key}", alt=title, frames=frames, fields=fields, on_click=on_click)
+    browser.chart(chart, key=f"chart {key}", alt=title, frames=frames, fields=fields, on_click=on_click)
 
 
 def _save(chart: alt.TopLevelMixin, data: pd.DataFrame | None, key: str) -> None:

@@ -52,6 +52,11 @@ TOLD: dict[str, tuple[str, str]] = {
         r"\lVert \theta_l \rVert_2",
         "Slow growth is usual; beside the gradient norm it gives the update ratio.",
     ),
+    "update_ratio": (
+        r"\lVert \theta_l' - \theta_l \rVert_2 / \lVert \theta_l \rVert_2",
+        "About 0.001 is usual with Adam; far above, the layer is thrown about, far below it stands still. Level over depth "
+        "means that all layers move at one pace.",
+    ),
     "depth_weight": (
         r"\alpha_{l,i} = \langle \mathrm{softmax}_i(q_l \cdot \mathrm{RMSNorm}(v_i)) \rangle_t",
         "A dark diagonal reads its neighbour, a dark column is a sink that everybody reads, a pale column is ballast. An "
@@ -61,6 +66,11 @@ TOLD: dict[str, tuple[str, str]] = {
         r"\mathrm{std}_t(\alpha_{l,i})",
         "Near zero the weight is the same for every token: a fixed skip connection. Large means that the read depends on "
         "the input.",
+    ),
+    "token_depth_weight": (
+        r"\alpha_{l,i,t} = \mathrm{softmax}_i(q_l \cdot \mathrm{RMSNorm}(v_{i,t}))",
+        "One colour all along means that the read is the same for every token: a fixed skip connection. Where it changes "
+        "from word to word, the layer chooses by what it has before it.",
     ),
     "contribution_rms": (
         r"\sqrt{\langle \lVert \alpha_{l,i} v_i \rVert^2 / D \rangle_t}",
@@ -113,6 +123,15 @@ TOLD: dict[str, tuple[str, str]] = {
     "output_cosine": (
         r"\langle \cos(h_l, v_l) \rangle_t",
         "Above zero a layer strengthens the stream it reads, below zero it erases some of it.",
+    ),
+    "expert_load": (
+        r"n_{l,e} / \textstyle\sum_{e'} n_{l,e'}",
+        "An even row gives each of E experts 1/E. A dark cell is an expert that is asked too much, a pale row end are "
+        "experts that hardly learn.",
+    ),
+    "expert_balance": (
+        r"-\textstyle\sum_e p_{l,e} \ln p_{l,e} / \ln E",
+        "1 is an even load. A layer that falls away from the others is where routing collapses.",
     ),
     "nonfinite": ("", "Anything above zero is the beginning of the end: look where it starts."),
     "read_error": (

@@ -137,6 +137,35 @@ def picture(cells: pd.DataFrame, label: str, name: str) -> str:
     return told.get(name, routing)(known, label)
 
 
+def tokens(line: pd.DataFrame, run: str, read: str, source: str, step: int) -> str:
+    """At which token a read takes most and least from one source."""
+    about = f"What {words.the(read)} of {run} reads from {words.the(source)} at step {words.step(step)}"
+    known = line[line["weight"].notna()]
+    if known.empty:
+        return f"{about}: nothing recorded"
+    most, least = (known.loc[at] for at in (known["weight"].idxmax(), known["weight"].idxmin()))
+    if most["weight"] - least["weight"] < 0.005:
+        return f"{about}: {known['weight'].mean():.2f} for every token"
+    return (
+        f"{about}: {most['weight']:.2f} at {most['told']} (token {most['token']}), "
+        f"{least['weight']:.2f} at {least['told']} (token {least['token']}), {known['weight'].mean():.2f} on average"
+    )
+
+
+def token_sources(grid: pd.DataFrame, read: str) -> str:
+    """Which source most tokens lean on in one read."""
+    known = grid[grid["weight"].notna()]
+    if known.empty:
+        return f"Sources of {words.the(read)}: nothing recorded"
+    top = known.loc[known.groupby("token")["weight"].idxmax(), "from"].astype(str).value_counts()
+    count = int(known["token"].nunique())
+    first = (
+        f"{words.the(top.index[0])} is what {top.iloc[0]} of {count} tokens lean on most in {words.the(read)}"
+    )
+    second = f", {words.the(top.index[1])} {top.iloc[1]}" if len(top) > 1 else ""
+    return words.capital(first + second)
+
+
 def routing(cells: pd.DataFrame, label: str) -> str:
     """Share of the newest source and of the embedding, over the reads with more than two sources."""
     newest, embedding, when = _ends_of_reads(cells, "depth_weight")

@@ -19,12 +19,14 @@ st.logo(ICON, size="large")
 st.html(
     "<style>.stMainBlockContainer{padding:2.2rem 2.5rem 3rem} .stSidebar{width:260px !important}"
     "[data-testid=stLayoutWrapper]:has(> .st-key-player){position:sticky;bottom:0;top:3.4rem;z-index:90}"
+    ".stPageLink a:focus-visible,.depthscope-chart:focus-visible{outline:2px solid #1f7a85;outline-offset:-2px}"
+    ".st-key-player{padding:.3rem 0 .6rem}"
     "[data-testid='stBaseButton-tertiary'] p{text-align:left}"
     # While a run grows the page is drawn anew all the time: what stands does not fade before it is really late.
     "[data-stale=true]{transition:opacity .5s ease-in 2s !important}"
     # A run's name is read in full, however long; its colour stands beside it (app/room.py).
     ".stSidebar .stMultiSelect [role=group]{max-height:none}"
-    ".stSidebar [data-tag]{max-width:100%;height:auto;background:var(--st-background-color);color:var(--st-text-color);"
+    ".stSidebar [data-tag]{max-width:100%;font-size:.85rem;height:auto;background:var(--st-background-color);color:var(--st-text-color);"
     "border:1px solid var(--st-border-color)}"
     ".stSidebar [data-tag]>span{white-space:normal;overflow-wrap:anywhere;max-width:none;line-height:1.3;padding:.15rem 0}"
     ".stSidebar [data-tag] svg{color:var(--st-text-color)}"
@@ -36,6 +38,8 @@ pages = [
     st.Page("pages_/dilution.py", title="Dilution", icon=":material/water_drop:"),
     st.Page("pages_/gradients.py", title="Gradients", icon=":material/trending_down:"),
     st.Page("pages_/depth_attention.py", title="Depth attention", icon=":material/stacked_line_chart:"),
+    st.Page("pages_/tokens.py", title="Tokens", icon=":material/text_fields:"),
+    st.Page("pages_/attribution.py", title="Attribution", icon=":material/science:"),
     st.Page("pages_/compare.py", title="Compare", icon=":material/compare_arrows:"),
 ]
 page = st.navigation(pages, position="hidden")

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from app import cells, draw, findings, frames, room, words
+from app import cells, draw, findings, frames, reading, room, view, words
 from app.charts.profile import profile
 from app.charts.training import over_training
-from app.derived import FINAL_SHARE
+from app.derived import FINAL_SHARE, metric
 
 ACROSS = 3  # heatmaps side by side
 
@@ -20,15 +20,18 @@ def profiles(
     step: int | None,
     scale: str,
     finding: Callable[[pd.DataFrame, str], str],
+    fill: dict | None = None,
 ) -> None:
     """One line a run at its last recorded step up to `step`; says which step where it is another one."""
     have = room.recorded(shown, name)
     parts = {one: frames.profile(one.run, one.name, name, step) for one in have} if step is not None else {}
     parts = {one: part for one, part in parts.items() if len(part)}
+    _not_finite([one for one, part in parts.items() if not part["value"].notna().any()], name, step)
+    parts = {one: part for one, part in parts.items() if part["value"].notna().any()}
     if not parts:
         return
     frame = pd.concat(parts.values(), ignore_index=True)
-    chart = profile(frame, name, room.colours(list(parts)), finding(frame, name), scale)
+    chart = profile(frame, name, room.colours(list(parts)), finding(frame, name), scale, fill=fill)
     draw.show(chart, key=f"profile {name}", data=frame, frames=_playback(list(parts), name, frame, scale))
     note = nearest({one.name: int(part["step"].iloc[0]) for one, part in parts.items()}, step)
     late = [one.name for one in have if one not in parts]
@@ -43,6 +46,22 @@ def profiles(
         )
     if note.strip():
         st.caption(words.plain(note.strip()))
+
+
+def _not_finite(lost: list[room.Shown], name: str, step: int) -> None:
+    """Runs of which nothing finite is left at a step: said, with a way to the last step that had something."""
+    for one in lost:
+        what = words.small(metric(name).title)
+        st.caption(f"**{words.plain(one.name)}** has no finite {what} at step {words.step(step)}.")
+        last = frames.last_finite(one.run, name, step)
+        if last is not None:
+            st.button(
+                f"Go to step {words.step(last)}, the last at which all is finite",
+                key=f"alive {name} {one.name}",
+                icon=":material/history:",
+                type="tertiary",
+                on_click=lambda last=last: view.change(step=last),
+            )
 
 
 def _playback(shown: list[room.Shown], name: str, frame: pd.DataFrame, scale: str) -> draw.Frames:
@@ -95,7 +114,7 @@ def heatmaps(shown: Sequence[room.Shown], name: str) -> None:
             strict=False,
         ):
             with column:
-                steps = frames.series(one.run, name)[0]
+                steps = reading.steps(one.run, name)
                 first, last = (frames.profile(one.run, one.name, name, int(steps[end])) for end in (0, -1))
                 chart = over_training(grid, name, findings.grid(first, last, one.name, name), domain)
                 draw.show(chart, key=f"training {name} {one.name}", data=grid)

@@ -1,7 +1,7 @@
 """Pickers: widgets that show a part of the view and change it."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import streamlit as st
@@ -72,29 +72,34 @@ def matching(entries: Iterable[Entry], pattern: str) -> tuple[list[str], str]:
     ], ""
 
 
-def step(recorded: Sequence[Run], names: Sequence[str], where=None) -> int | None:
-    """The step to look at: the latest until somebody moves the player, and again once it is at its end.
+def bar(*wide: int) -> list:
+    """The player's place and one for each control that belongs beside it, so `wide`: in sight wherever the page stands."""
+    return st.container(key="player").columns([10, *wide], gap="medium", vertical_alignment="bottom")
 
-    `where` is the player's own place, a `st.container(key="player")`: the page keeps that in sight.
-    """
-    where = where or st.container(key="player")
+
+def step(recorded: Sequence[Run], names: Sequence[str], where) -> int | None:
+    """The step to look at: the latest until somebody moves the player, and again once it is at its end. `where` is the
+    player's place."""
     stops = frames.stops(recorded, names)
-    if not stops:
-        return None
+    return at(stops, where) if stops else None
+
+
+def at(stops: Sequence[int], where) -> int:
+    """The stop to look at: the last one until somebody moves the player, which is put `where` it is told."""
     asked = view.current().step
-    at = len(stops) - 1 if asked is None else frames.nearest(np.array(stops), asked) or 0
+    now = len(stops) - 1 if asked is None else frames.nearest(np.array(stops), asked) or 0
     if len(stops) == 1:
         where.caption(
             f"Only step {words.step(stops[0])} is recorded so far: a slider appears with the next one."
         )
         return stops[0]
     with where:
-        browser.player(stops, at, key="pick step", on_step=lambda step: view.change(step=step))
+        browser.player(stops, now, key="pick step", on_step=lambda step: view.change(step=step))
     # Between stops (thinned, or a link's step) the asked step itself decides which recorded step is nearest.
-    return stops[at] if asked is None else max(asked, stops[0])
+    return stops[now] if asked is None else max(asked, stops[0])
 
 
-def asked(recorded: Sequence[Run], names: Sequence[str], where=None) -> int | None:
+def asked(recorded: Sequence[Run], names: Sequence[str], where) -> int | None:
     """The step somebody moved the player to; None while it follows the latest."""
     found = step(recorded, names, where)
     return None if view.current().step is None else found
@@ -119,6 +124,19 @@ def choice(field: str, label: str, options: Mapping[str, str], help: str | None 
 def one(field: str, label: str, options: Mapping[str, str], help: str | None = None, where=None) -> str:
     """One of many named options, as a list; an unknown one in a link falls back to the first."""
     return _named((where or st).selectbox, field, label, options, help)
+
+
+def listed(key: str, label: str, options: Mapping, now, tell: Callable, where) -> None:
+    """A list of named options that stands at `now`; `tell` hears what somebody chooses."""
+    key = f"pick {key}"
+    _set(key, now)
+    where.selectbox(
+        label,
+        list(options),
+        key=key,
+        format_func=lambda option: options.get(option, ""),
+        on_change=lambda: st.session_state[key] in options and tell(st.session_state[key]),
+    )
 
 
 def _named(widget, field: str, label: str, options: Mapping[str, str], help: str | None, **more) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import streamlit as st
 from altair.utils import schemapi
 
-from app import explained, menu, notices, opener, pick, words
+from app import draw, explained, menu, notices, opener, pick, words
 from app.charts import palette
 from app.derived import has, metric
 from app.opener import Entry
@@ -44,8 +44,8 @@ def sidebar() -> None:
         _marks(_shades(entries, picked).values())
 
 
-def enter(question: str, answer: str, draw: Callable[[list[Shown]], None], watch: bool = False) -> None:
-    """A page: its question, one line of answer, and `draw` for the picked runs, again while one of them runs.
+def enter(question: str, answer: str, body: Callable[[list[Shown]], None], watch: bool = False) -> None:
+    """A page: its question, one line of answer, and `body` for the picked runs, again while one of them runs.
 
     `watch` keeps looking for new runs even when none is running.
     """
@@ -57,13 +57,14 @@ def enter(question: str, answer: str, draw: Callable[[list[Shown]], None], watch
     seconds = LIVE_SECONDS if live else IDLE_SECONDS if watch or not entries else None
 
     @st.fragment(run_every=seconds)
-    def body() -> None:
+    def page() -> None:
         menu.show()
         if st.session_state.pop(_AGAIN, False):
             st.rerun()
         if seconds and [e.name for e in opener.find(opener.folders())] != [e.name for e in entries]:
             st.rerun()
         shown = _open(entries, picked)
+        st.session_state[draw.SHORT] = words.shortened([one.name for one in shown])
         if live and not any(one.run.status == "running" for one in shown):
             st.rerun()
         if not any(not entry.problem for entry in entries):
@@ -76,10 +77,10 @@ def enter(question: str, answer: str, draw: Callable[[list[Shown]], None], watch
             st.info("No run is chosen: pick one or more in the sidebar.")
         # Checking every chart against Vega-Lite's schema takes half of a page's time; the tests check them.
         with schemapi.debug_mode(False):
-            draw(shown)
+            body(shown)
         _problems(entries)
 
-    body()
+    page()
 
 
 def again() -> None:
@@ -159,7 +160,7 @@ def _state(shown: Sequence[Shown]) -> None:
     chips = []
     for one in shown:
         last, status = one.run.last_step, one.run.status
-        far = f"step {words.step(last)}" if last >= 0 else "nothing recorded yet"
+        far = f"step {words.step(last)}" if last >= 0 else "nothing recorded" + " yet" * (status == "running")
         how = "live" if status == "running" else status
         if status == "stopped":
             how += f" {words.age(time.time() - one.run.last_seen.timestamp())} ago"

@@ -21,6 +21,7 @@ if not getattr(attnres, "__depthscope__", False):
         "(fast-attnres installs one) is in the way. Use an environment without it."
     )
 
+from app.checkpoints import checkpoint_path
 from attnres import Corpus, DecoderConfig, Training, TrainingConfig
 
 NAMES = {"prenorm": "PreNorm", "full": "Full AttnRes", "block": "Block AttnRes"}
@@ -35,6 +36,8 @@ class Schedule:
     validate_every: int = 25
     tokens_every: int | None = None
     """Token snapshots, of models that read over depth alone."""
+    checkpoint_every: int | None = None
+    """The model's parameters are saved into the run after so many steps, and at the end; None: never."""
 
 
 class RecordedTraining:
@@ -84,6 +87,9 @@ class RecordedTraining:
         loss = self.training.step()
         tokens = self.training.steps_done * config.batch * config.context
         self.recorder.log(loss=loss, tokens=tokens)
+        every, done = self.schedule.checkpoint_every, self.training.steps_done
+        if every and (done % every == 0 or self.done):
+            self.training.save(checkpoint_path(self.path, done))
         if validation is not None:
             self.recorder.log(val_loss=validation)
         elif self.done:

@@ -44,6 +44,13 @@ class View:
     compare_scale: str = "linear"
     matrix: str = "depth_weight"
     other: int | None = None
+    sequence: int | None = None
+    token: int | None = None
+    caused: str = ""
+    attribution: str = ""
+    cause: str = "ablation"
+    cause_layers: str = "removal"
+    cause_read: int | None = None
 
     @classmethod
     def parse(cls, params: Mapping[str, Sequence[str]]) -> "View":

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def number(value: float) -> str:
@@ -73,3 +73,34 @@ def the(label: str) -> str:
 def plain(text: str) -> str:
     """Text that markdown shows as it is written."""
     return re.sub(r"([\\`*_{}\[\]<>#$~|:])", r"\\\1", text)
+
+
+LONG = 28  # characters of a name that a sentence can bear
+
+
+def shortened(names: Sequence[str]) -> dict[str, str]:
+    """For each long name what tells it apart from the others, with "…" for what it shares with all of them.
+
+    "llama_full_lr3e-4_seed1337_retry" beside "llama_block_lr3e-4_seed1337_retry" is "…full…". Short names, and those
+    that would not be shorter or not be told apart, are left out.
+    """
+    parts = {name: re.findall(r"[^\W_]+|[\W_]", name) for name in names}
+    found = {}
+    for name in names:
+        if len(name) <= LONG:
+            continue
+        others = [set(parts[other]) for other in names if other != name]
+        own = [part if not all(part in other for other in others) else "…" for part in parts[name]]
+        kept = re.sub("…+", "…", "".join(own)) if others else "…"
+        if len(kept) < 3 or len(kept) > LONG:
+            kept = f"{name[:12]}…{name[-12:]}"
+        found[name] = kept
+    short = [found.get(name, name) for name in names]
+    return {name: kept for name, kept in found.items() if short.count(kept) == 1}
+
+
+def replaced(text: str, short: Mapping[str, str]) -> str:
+    """The text with long names in it shortened, those first that others are a part of."""
+    for name in sorted(short, key=len, reverse=True):
+        text = text.replace(name, short[name])
+    return text

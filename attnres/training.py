@@ -1,10 +1,13 @@
 """One decoder learning one corpus, a step at a time, so that several can take turns."""
 
 import math
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -141,6 +144,29 @@ class Training:
             return torch.stack([self._loss(*pair) for pair in batches]).mean().item()
         finally:
             self.model.train(was_training)
+
+    def save(self, path: str | Path) -> None:
+        """The parameters as they are now, as safetensors that say after how many steps; whole or not there at all.
+
+        Raises OSError where the disk refuses.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            name: x.detach().cpu().contiguous()
+            for name, x in self.model.state_dict().items()
+            if isinstance(x, Tensor)
+        }
+        shared = {}
+        for name, x in state.items():  # a tied weight may not be in one file twice
+            state[name] = x.clone() if x.data_ptr() in shared else x
+            shared[x.data_ptr()] = name
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        try:
+            save_file(state, temporary, {"step": str(self.steps_done)})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         inputs, targets = (x.to(self.config.device, non_blocking=True) for x in (inputs, targets))

@@ -26,6 +26,7 @@ try:
     from attnres.fused import fused_read
     from attnres.schedules import SCHEDULES
     from benchmarks import provenance
+    from probes.provenance import processor
 except ImportError as error:
     raise SystemExit(
         f"Run this from the repository's root as `python -m benchmarks.attnres` ({error})."
@@ -261,7 +262,7 @@ def save(title: str, table: list[dict], options: argparse.Namespace, arguments: 
 def machine(options: argparse.Namespace) -> str:
     if options.device.startswith("cuda"):
         return torch.cuda.get_device_name()
-    return f"{provenance.processor()}, {options.threads} threads"
+    return f"{processor()}, {options.threads} threads"
 
 
 if __name__ == "__main__":

@@ -1,66 +1,68 @@
 """Which depth sources cause the output? Attribution of a model's loss to its depth edges and its layers, after the fact.
 
-Everything is measured with gates (gates.py), factors on the edges that are 1 in the model as it is. A value is always
-loss *with* the edge minus loss *without* it, estimated in its own way: below zero, the edge lowers the loss. Values are
-signed and stay so: behind a norm, which forgets the size of what it is given, those of one read sum to about zero.
+Everything is measured with gates (gates.py), factors on the edges that are 1 in the model as it is. A value is always the
+target *without* the edge or layer minus the target *with* it, estimated in its own way: above zero, a loss rises without
+it. Values are signed and stay so: behind a norm, which forgets the size of what it is given, those of one read sum to
+about zero.
 """
 
-import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
+from probes import pruning
+from probes.attributed import (
+    ABLATION,
+    EDGES,
+    GRADIENT,
+    INTEGRATED,
+    KEPT,
+    LAYERS,
+    METHODS,
+    OF_LAYERS,
+    REMOVAL,
+    SHAPLEY,
+    SHARED,
+    About,
+    Attribution,
+)
+from probes.budget import Estimate, bytes_of_one, resident, seconds_of, sequences_that_fit
+from probes.effects import Effects, Job, jobs, sequences_of
 from probes.finding import find_sites
-from probes.gates import KEPT, SHARED, Gates
-from probes.layout import Layout
+from probes.gates import Gates
+from probes.identity import tolerance
 from probes.manifest import RunError
+from probes.objective import next_token_losses, token_means
+from probes.routed import Routed
 from probes.target import arguments
 from probes.unchanged import unchanged
 
-GRADIENT, ABLATION, INTEGRATED, SHAPLEY = "gradient", "ablation", "integrated", "shapley"
-METHODS = {
-    GRADIENT: "gradient × activation: the slope of the loss in the edge's factor, at the model as it is",
-    ABLATION: "the loss minus the loss without this edge",
-    INTEGRATED: "integrated gradients: the slope, averaged while all edges of a read grow from 0 to 1",
-    SHAPLEY: "Shapley values, sampled: the edge's effect averaged over orders in which a read's edges are added",
-}
+__all__ = [
+    "ABLATION", "GRADIENT", "INTEGRATED", "METHODS", "REMOVAL", "SHAPLEY", "Attribution", "attribute",
+]  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Attribution:
-    """What `attribute` found, in units of the loss.
-
-    `edges[method]` [R, S] and `layers[method]` [L] are means over the sequences of the batch, `edges_std` and
-    `layers_std` their standard deviations; NaN where there is no such edge. `loss` is that of the model as it is,
-    `mass` what becomes of the weight of a removed source.
-    """
-
-    layout: Layout
-    loss: float
-    mass: str
-    edges: dict[str, np.ndarray] = field(default_factory=dict)
-    edges_std: dict[str, np.ndarray] = field(default_factory=dict)
-    layers: dict[str, np.ndarray] = field(default_factory=dict)
-    layers_std: dict[str, np.ndarray] = field(default_factory=dict)
+Parts = MutableMapping[str, np.ndarray]
 
 
 def attribute(
     model: nn.Module,
     batch: object,
     *,
-    methods: Sequence[str] = (GRADIENT, ABLATION),
+    methods: Sequence[str] = (GRADIENT, ABLATION, REMOVAL),
     loss: Callable[[object], Tensor] | None = None,
     mass: str = KEPT,
     steps: int = 16,
     samples: int = 8,
     seed: int = 0,
+    what_if: object | None = None,
+    memory: float | None = None,
     progress: bool = False,
+    announce: Callable[[Estimate], None] | None = None,
+    parts: Parts | None = None,
     stack: str | Sequence[str] | None = None,
     layers: int | str | Sequence[str] | None = None,
     norms: str | Sequence[str] | None = None,
@@ -68,22 +70,63 @@ def attribute(
     """Attribute the loss of `model` on `batch` to its depth edges and its layers; the model is left as it was.
 
     `batch` is a tensor, a tuple of positional or a mapping of keyword arguments, B sequences in its first axis. `loss`
-    makes one number for each sequence, [B], of the model's output; by default that is the mean cross-entropy of the next
-    token. For a token's logit, or a difference of two, give a function that picks it. `methods` are names in `METHODS`,
-    which says what they are; layers are attributed by gradient and by ablation (their removal).
+    makes one number for each sequence, [B], or for each of its tokens, [B, T], of the model's output; by default that is
+    the cross-entropy of the next token. For a token's logit, or a difference of two, see `probes.objective.logit`.
+    `methods` are names in `METHODS`, which says what they are: "ablation" is of edges, "removal" of layers, the others of
+    both.
 
     `mass`, in a model with depth reads: "kept" leaves the weights of the others as they are when a source is removed,
     "shared" lets them take over its weight. `steps` is for integrated gradients and `samples` the orders tried for
-    Shapley values, drawn with `seed`, or all where there are no more. With E edges in R reads and L layers, gradient takes one forward and backward,
-    ablation E + L forwards, integrated R·steps of both, shapley samples·(E + R) forwards; never more than one at a time
-    is in memory.
+    Shapley values, drawn with `seed`, or all where there are no more. With `what_if`, a batch of other sequences, the
+    loss is measured on these when the least important layers and edges are removed (pruning.py).
 
-    Raises RunError for a model without recognisable layers or whose edges no hook reaches, an unknown method, or a loss
-    of another shape.
+    With E edges in R reads and L layers, gradient takes one forward and backward, removal L forwards, ablation E,
+    integrated (R+1)·steps of both, shapley samples·(E + L) forwards. Sequences go through together as far as `memory`
+    [bytes of the process; by default half of what is free] allows. `announce` is told the estimate before the work
+    begins. What is in `parts` is not computed again, and what is done is put there.
+
+    Raises RunError for a model without recognisable layers or none that a hook reaches, an unknown method, one that needs
+    edges where no hook reaches them, a loss of another shape, or too little memory.
     """
+    _check(methods, mass, steps, samples)
+    sites = find_sites(model, stack, layers, norms)
+    gates = Gates(sites, mass)
+    root = sites.root
+    objective = next_token_losses if loss is None else lambda output, args, kwargs: loss(output)
+    parts = {} if parts is None else parts
+    with unchanged(root), gates.hung():
+        root.eval()
+        whole = _Batch(root, *arguments(batch), objective, gates)
+        other = None if what_if is None else _Batch(root, *arguments(what_if), objective, gates)
+        _check_stream(whole.part(0, 1))
+        _check_reach(gates, methods, root)
+        work = _Work(whole, other, jobs(gates, methods, steps, samples, seed), gates, parts, seed)
+        work.plan(memory)
+        if announce is not None:
+            announce(work.estimate)
+        with tqdm(total=work.estimate.seconds, disable=not progress, bar_format=_BAR) as bar:
+            found = work.done(lambda seconds: bar.update(min(seconds, bar.total - bar.n)))
+            bar.update(bar.total - bar.n)
+    about = replace(
+        found.about,
+        unit="nats per token" if loss is None else "units of the target",
+        mass=mass,
+        steps=steps if INTEGRATED in methods else 0,
+        samples=samples if SHAPLEY in methods else 0,
+        seed=seed,
+        tokens=whole.tokens,
+    )
+    return replace(found, about=about)
+
+
+_BAR = "{percentage:3.0f}%|{bar:30}| {elapsed} gone, {remaining} left"
+
+
+def _check(methods: Sequence[str], mass: str, steps: int, samples: int) -> None:
     unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise RunError(f"methods holds {', '.join(map(repr, unknown))}: choose among {', '.join(METHODS)}.")
+    if unknown or not methods:
+        what = f"methods holds {', '.join(map(repr, unknown))}" if unknown else "methods is empty"
+        raise RunError(f"{what}: choose among {', '.join(METHODS)}.")
     if INTEGRATED in methods and mass == SHARED:
         raise RunError(
             'Integrated gradients need mass="kept": shared weights do not change while all edges of a read grow.'
@@ -91,152 +134,215 @@ def attribute(
     for name, count in (("steps", steps), ("samples", samples)):
         if not isinstance(count, int) or count < 1:
             raise RunError(f"{name} must be a whole number of at least 1, not {count!r}.")
-    sites = find_sites(model, stack, layers, norms)
-    gates = Gates(sites, mass)
-    args, kwargs = arguments(batch)
-    run = _Loss(
-        sites.root, args, kwargs, loss or (lambda output: next_token_loss(output, args, kwargs)), gates
-    )
-    with unchanged(sites.root), gates.hung():
-        sites.root.eval()
-        base = run.plain()
-        found = Attribution(sites.layout, base.mean().item(), mass)
-        todo = {
-            GRADIENT: lambda: _gradient(run),
-            ABLATION: lambda: _ablation(run, base, progress),
-            INTEGRATED: lambda: (_integrated(run, steps, progress), None),
-            SHAPLEY: lambda: (_shapley(run, base, samples, seed, progress), None),
-        }
-        for name in methods:
-            edges, layers_too = todo[name]()
-            edges = edges.masked_fill(~run.exists, torch.nan)
-            found.edges[name], found.edges_std[name] = _spread(edges)
-            if layers_too is not None:
-                found.layers[name], found.layers_std[name] = _spread(layers_too)
-    return found
 
 
-def _spread(values: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation over the sequences."""
-    values = values.double().cpu()
-    return values.mean(0).numpy(), values.std(0, correction=0).numpy()
+def _check_stream(one: Effects) -> None:
+    """See whether the states of a model without reads are the sums that its edges suppose."""
+    gates, broken = one.gates, []
 
-
-def next_token_loss(output: object, args: tuple, kwargs: Mapping) -> Tensor:
-    """Mean cross-entropy of the next token of each sequence, [B], from logits [B, T, V]. RunError where there are none."""
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    tokens = kwargs.get("input_ids", args[0] if args else next(iter(kwargs.values()), None))
-    fits = isinstance(logits, Tensor) and logits.ndim == 3 and isinstance(tokens, Tensor)
-    if not fits or tokens.is_floating_point() or logits.shape[:2] != tokens.shape:
-        raise RunError(
-            "The model does not give logits [B, T, V] of tokens [B, T]: pass loss=, a function of its output that gives "
-            "one number for each sequence."
+    def see(row: int, sources: list[Tensor], weight: list[Tensor] | None, state: Tensor) -> None:
+        made = (
+            sum(sources)
+            if weight is None
+            else sum(w.unsqueeze(-1) * v for w, v in zip(weight, sources, strict=True))
         )
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    each = F.cross_entropy(wide[:, :-1].flatten(0, 1), tokens[:, 1:].flatten().long(), reduction="none")
-    return each.view(len(tokens), -1).mean(1)
+        if (made - state).norm() > tolerance(state.dtype) * state.norm():
+            broken.append(gates.layout.states[row])
+
+    gates.watch = see
+    try:
+        one.base  # noqa: B018
+    finally:
+        gates.watch = None
+    if broken and not gates.no_edges:
+        gates.no_edges = (
+            f"The depth edges of {type(one._root).__name__} cannot be gated: the state {broken[0]} is not the weighted "
+            "sum of the sources before it."
+        )
 
 
-class _Loss:
-    """The loss of each sequence, under gates."""
+def _check_reach(gates: Gates, methods: Sequence[str], root: nn.Module) -> None:
+    if not any(gates.gated):
+        raise RunError(
+            f"Neither edges nor layers of {type(root).__name__} can be gated: no module returns just what a layer adds."
+        )
+    if gates.no_edges and not any(name in OF_LAYERS for name in methods):
+        raise RunError(f"{gates.no_edges} Its layers can: ask for {REMOVAL} or {GRADIENT}.")
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The arguments of one forward, of which a part of the sequences can be taken."""
+
+    root: nn.Module
+    args: tuple
+    kwargs: Mapping
+    objective: Callable
+    gates: Gates
+
+    @property
+    def sequences(self) -> int:
+        return sequences_of(self.args, self.kwargs)
+
+    @property
+    def tokens(self) -> int:
+        """T, of the first tensor that has it."""
+        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+        return next((x.shape[1] for x in tensors if x.ndim > 1), 1)
+
+    def part(self, first: int, last: int) -> Effects:
+        count = self.sequences
+
+        def cut(x: object) -> object:
+            return x[first:last] if isinstance(x, Tensor) and x.ndim and len(x) == count else x
+
+        args, kwargs = tuple(map(cut, self.args)), {key: cut(x) for key, x in self.kwargs.items()}
+        return Effects(self.root, args, kwargs, self.objective, self.gates)
+
+
+class _Work:
+    """All jobs on all sequences, some sequences at a time."""
 
     def __init__(
-        self, root: nn.Module, args: tuple, kwargs: Mapping, loss: Callable[[object], Tensor], gates: Gates
+        self, whole: _Batch, other: _Batch | None, todo: list[Job], gates: Gates, parts: Parts, seed: int
     ):
-        self._root, self._args, self._kwargs, self._loss, self._gates = root, args, kwargs, loss, gates
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
-        if not tensors:
-            raise RunError("The batch holds no tensor: give the model's input.")
-        self.sequences = len(tensors[0])
-        parameter = next(root.parameters())
-        # Gradients of many tokens are summed up in a gate, so 16 bits will not do.
-        options = {"device": parameter.device, "dtype": torch.promote_types(parameter.dtype, torch.float32)}
-        self.exists = torch.as_tensor(gates.layout.triangle(), device=parameter.device)
-        self.edges = torch.ones(self.sequences, *self.exists.shape, **options)
-        self.layers = torch.ones(self.sequences, len(gates.layout.layers), **options)
+        self._whole, self._other, self._todo, self._gates, self._parts = whole, other, todo, gates, parts
+        self._seed = seed
 
-    def __call__(self, edges: Tensor | None, layers: Tensor | None = None) -> Tensor:
-        """[B] losses under edges [B, R, S] and layers [B, L]."""
-        self._gates.edges, self._gates.layers = edges, layers
-        loss = self._loss(self._root(*self._args, **self._kwargs))
-        if not isinstance(loss, Tensor) or loss.shape != (self.sequences,):
-            shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise RunError(
-                f"loss must give one number for each of {self.sequences} sequences, [{self.sequences}], not {shape}."
-            )
-        return loss
+    def plan(self, memory: float | None) -> None:
+        """How many sequences at once, and what that will cost."""
+        one = self._whole.part(0, 1)
+        each = bytes_of_one(one)
+        most = max(self._whole.sequences, self._other.sequences if self._other else 0)
+        at_once = sequences_that_fit(each, most, memory, one.edges.device)
+        # Parts that were done with so many at once fit no others.
+        before = int(self._parts.get("at once", np.zeros(1))[0])
+        if before > at_once:
+            self._parts.clear()
+        self._at_once = before if 0 < before <= at_once else at_once
+        self._parts["at once"] = np.array([self._at_once])
+        timed = self._whole.part(0, min(self._at_once, self._whole.sequences))
+        self._seconds = seconds_of(timed)
+        self._timed = timed.sequences
+        cost = [(key, self._cost(job.forwards, job.backwards, size)) for key, job, size in self._units()]
+        forwards = sum(job.forwards for _, job, _ in self._units())
+        backwards = sum(job.backwards for _, job, _ in self._units())
+        if self._other is not None:
+            counts = pruning.forwards(self._gates)
+            cost += [
+                (f"other {first}", self._cost(counts, 0, last - first))
+                for first, last in self._pieces(self._other)
+            ]
+            forwards += counts * len(self._pieces(self._other))
+        total = sum(seconds for _, seconds in cost)
+        left = sum(seconds for key, seconds in cost if not self._is_done(key))
+        self.estimate = Estimate(
+            left,
+            resident() + each * self._at_once,
+            forwards,
+            backwards,
+            self._at_once,
+            self._whole.sequences,
+            1 - left / total if total else 0.0,
+        )
 
-    @torch.no_grad()
-    def plain(self) -> Tensor:
-        return self(None)
+    def _cost(self, forwards: int, backwards: int, size: int) -> float:
+        forward, both = self._seconds
+        return (forwards * forward + backwards * both) * size / self._timed
 
-    @torch.no_grad()
-    def without(self, edges: Tensor | None = None, layer: int | None = None) -> Tensor:
-        """[B] losses without some edges (bool [R, S]), or without what a layer adds."""
-        if layer is None:
-            return self(self.edges.masked_fill(edges, 0))
-        kept = self.layers.clone()
-        kept[:, layer] = 0
-        return self(None, kept)
+    def _is_done(self, key: str) -> bool:
+        return any(name.startswith(f"{key}|") for name in self._parts)
+
+    def _pieces(self, batch: _Batch) -> list[tuple[int, int]]:
+        count = batch.sequences
+        return [(first, min(first + self._at_once, count)) for first in range(0, count, self._at_once)]
+
+    def _units(self):
+        """(key, job, sequences) of every job on every piece."""
+        for first, last in self._pieces(self._whole):
+            for job in self._todo:
+                yield f"{first}.{job.key}", job, last - first
+
+    def done(self, tick: Callable[[float], object]) -> Attribution:
+        base, routed = [], []
+        for first, last in self._pieces(self._whole):
+            effects = self._whole.part(first, last)
+            routed.append(Routed.seen(effects))
+            base.append(token_means(effects.base).double().cpu().numpy())
+            for job in self._todo:
+                key = f"{first}.{job.key}"
+                if self._is_done(key):
+                    continue
+                for kind, found in job.run(effects).items():
+                    self._parts[f"{key}|{kind}.value"] = found.value
+                    if found.square is not None:
+                        self._parts[f"{key}|{kind}.square"] = found.square
+                tick(self._cost(job.forwards, job.backwards, last - first))
+        found = self._assembled(float(np.concatenate(base).mean()), Routed.mean(routed))
+        if self._other is not None:
+            found = replace(found, curves=self._curves(found, tick))
+        return found
+
+    def _assembled(self, value: float, routed: Routed) -> Attribution:
+        layout, gates = self._gates.layout, self._gates
+        notes = [gates.no_edges] if gates.no_edges else []
+        lacking = [layout.layers[row].label for row, able in enumerate(gates.gated) if not able]
+        if lacking:
+            notes.append(f"No module returns just what {lacking[0]} adds, so it was not attributed.")
+        about = About(value=value, sequences=self._whole.sequences, notes=tuple(notes))
+        found = Attribution(
+            layout, about, weight=routed.weight, share=routed.share, final_share=routed.final_share
+        )
+        shapes = {EDGES: layout.triangle().shape, LAYERS: (len(layout.layers),)}
+        exists = {EDGES: layout.triangle() & np.array(gates.reached)[:, None], LAYERS: np.array(gates.gated)}
+        kinds: dict[tuple[str, str], None] = {}
+        for job in self._todo:
+            for kind in (EDGES, LAYERS) if job.method == GRADIENT and not gates.no_edges else (job.kind,):
+                kinds[kind, job.method] = None
+        for kind, method in kinds:
+            value, square = (self._gathered(kind, method, what, shapes[kind]) for what in ("value", "square"))
+            value[:, ~exists[kind]] = np.nan
+            getattr(found, kind)[method] = value.mean(0)
+            getattr(found, f"{kind}_std")[method] = value.std(0)
+            if square is not None:
+                spread = np.sqrt(np.maximum(square.mean(0) - value.mean(0) ** 2, 0))
+                getattr(found, f"{kind}_token_std")[method] = np.where(exists[kind], spread, np.nan)
+        return found
+
+    def _gathered(self, kind: str, method: str, what: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        """[B, *shape] of one method, NaN where no job was; None where none of its jobs has it."""
+        found, any_there = np.full((self._whole.sequences, *shape), np.nan), False
+        for first, last in self._pieces(self._whole):
+            for job in self._todo:
+                values = self._parts.get(f"{first}.{job.key}|{kind}.{what}")
+                if job.method != method or values is None:
+                    continue
+                any_there = True
+                if job.row is None:
+                    found[first:last] = values.reshape(last - first, *shape)
+                else:
+                    # An edge's row is a read with so many sources, a layer's is its own.
+                    found[first:last, job.row] = (
+                        values[:, 0] if len(shape) == 1 else _padded(values, shape[1])
+                    )
+        return found if any_there or what == "value" else None
+
+    def _curves(self, found: Attribution, tick: Callable[[float], object]) -> dict:
+        plans = pruning.plans(found, self._gates, self._seed)
+        values: dict[str, list[np.ndarray]] = {}
+        weights = []
+        for first, last in self._pieces(self._other):
+            effects = self._other.part(first, last)
+            weights.append(last - first)
+            for plan in plans:
+                key = f"other {first}|{plan.key}"
+                if key not in self._parts:
+                    self._parts[key] = plan.run(effects)
+                    tick(self._cost(len(plan.counts) - 1, 0, last - first))
+                values.setdefault(plan.key, []).append(self._parts[key])
+        mean = partial(np.average, axis=0, weights=weights)
+        return pruning.curves(plans, {key: mean(np.stack(each)) for key, each in values.items()})
 
 
-def _gradient(run: _Loss) -> tuple[Tensor, Tensor]:
-    edges, layers = run.edges.clone().requires_grad_(), run.layers.clone().requires_grad_()
-    with torch.enable_grad():
-        # A sequence's loss depends on its own gates alone.
-        return torch.autograd.grad(run(edges, layers).sum(), (edges, layers))
-
-
-def _ablation(run: _Loss, base: Tensor, progress: bool) -> tuple[Tensor, Tensor]:
-    edges, layers = torch.zeros_like(run.edges), torch.zeros_like(run.layers)
-    each = [("edge", *place) for place in run.exists.nonzero().tolist()]
-    each += [("layer", layer, 0) for layer in range(layers.shape[1])]
-    for kind, row, source in tqdm(each, ABLATION, disable=not progress):
-        if kind == "layer":
-            layers[:, row] = base - run.without(layer=row)
-            continue
-        one = torch.zeros_like(run.exists)
-        one[row, source] = True
-        edges[:, row, source] = base - run.without(one)
-    return edges, layers
-
-
-def _integrated(run: _Loss, steps: int, progress: bool) -> Tensor:
-    """The midpoint rule on each read's own path, the other reads as they are."""
-    found = torch.zeros_like(run.edges)
-    for row in tqdm(range(len(run.exists)), INTEGRATED, disable=not progress):
-        for step in range(steps):
-            edges = run.edges.clone()
-            edges[:, row] = (step + 0.5) / steps
-            edges.requires_grad_()
-            with torch.enable_grad():
-                (slope,) = torch.autograd.grad(run(edges).sum(), edges)
-            found[:, row] += slope[:, row] / steps
-    return found
-
-
-def _shapley(run: _Loss, base: Tensor, samples: int, seed: int, progress: bool) -> Tensor:
-    """Edges of a read are added in a drawn order to the read without any; the other reads as they are."""
-    found = torch.zeros_like(run.edges)
-    generator = torch.Generator().manual_seed(seed)
-    for row in tqdm(range(len(run.exists)), SHAPLEY, disable=not progress):
-        count = int(run.exists[row].sum())
-        removed = torch.zeros_like(run.exists)
-        removed[row] = run.exists[row]
-        nothing = run.without(removed)
-        orders = _orders(count, samples, generator)
-        for order in orders:
-            missing, before = removed.clone(), nothing
-            for place in order:
-                missing[row, place] = False
-                after = run.without(missing) if missing.any() else base
-                found[:, row, place] += (after - before) / len(orders)
-                before = after
-    return found
-
-
-def _orders(count: int, samples: int, generator: torch.Generator) -> list[Sequence[int]]:
-    """Drawn orders of so many edges, or all of them where there are no more."""
-    if math.factorial(count) <= samples:
-        return list(itertools.permutations(range(count)))
-    return [torch.randperm(count, generator=generator).tolist() for _ in range(samples)]
+def _padded(values: np.ndarray, count: int) -> np.ndarray:
+    return np.pad(values, ((0, 0), (0, count - values.shape[1])), constant_values=np.nan)

@@ -15,6 +15,7 @@ from probes.sites import LayerSite, Sites
 from probes.taps import MATRICES, Taps
 from probes.target import arguments, said
 from probes.unchanged import unchanged
+from probes.updates import Updates
 
 _COLUMNS = ("layer", "kind", "transformer block", "module", "state seen at", "output seen at", "reads")
 
@@ -166,7 +167,7 @@ def describe(
         model=type(sites.root).__name__,
         parameters=sum(p.numel() for p in sites.root.parameters()),
         sites=sites,
-        probe_bytes=taps.nbytes,
+        probe_bytes=taps.nbytes + Updates(sites).nbytes,
         model_bytes=sum(p.nbytes for p in sites.root.parameters()),
         errors=errors,
         first_broken=first_broken(errors, dtype) if errors is not None else None,

@@ -17,6 +17,7 @@ from probes.faults import Faults
 from probes.flush import start_copy
 from probes.hooks import Hook
 from probes.masks import Masks
+from probes.read_taps import ReadTaps
 from probes.schedule import Schedule
 from probes.sites import Sites
 from probes.tokens import MOST_SEQUENCES, MOST_TOKENS, write_tokens
@@ -48,7 +49,7 @@ def _(x, seen, who, place, cast):
 
 class Following:
     """Takes a snapshot at each step of `steps`: an eager model's before its first forward of the step, a compiled one's
-    before the update. Raises RunError for a model in which no module tells its depth weights."""
+    before the update. Of reads that were found (foreign.py) what does not give back the state is blank."""
 
     def __init__(
         self,
@@ -62,12 +63,14 @@ class Following:
     ):
         self._sites, self._steps, self._decode, self._masks = sites, steps, decode, masks
         self._faults, self._writer, self._now = faults, writer, now
+        self.silent = False  # another process tells
         self._arguments: Arguments | None = None
         self._read = False  # what the followed tokens are
         self._ids: np.ndarray | None = None
         self._texts: list[list[str]] | None = None
         self._due = False
-        self._caught: dict[int, Tensor] | None = None  # by read, while a snapshot is taken
+        self._caught: dict[int, Tensor] | None = None  # [S, B, T] by read, while a snapshot is taken
+        self._found = ReadTaps(sites.found, self._computed) if sites.found is not None else None
         self._seen = torch.zeros(1, device=next(sites.root.parameters()).device)
         self._who = id(self)
         _waiting[self._who] = {}
@@ -81,6 +84,8 @@ class Following:
                 for row, read in enumerate(sites.reads)
             ),
         ]
+        for module, before, met in self._found.places() if self._found is not None else ():
+            self._handles.append(self._met_before(module, met) if before else self._met_after(module, met))
 
     def begin(self, step: int) -> None:
         """Step `step` begins."""
@@ -125,6 +130,22 @@ class Following:
         if not torch.compiler.is_compiling() and self._caught is not None:
             self._caught[row] = weight.detach()
 
+    def _met_before(self, module: nn.Module, met: Callable[[object], None]):
+        hook = Hook(lambda module, args, kwargs: self._meet(met, (args, kwargs)))
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _met_after(self, module: nn.Module, met: Callable[[object], None]):
+        return module.register_forward_hook(Hook(lambda module, args, output: self._meet(met, output)))
+
+    def _meet(self, met: Callable[[object], None], values: object) -> None:
+        if not torch.compiler.is_compiling() and self._caught is not None:
+            met(values)
+
+    def _computed(
+        self, row: int, weight: Tensor, sources: list[Tensor], error: Tensor, allowed: float
+    ) -> None:
+        self._caught[row] = weight.where(error <= allowed, torch.nan)
+
     # A snapshot
 
     def _weights(self) -> Tensor:
@@ -138,13 +159,17 @@ class Following:
             caught = self._caught
         finally:
             self._caught = None
+            if self._found is not None:
+                self._found.forget()
         if not caught:
             raise RuntimeError("no read was called when the first sequences went through the model once more")
+        sequences = min(len(_tokens(args, kwargs)), MOST_SEQUENCES)
+        caught = {row: weight.flatten(1).unflatten(1, (sequences, -1)) for row, weight in caught.items()}
         like = next(iter(caught.values()))
         blank = torch.full_like(like[:1], torch.nan)
         rows = [
-            caught.get(row, blank.expand(read.depth_sources, *blank.shape[1:]))
-            for row, read in enumerate(self._sites.reads)
+            caught.get(row, blank.expand(sources, *blank.shape[1:]))
+            for row, sources in enumerate(self._sites.depth_sources)
         ]
         weight = torch.cat([row[:, :, :MOST_TOKENS].float() for row in rows]).permute(1, 2, 0)
         mask = self._masks.of_model(args, kwargs)
@@ -153,6 +178,8 @@ class Following:
         return weight.where(mask[:, :MOST_TOKENS, None] != 0, torch.nan)
 
     def _hand_over(self, weight: Tensor) -> None:
+        if self.silent:
+            return
         now, values = self._now(), {"weight": weight}
         if now.skips is not None:
             values["skips"] = now.skips

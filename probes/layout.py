@@ -59,6 +59,7 @@ class Layout:
     layers: list[Layer]
     reads: list[Read] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
+    experts: int = 0  # of the layer with most
 
     @classmethod
     def build(cls, layers: Sequence[Layer], depth_sources: Sequence[int] | None = None) -> "Layout":
@@ -97,6 +98,7 @@ class Layout:
             "transformer block": self.blocks,
             "read": len(self.reads),
             "source": len(self.sources),
+            "expert": self.experts,
         }[axis]
 
     def cells(self, axes: tuple[str, ...] = TRIANGLE) -> int:
@@ -123,7 +125,8 @@ class Layout:
         return dense
 
     def to_json(self) -> dict:
-        return asdict(self)
+        data = asdict(self)
+        return data if self.experts else {key: value for key, value in data.items() if key != "experts"}
 
     @classmethod
     def from_json(cls, data: dict) -> "Layout":
@@ -131,6 +134,7 @@ class Layout:
             [Layer(**row) for row in data["layers"]],
             [Read(**row) for row in data["reads"]],
             [Source(**row) for row in data["sources"]],
+            data.get("experts", 0),
         )
         layout._check()
         return layout
@@ -139,6 +143,8 @@ class Layout:
         """ValueError where rows and columns do not fit together, or are more than any model has."""
         if max(len(self.layers), len(self.sources)) > _MOST:
             raise ValueError(f"more than {_MOST} layers or sources")
+        if type(self.experts) is not int or not 0 <= self.experts <= _MOST:
+            raise ValueError(f"{self.experts!r} is no number of experts")
         texts = [text for row in (*self.layers, *self.reads, *self.sources) for text in (row.label, row.kind)]
         texts += [layer.name for layer in self.layers]
         if not all(isinstance(text, str) and text.isprintable() and len(text) <= _LONGEST for text in texts):
@@ -171,6 +177,8 @@ def difference(recorded: Layout, given: Layout) -> str:
             return (
                 f"its {theirs.label} had {theirs.sources} sources, and here {ours.label} has {ours.sources}"
             )
+    if recorded.experts != given.experts:
+        return f"its layers had up to {recorded.experts} experts, and here {given.experts}"
     return "" if recorded.sources == given.sources else "its depth blocks were others"
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import platform
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -26,6 +28,14 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def processor() -> str:
+    """The name of this machine's processor and how many cores it shows."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
 def versions(root: nn.Module) -> dict:
     """What recorded: software, device and type of the model, and its size."""
     parameter = next(root.parameters())
@@ -34,6 +44,7 @@ def versions(root: nn.Module) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": _device_name(parameter.device),
+        "processor": processor(),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in root.parameters()),
     }

@@ -8,6 +8,7 @@ import logging
 import numpy as np
 
 from probes.compiled import BEFORE
+from probes.finite import first_place, not_finite
 from probes.identity import first_broken
 from probes.sites import Sites
 from probes.taps import Taps
@@ -19,7 +20,7 @@ class SelfCheck:
     def __init__(self, sites: Sites):
         self._sites, self._layout = sites, sites.layout
         self._name = type(sites.root).__name__
-        self._rows_checked = self._identity_checked = False
+        self._rows_checked = self._identity_checked = self._broken = False
         self._said: set[str] = set()
         for note in sites.found.notes if sites.found is not None else ():
             self._say(f"depthscope: {self._name}, whose depth reads were found by running it once: {note}.")
@@ -36,6 +37,14 @@ class SelfCheck:
             self._say(f"depthscope saw no forward of {self._name} in training mode before a step. {BEFORE}")
         if taps.masks.odd:
             self._say("depthscope takes masks of [B, T] only; here every token counts: pass mask=.")
+        if taps.matrices and taps.edge_taps.unknown:
+            text = (
+                "depthscope leaves the depth attribution blank of what no RMSNorm or LayerNorm of its own feeds: "
+                f"{', '.join(taps.edge_taps.unknown)}."
+            )
+            if text not in self._said:
+                self._said.add(text)
+                log.info("%s", text)  # nothing is wrong with that
         if taps.repeated:
             names = ", ".join(taps.repeated)
             self._say(
@@ -62,6 +71,16 @@ class SelfCheck:
         if any(blank.values()):
             rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
             self._say(f"depthscope saw nothing of {rows}. They are blank as long as that is so. {BEFORE}")
+
+    def finite(self, step: int, values: dict, seen: dict[str, np.ndarray]) -> None:
+        """The first layer and step at which values are not finite; runs in the writer's thread."""
+        names = "hidden_rms", "output_rms"
+        if self._broken or not all(name in seen and name in values for name in names):
+            return
+        place = first_place(self._layout, *(not_finite(values[name], seen[name]) for name in names))
+        if place:
+            self._broken = True
+            self._say(f"depthscope: at step {step} the {place} is not finite, the first seen in this run.")
 
     def reads(self, errors: np.ndarray | None, weights: np.ndarray | None) -> None:
         """Found reads that were not computed, or whose weights do not give back the state; runs in the writer's

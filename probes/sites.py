@@ -1,10 +1,12 @@
 """The sites of one model: where each layer's state and output can be seen, and what belongs to it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
+from probes.experts import Experts, experts_in
 from probes.found import FoundReads, Spot
 from probes.layout import Layer, Layout
 from probes.manifest import RunError
@@ -70,6 +72,22 @@ def reached(tree: object, path: tuple) -> object:
         except (KeyError, IndexError, TypeError):
             return None
     return tree
+
+
+def put(tree: object, path: tuple, x: Tensor) -> object:
+    """The tree of tuples, lists and dicts with `x` where `path` leads; made anew, but for the output objects of a
+    library, which are made for one call."""
+    if not path:
+        return x
+    key, rest = path[0], path[1:]
+    if isinstance(tree, dict):
+        changed = put(tree[key], rest, x)
+        if type(tree) is dict:
+            return {**tree, key: changed}
+        tree[key] = changed
+        return tree
+    parts = [put(part, rest, x) if place == key else part for place, part in enumerate(tree)]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
 
 
 @dataclass(frozen=True)
@@ -145,11 +163,23 @@ class Sites:
     @property
     def layout(self) -> Layout:
         if self.found is not None:
-            return Layout(
+            layout = Layout(
                 [site.layer for site in self.layers], list(self.found.rows), list(self.found.columns)
             )
-        counts = self.depth_sources or None
-        return Layout.build([site.layer for site in self.layers], counts)
+        else:
+            layout = Layout.build([site.layer for site in self.layers], self.depth_sources or None)
+        return replace(layout, experts=max((each.count for each in self.experts if each), default=0))
+
+    @cached_property
+    def experts(self) -> list[Experts | None]:
+        """The experts of each layer, None for one without."""
+        return [experts_in(site.modules or self._named(site.layer.name)) for site in self.layers]
+
+    def _named(self, name: str) -> list[nn.Module]:
+        try:
+            return [self.root.get_submodule(name)]
+        except AttributeError:
+            return []
 
     def layer_parameters(self) -> list[list[nn.Parameter]]:
         """Parameters of each layer: sublayer, norms, gate and depth query; shared ones count once, first."""

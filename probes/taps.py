@@ -5,68 +5,67 @@ for each mode (off, vectors, matrices) and recompiles no further. Backward taps 
 compiler traces into the backward graph.
 """
 
-import time
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from probes import marks
 from probes.backwards import in_backward
+from probes.edge_taps import EdgeTaps
+from probes.expert_taps import EXPERT_METRICS, Counts, ExpertTaps
 from probes.faults import Faults
-from probes.found import FoundReads
-from probes.gradient_taps import GradientTaps
+from probes.found_taps import FoundTaps
+from probes.hanging import Hanging
 from probes.hooks import Hook, tap_gradient_in_graph
+from probes.marked_taps import MarkedTaps
 from probes.masks import Masks, fitting
-from probes.read_taps import ReadTaps
-from probes.rows import reads_after_blocks, rows_by_arithmetic, unhooked_rows
+from probes.parallel import is_split
+from probes.rows import reads_after_blocks, rows_by_arithmetic
 from probes.sampled import SAMPLED_METRICS
 from probes.scaling import half_precision
-from probes.sites import Place, Sites
+from probes.sites import Sites
 from probes.statistics import DEPTH_METRICS, add_moments, add_nonfinite, token_mean_square
 from probes.tally import ACTIVATIONS, Tally
 
 OFF, VECTORS, MATRICES = 0, 1, 2
 
 
-class Taps:
+class Taps(Hanging):
     """All taps of one model. Set `mode` between steps; `finish` gives a step's metrics, `reset` clears.
 
     At the end of each backward pass `commit` counts what it belongs to, or `drop` forgets it; `restart` forgets
     what was counted in this step.
     """
 
-    def __init__(self, sites: Sites, masks: Masks | None = None, faults: Faults | None = None):
+    def __init__(
+        self,
+        sites: Sites,
+        masks: Masks | None = None,
+        faults: Faults | None = None,
+        share: int = 1,
+        copies: int = 1,
+    ):
+        self._faults = faults or Faults(strict=True)
+        super().__init__(self._faults)
         self._mode = OFF
         # Booleans, for the compiler would make a number that changes a symbol, and compile graphs for it.
-        self._looking = self._matrices = False
+        self._looking = self.matrices = False
         self.seen = False  # a training forward has begun since the last optimizer step
-        self._seconds = 0.0  # host time inside eager taps of forwards
         self.half = False  # a training forward ran under float16 autocast
-        self._live = False  # inside a training forward that is looked at
         self._embedded = False  # this forward's embedding has been seen
-        self._given: list[
-            torch.Size
-        ] = []  # of this forward, [B, T] among them, where there are streams to be told
-        self._sites = sites
-        self._faults = faults or Faults(strict=True)
+        # Of this forward, [B, T] among them, where there are streams to be told.
+        self._given: list[torch.Size] = []
+        self._sites, self._share = sites, share
+        self._copies = copies  # processes that see the same sequence
         self.masks = masks or Masks(None, sites)
-        self.gradients = GradientTaps(self._faults)
-        self._mask: Tensor | None = None
+        self.mask: Tensor | None = None
         self._parameter = next(sites.root.parameters())
-        self._recomputing = False
+        self.edge_taps = EdgeTaps(sites, self)
         self._tally_up()
         self._mean_squares: dict[int, tuple[Tensor, Tensor]] = {}
         self._summed_rows, self._kept_rows = rows_by_arithmetic(sites)
-        self._unhooked = unhooked_rows(sites)
         # By row, where an output is a difference of states or a state a sum.
         self._states: dict[int, Tensor] = {}
-        self._read_taps = ReadTaps(sites.found, self._found) if sites.found is not None else None
-        self._marked: dict[int, Tensor] = {}  # outputs by row
-        self._parts: dict[int, Tensor] = {}
-        self._turns: dict[int, int] = {}  # calls so far in this forward, of modules that run several times
-        self._turns_of: list[int] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._marks = MarkedTaps(sites, self)
+        self._found = FoundTaps(sites.found, self) if sites.found is not None else None
         try:
             self._attach()
         except BaseException:
@@ -81,12 +80,12 @@ class Taps:
     def mode(self, mode: int) -> None:
         self._mode = mode
         self._looking = mode != OFF
-        self._matrices = mode == MATRICES
+        self.matrices = mode == MATRICES
 
     @property
-    def seconds(self) -> float:
-        """Host time spent inside eager taps in this step."""
-        return self._seconds + self.gradients.seconds
+    def tally(self) -> Tally:
+        """The sums of this step."""
+        return self._tally
 
     @property
     def nbytes(self) -> int:
@@ -95,19 +94,21 @@ class Taps:
 
     def detach(self) -> None:
         """Take every hook off the model."""
-        marks.forget(self)
-        while self._handles:
-            self._handles.pop().remove()
+        self._marks.close()
+        super().detach()
 
     def _tally_up(self) -> None:
         """Empty sums where the model is. The names below are guarded by the compiler, which wants few steps to them."""
-        self._tally = Tally(self._sites, self._parameter.device)
+        self._tally = Tally(self._sites, self._parameter.device, self._share)
         self._device = self._tally.device
         self._autocasts = torch.amp.is_autocast_available(self._device.type)
         live = self._tally.live
         self._forward, self._backward = live.forward, live.backward
-        self._nonfinite, self._depth = live.nonfinite, live.depth
-        self._sample, self._calls, self._passes = self._tally.sample, self._tally.calls, self._tally.passes
+        self._nonfinite, self._depth, self._experts = live.nonfinite, live.depth, live.experts
+        self.read_errors = self._tally.errors
+        self.edges = live.edges.rows if live.edges is not None else []
+        self.edge_taps.follow(self._device)
+        self._sample, self._calls, self.passes = self._tally.sample, self._tally.calls, self._tally.passes
 
     def follow(self) -> None:
         """Go where the model went, with empty sums."""
@@ -117,123 +118,89 @@ class Taps:
 
     def commit(self) -> None:
         self.gradients.forget_newest()
-        self._passes.commit()
+        self.passes.commit()
 
     def drop(self) -> None:
         self.gradients.forget_newest()
-        self._passes.drop()
+        self.passes.drop()
 
     def forget_gradients(self) -> None:
         self.gradients.forget_newest()
-        self._passes.forget_gradients()
+        self.passes.forget_gradients()
 
     def restart(self) -> None:
-        self._passes.restart()
+        self.passes.restart()
 
     @property
     def repeated(self) -> list[str]:
         """Names of layers that ran more than once in one forward."""
-        rows = {row for place, row in self._passes.repeated if place == "output"}
+        rows = {row for place, row in self.passes.repeated if place == "output"}
         return [site.layer.name for row, site in enumerate(self._sites.layers, 1) if row in rows]
 
     def reset(self) -> None:
         self._seconds = 0.0
         self.gradients.reset()
         self._tally.reset()
-        if self._matrices:
+        self.edge_taps.reset()
+        if self.matrices:
             self._sample.reset()
 
     def finish(self) -> dict[str, Tensor]:
         """Metrics of the step just taken, float32 on the device, by name of the vocabulary."""
-        return self._tally.finish(self._matrices)
+        return self._tally.finish(self.matrices)
 
     def sampled(self) -> dict[str, Tensor]:
         """The sample of this step, by name; nothing where no matrices are recorded."""
-        return self._tally.sampled() if self._matrices else {}
+        return self._tally.sampled() if self.matrices else {}
 
     def counts(self) -> dict[str, Tensor]:
         """How much each row of the metrics of `finish` has seen, by name; zero for a row that saw nothing."""
-        return self._tally.counts(self._matrices)
-
-    def marked(self, x: Tensor, place: str, row: int) -> None:
-        """A tensor that the author has named; only for rows that no hook sees."""
-        if row in self._unhooked[place] and self._wants():
-            self._timed(self._marked_read if place == "read" else self._tap, x, place, row)
-            if place == "output" and self._matrices and isinstance(x, Tensor):
-                self._marked[row] = x.detach()
-
-    def _marked_read(self, weights: Tensor, place: str, row: int) -> None:
-        """Weights [S, B, T] of the embedding and the outputs before; their contributions are known where all of those
-        have been marked."""
-        if not self._matrices or self._recomputing:
-            return
-        if weights.ndim != 3 or len(weights) != row + 1:
-            raise ValueError(
-                f"mark(weights, read={row + 1}) wants the weights [{row + 1}, B, T] of the embedding and the layers "
-                f"before, not {list(weights.shape)}"
-            )
-        unknown = torch.full_like(weights[0], torch.nan, dtype=torch.float32)
-        squares = [
-            self._mean_square(self._marked[source]) if source in self._marked else unknown
-            for source in range(row + 1)
-        ]
-        self._depth.add(row, weights, squares, fitting(self._mask, weights.movedim(0, -1)))
+        return self._tally.counts(self.matrices)
 
     def _attach(self) -> None:
         sites = self._sites
-        marks.listen(self)
+        self._marks.listen()
         self._handles.append(sites.called.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
         if sites.reads:
-            self._before(sites.reads[0], lambda args, kwargs: self._tap_embedding(args[0][0]))
+            self.before(sites.reads[0], lambda args, kwargs: self.tap_embedding(args[0][0]))
         for holder, find in self.masks.inside:
-            self._before(holder, lambda args, kwargs, find=find: self._mask_inside(find(args, kwargs, ...)))
+            self.before(holder, lambda args, kwargs, find=find: self._mask_inside(find(args, kwargs, ...)))
         if sites.entry is not None and not sites.reads:
-            self._at(sites.entry, self._entry)
+            self.at(sites.entry, self._entry)
         for row, site in enumerate(sites.layers):
             if site.state is not None:
-                self._at(site.state, lambda x, row=row: self._state(x, row))
+                self.at(site.state, lambda x, row=row: self._state(x, row))
             if site.output is not None:
-                self._at(site.output, lambda x, row=row: self._output(x, row))
+                self.at(site.output, lambda x, row=row: self._output(x, row))
             elif site.after is not None:
-                self._at(site.after, lambda x, row=row: self._difference(x, row))
+                self.at(site.after, lambda x, row=row: self._difference(x, row))
         for module in sites.outputs:
-            self._before(module, lambda args, kwargs, row=module.depth_output - 1: self._output(args[0], row))
+            self.before(module, lambda args, kwargs, row=module.depth_output - 1: self._output(args[0], row))
         if sites.final is not None:
-            self._at(sites.final, lambda x: self._state(x, len(sites.layers)))
+            self.at(sites.final, lambda x: self._state(x, len(sites.layers)))
         for row, read in enumerate(sites.reads):
-            self._after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], output[1]))
-        if sites.found is not None:
-            self._attach_found(sites.found)
+            self.after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], *output))
+        if self._found is not None:
+            self._found.attach()
+        for module, count in ExpertTaps(sites.experts).places():
+            self.before(module, lambda args, kwargs, count=count: self._routed(count, args, kwargs))
+        self.edge_taps.attach()
         if sites.norm is not None:
-            self._before(sites.norm, lambda args, kwargs: self._passed())
+            self.before(sites.norm, lambda args, kwargs: self._passed())
         if "block" in self._forward and sites.reads:
             for block, read in enumerate(reads_after_blocks(sites)):
                 # The newest source of the read after a transformer block is the partial sum the block left.
-                self._before(read, lambda args, kwargs, block=block: self._tap(args[0][-1], "block", block))
+                self.before(read, lambda args, kwargs, block=block: self.tap(args[0][-1], "block", block))
         self._handles.append(sites.called.register_forward_hook(Hook(self._end)))
 
-    def _attach_found(self, found: FoundReads) -> None:
-        if len(found.embedding) == 1:
-            self._at(found.embedding[0], self._tap_embedding)
-        for part, place in enumerate(found.embedding if len(found.embedding) > 1 else ()):
-            self._at(place, lambda x, part=part: self._embedding_part(x, part))
-        for module, before, met in self._read_taps.places():
-            if before:
-                self._before(module, lambda args, kwargs, met=met: self._meet(met, (args, kwargs)))
-            else:
-                self._after(module, lambda args, kwargs, output, met=met: self._meet(met, output))
-
-    def _meet(self, met: Callable, values: object) -> None:
-        if self._matrices and not self._recomputing:
-            if torch.compiler.is_compiling():
-                met(values)
-            else:
-                self._eagerly(lambda: met(values), *DEPTH_METRICS, "read_error")
-
-    def _found(self, row: int, weights: Tensor, sources: list[Tensor], error: Tensor, allowed: float) -> None:
-        mask = fitting(self._mask, weights.movedim(0, -1))
-        self._depth.add(row, weights, [self._mean_square(source) for source in sources], mask)
-        self._tally.errors.add(row, error, allowed)
+    def _routed(self, count: Counts, args: tuple, kwargs: dict) -> None:
+        """Experts are given their tokens."""
+        if not self.matrices or self.recomputing:
+            return
+        if torch.compiler.is_compiling():
+            count(self._experts, args, kwargs, self.mask)
+        else:
+            self.eagerly(lambda: count(self._experts, args, kwargs, self.mask), *EXPERT_METRICS)
 
     def _passed(self) -> None:
         if torch.compiler.is_compiling():
@@ -246,47 +213,48 @@ class Taps:
         if training:
             self.seen = True
             self.half = self._autocasts and half_precision(self._device.type)
-        self._live = training and self._looking
+        self.live = training and self._looking
         self._forget()  # a forward that raised left its own behind
         if not compiling:
             self._embedded = False
-        if not self._live:
+        if not self.live:
             return
-        if self._sites.entry is not None:
+        if self._sites.entry is not None or self._copies > 1:
             given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.ndim > 1]
             self._given = [each.shape[:2] for each in given]
         if not compiling:
-            self._eagerly(self._begin_eagerly, "hidden_rms", "output_rms", "block_rms")
+            self.eagerly(self._begin_eagerly, "hidden_rms", "output_rms", "block_rms")
         elif self._parameter.device != self._device:
-            self._live = False  # until `follow`
+            self.live = False  # until `follow`
         if compiling:
-            self._mask = self._find_mask(args, kwargs)
+            self.mask = self._find_mask(args, kwargs)
             return
         try:
-            self._mask = self._find_mask(args, kwargs)
+            self.mask = self._find_mask(args, kwargs)
         except Exception as error:
-            self._live = False  # rather nothing than padding
+            self.live = False  # rather nothing than padding
             self._faults.caught(error, *ACTIVATIONS, *DEPTH_METRICS, "nonfinite")
 
     def _begin_eagerly(self) -> None:
         self.follow()
-        self._passes.begin()
-        if self._matrices:
+        self.passes.begin()
+        if self.matrices:
+            self.edge_taps.begin()
             self._sample.reset()
 
     def _end(self, root: nn.Module, args, output) -> None:
-        self._live = False
-        self._mask = None
+        self.live = False
+        self.mask = None
         self._forget()
 
     def _forget(self) -> None:
         self._mean_squares.clear()
+        self.edge_taps.end()
         self._states.clear()
-        self._marked.clear()
         self._turns.clear()
-        if self._read_taps is not None:
-            self._read_taps.forget()
-            self._parts.clear()
+        self._marks.forget()
+        if self._found is not None:
+            self._found.forget()
 
     def _find_mask(self, args: tuple, kwargs: dict) -> Tensor | None:
         """Which tokens count, [B, T], not zero; None: all."""
@@ -294,201 +262,137 @@ class Taps:
         # The compiler may take this hook for a function of its own: no operation here, or it is one more graph.
         if mask is None or torch.compiler.is_compiling():
             return mask
-        self._passes.now.mask = mask != 0
-        return self._passes.now.mask
+        self.passes.now.mask = mask != 0
+        return self.passes.now.mask
 
     def _mask_inside(self, mask: object) -> None:
         """The mask given to a module between the model and its stack, as a decoder's beside that of its encoder. What
         models make of a mask of [B, T] for their own attention is none."""
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             return
-        self._mask = mask
-        if not torch.compiler.is_compiling() and not self._recomputing:
-            self._passes.now.mask = None if mask is None else mask != 0
-
-    def _at(self, place: Place, action: Callable[[Tensor], None]) -> None:
-        if place.turn is not None:
-            action = self._in_turn(place.turn, action)
-        if place.is_input:
-            self._before(place.module, lambda args, kwargs: action(place.given(args, kwargs)))
-        else:
-            self._after(place.module, lambda args, kwargs, output: action(place.made(output)))
-
-    def _in_turn(self, turn: int, action: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-        """`action` at the `turn`-th call in a forward. Recomputations come in another order, so they do not count."""
-        key = len(self._turns_of)
-        self._turns_of.append(key)
-
-        def counted(x: Tensor) -> None:
-            if self._recomputing and not torch.compiler.is_compiling():
-                return
-            now = self._turns.get(key, 0)
-            self._turns[key] = now + 1
-            if now == turn:
-                action(x)
-
-        return counted
-
-    def _before(self, module: nn.Module, action: Callable) -> None:
-        def hook(module, args, kwargs):
-            if self._wants():
-                self._timed(action, args, kwargs)
-
-        self._handles.append(module.register_forward_pre_hook(Hook(hook), with_kwargs=True))
-
-    def _after(self, module: nn.Module, action: Callable) -> None:
-        def hook(module, args, kwargs, output):
-            if self._wants():
-                self._timed(action, args, kwargs, output)
-
-        self._handles.append(module.register_forward_hook(Hook(hook), with_kwargs=True))
-
-    def _wants(self) -> bool:
-        """Whether to look here and now: in a training forward, or where it is recomputed with the graph that the
-        first time lacked (reentrant activation checkpointing)."""
-        if self._live or torch.compiler.is_compiling():
-            return self._live
-        self._recomputing = self.gradients.owing and torch.is_grad_enabled() and in_backward()
-        return self._recomputing
-
-    def _timed(self, action: Callable, *values) -> None:
-        if torch.compiler.is_compiling():
-            action(*values)
-            return
-        started = time.perf_counter()
-        # What an action does not know by itself could be anything.
-        self._eagerly(lambda: action(*values), *ACTIVATIONS)
-        self._seconds += time.perf_counter() - started
-        self._recomputing = False
-
-    def _eagerly(self, action: Callable, *metrics: str) -> None:
-        """Do something outside compiled code; if it fails, those metrics are lost and nothing else."""
-        try:
-            action()
-        except Exception as error:
-            self._faults.caught(error, *metrics)
+        self.mask = mask
+        if not torch.compiler.is_compiling() and not self.recomputing:
+            self.passes.now.mask = None if mask is None else mask != 0
 
     def _state(self, x: Tensor, row: int) -> None:
         """What layer row+1 receives, or the final state; the first one is the embedding too."""
-        self._tap(x, "state", row)
+        self.tap(x, "state", row)
+        if row == len(self._sites.layers) and self.matrices:
+            self.edge_taps.final(x)
         entered = self._sites.entry is not None and (torch.compiler.is_compiling() or self._embedded)
         if row == 0 and not self._sites.has_reads and not entered:
             # With its position and dropout, where a model has them.
-            self._tap_embedding(x)
-        if row in self._kept_rows and isinstance(x, Tensor) and not self._recomputing:
+            self.tap_embedding(x)
+        if row in self._kept_rows and isinstance(x, Tensor) and not self.recomputing:
             self._states[row] = x.detach()
 
     def _entry(self, x: Tensor) -> None:
         """What the first of the blocks that mix streams is given: the embedding, or [B, T, n, D] copies of it."""
         if isinstance(x, Tensor) and (x.ndim < 4 or x.shape[:2] in self._given):
-            self._tap_embedding(x, streams=x.ndim == 4)
+            self.tap_embedding(x, streams=x.ndim == 4)
 
     def _output(self, x: Tensor, row: int) -> None:
         """What layer row+1 adds to the stream."""
         if not isinstance(x, Tensor) or (self._sites.reads and x.ndim > 3):
             # A stack that holds what is added to the stream among other things; `sites.outputs` has it plain.
             return
-        self._tap(x, "output", row + 1)
+        self.tap(x, "output", row + 1)
         if row + 1 in self._summed_rows:
             # No module receives the next state, so it is summed here. It is the output's only way on, so that the two
             # have one gradient.
-            self._gradient(x, "state", row + 1)
+            self.gradient(x, "state", row + 1)
             if row in self._states:
                 state = self._states.pop(row) + x.detach()
-                self._values(state, "state", row + 1)
+                self.values(state, "state", row + 1)
                 if row + 1 in self._kept_rows:
                     self._states[row + 1] = state
 
     def _difference(self, after: Tensor, row: int) -> None:
         """What layer row+1 has added, where the stream is seen before and after it. It has the stream's gradient."""
         if isinstance(after, Tensor):
-            self._gradient(after, "output", row + 1)
+            self.gradient(after, "output", row + 1)
             if row in self._states:
-                self._values(after.detach() - self._states.pop(row).view_as(after), "output", row + 1)
+                self.values(after.detach() - self._states.pop(row).view_as(after), "output", row + 1)
 
-    def _tap(self, x: Tensor, place: str, row: int, streams: bool = False) -> None:
+    def tap(self, x: Tensor, place: str, row: int, streams: bool = False) -> None:
         if isinstance(x, Tensor):  # the recorder says which rows were never seen
-            self._values(x.detach()[..., 0, :] if streams else x.detach(), place, row)
-            self._gradient(x, place, row, streams)
+            self.values(x.detach()[..., 0, :] if streams else x.detach(), place, row)
+            self.gradient(x, place, row, streams)
 
-    def _values(self, x: Tensor, place: str, row: int) -> None:
+    def values(self, x: Tensor, place: str, row: int) -> None:
         if torch.compiler.is_compiling():
-            mask = fitting(self._mask, x)
+            mask = fitting(self.mask, x)
             self._add_values(x, place, row, mask)
             self._keep(x, place, row, mask)
-        elif not self._recomputing:
-            self._passes.now.calls[place, row] += 1
-            mask = fitting(self._passes.now.mask, x)
-            if mask is None and self._passes.now.mask is not None and place == "state":
+        elif not self.recomputing:
+            self.passes.now.calls[place, row] += 1
+            mask = fitting(self.passes.now.mask, x)
+            if mask is None and self.passes.now.mask is not None and place == "state":
                 # It may be that of another stack, or leave out tokens that the model adds.
                 self.masks.odd = True
-            self._eagerly(
-                lambda: self._add_values(x, place, row, mask), *self._tally.metrics_of(place, "rms")
-            )
-            self._eagerly(lambda: self._keep(x, place, row, mask), "identity_error", *SAMPLED_METRICS)
+            self.eagerly(lambda: self._add_values(x, place, row, mask), *self._tally.metrics_of(place, "rms"))
+            self.eagerly(lambda: self._keep(x, place, row, mask), "identity_error", *SAMPLED_METRICS)
 
     def _keep(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
-        if self._matrices and place != "block":
+        if self.matrices and place != "block":
             self._sample.keep(x, place, row, mask)
+            if place == "output":
+                self.edge_taps.output(x, row)
 
     def _add_values(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
         forward = self._forward[place]
         add_moments(x, forward.squares[row], forward.count[row], mask)
-        if self._matrices and place == "state":
+        if self.matrices and place == "state":
             add_nonfinite(x, self._nonfinite, row, mask)
+            if is_split(x, self._given, self._copies):
+                self._tally.split.add(row)
 
-    def _gradient(self, x: Tensor, place: str, row: int, streams: bool = False) -> None:
+    def gradient(self, x: Tensor, place: str, row: int, streams: bool = False) -> None:
         sums = self._backward[place].rows[row]
         if torch.compiler.is_compiling():
             if x.requires_grad:
-                tap_gradient_in_graph(x, sums, fitting(self._mask, x), streams)
+                tap_gradient_in_graph(x, sums, fitting(self.mask, x), streams)
             return
         metrics = self._tally.metrics_of(place, "grad_rms")
         with self._faults.guard(*metrics):
-            mask = fitting(self._passes.now.mask, x)
-            if not self._recomputing or self.gradients.owes(place, row):
-                self.gradients.tap(x, sums, mask, self._passes, (place, row), metrics, streams)
+            mask = fitting(self.passes.now.mask, x)
+            if not self.recomputing or self.gradients.owes(place, row):
+                self.gradients.tap(x, sums, mask, self.passes, (place, row), metrics, streams)
 
-    def _tap_embedding(self, x: Tensor, streams: bool = False) -> None:
+    def tap_embedding(self, x: Tensor, streams: bool = False) -> None:
         # Where a stack is run through several times, only the first time starts at the embedding.
         if torch.compiler.is_compiling():
             # Nothing may be noted down inside a compiled checkpoint: `_ran_again` sees to it later.
             self._calls[0].add_(1)
-            self._tap(x, "output", 0, streams)
-        elif not self._embedded and not self._recomputing:
+            self.tap(x, "output", 0, streams)
+        elif not self._embedded and not self.recomputing:
             self._embedded = True
-            self._tap(x, "output", 0, streams)
-        elif self._recomputing and self.gradients.owes("output", 0):
-            self._tap(x, "output", 0, streams)
+            self.tap(x, "output", 0, streams)
+        elif self.recomputing and self.gradients.owes("output", 0):
+            self.tap(x, "output", 0, streams)
 
-    def _embedding_part(self, x: Tensor, part: int) -> None:
-        """One of several tensors that are summed to the embedding where no hook sees it. What has its full shape has
-        its gradient too."""
-        if self._recomputing or not isinstance(x, Tensor):
+    def _read(self, row: int, sources: list[Tensor], mix: Tensor, weight: Tensor) -> None:
+        if not self.matrices:
             return
-        self._parts[part] = x
-        if len(self._parts) == len(self._sites.found.embedding):
-            parts = [self._parts[each] for each in sorted(self._parts)]
-            self._parts.clear()
-            embedding = sum(each.detach() for each in parts)
-            self._values(embedding, "output", 0)
-            whole = next((each for each in parts if each.shape == embedding.shape), None)
-            if whole is not None:
-                self._gradient(whole, "output", 0)
-
-    def _read(self, row: int, sources: list[Tensor], weight: Tensor) -> None:
-        if not self._matrices or self._recomputing:
+        self.edge_taps.read(row, mix, weight, sources)
+        if self.recomputing:
             return
-        mask = fitting(self._mask, weight.movedim(0, -1))
         if torch.compiler.is_compiling():
-            self._depth.add(row, weight, [self._mean_square(source) for source in sources], mask)
+            self.depth(row, weight, sources)
         else:
-            self._eagerly(
-                lambda: self._depth.add(row, weight, [self._mean_square(s) for s in sources], mask),
-                *DEPTH_METRICS,
-            )
+            self.eagerly(lambda: self.depth(row, weight, sources), *DEPTH_METRICS)
 
-    def _mean_square(self, source: Tensor) -> Tensor:
+    def depth(self, row: int, weight: Tensor, sources: list[Tensor | None]) -> None:
+        """The weights [S, B, T] of a read of S sources [B, T, D]; None is one that nobody has seen."""
+        squares = [
+            torch.full_like(weight[0], torch.nan, dtype=torch.float32)
+            if source is None
+            else self.mean_square(source)
+            for source in sources
+        ]
+        self._depth.add(row, weight, squares, fitting(self.mask, weight.movedim(0, -1)))
+
+    def mean_square(self, source: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler removes the repeated computation by itself
             return token_mean_square(source)
         # A source is read many times in one forward; keeping the tensor beside its result keeps its id from

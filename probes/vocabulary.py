@@ -17,6 +17,7 @@ BLOCK = ("transformer block",)  # B
 LAYER = ("layer",)  # L
 READ = ("read",)  # R = L+1
 TRIANGLE = ("read", "source")  # R x S
+EXPERTS = (*LAYER, "expert")  # L x E, the most experts of any layer
 MIXING = (*STATE, *OUTPUT)  # (L+1) x (L+1), a triangle too
 TRIANGLES = (TRIANGLE, MIXING)
 
@@ -96,6 +97,14 @@ _ROWS = [
         "Recorded with the matrices.",
     ),
     Metric(
+        "update_ratio",
+        LAYER,
+        "Update ratio (estimate)",
+        "",
+        "L2 norm of what the optimizer's step changed in a layer's parameters, over their L2 norm before it. An estimate "
+        "from a fixed sample of about 4,096 of each layer's elements.",
+    ),
+    Metric(
         "other_grad_norm",
         SCALAR,
         "Other gradient norm",
@@ -123,6 +132,15 @@ _ROWS = [
         "Contribution RMS",
         "activation units",
         "RMS of weight times source: a large weight on a small source adds little.",
+    ),
+    Metric(
+        "depth_attribution",
+        TRIANGLE,
+        "Depth attribution",
+        "loss",
+        "First-order change of the loss without that source in that read: −⟨∂ℓ/∂h, w·v⟩ summed over tokens, the other "
+        "weights as they are. Above zero the source helps. In a plain residual the read is the layer's branch alone, "
+        "through its norm. Behind a norm a row sums to about zero.",
     ),
     Metric(
         "depth_entropy",
@@ -227,6 +245,22 @@ _ROWS = [
         "values",
         "Number of infinite and not-a-number values in each state. Counted with the matrices.",
     ),
+    Metric(
+        "expert_load",
+        EXPERTS,
+        "Expert load",
+        "share of the assignments",
+        "Share of the tokens of a layer with a mixture of experts that its router sends to each expert; a token sent to "
+        "k experts counts k times. Blank for layers without experts. Counted with the matrices.",
+    ),
+    Metric(
+        "expert_balance",
+        LAYER,
+        "Expert balance",
+        "share of the maximum",
+        "Entropy of a layer's expert load divided by ln(number of experts): 1 where all experts get as many tokens, 0 "
+        "where one gets all.",
+    ),
     Metric("loss", SCALAR, "Training loss", "nats per token", "The training loss as logged."),
     Metric("val_loss", SCALAR, "Validation loss", "nats per token", "The validation loss as logged."),
     Metric("lr", SCALAR, "Learning rate", "", "Learning rate of the optimizer's first parameter group."),
@@ -282,6 +316,9 @@ TOKEN_WEIGHT = Metric(
 
 METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}
 
+# What a training logs, and what a host measures: of one process, where several train one model.
+OF_ONE = ("loss", "val_loss", "lr", "skipped", "wall_time", "tokens", "step_time", "probe_time")
+
 # All that is known of gradients, in the loss's own scale.
 GRADIENTS = (
     "output_grad_rms",
@@ -291,6 +328,7 @@ GRADIENTS = (
     "other_grad_norm",
     "grad_norm",
     "clip_factor",
+    "depth_attribution",
 )
 
 

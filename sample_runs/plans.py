@@ -39,8 +39,8 @@ def _decoders(gpu: bool, device: str) -> list[Plan]:
         schedule, depth_block = Schedule(every=4, matrices_every=20, validate_every=40, tokens_every=300), 6
     else:
         shape = {"width": 128, "blocks": 12, "heads": 4, "kv_heads": 2, "context": 256}
-        training = TrainingConfig(steps=240, batch=4, context=256)
-        schedule, depth_block = Schedule(every=4, matrices_every=20, validate_every=20, tokens_every=100), 3
+        training = TrainingConfig(steps=400, batch=4, context=256)
+        schedule, depth_block = Schedule(every=4, matrices_every=20, validate_every=20, tokens_every=150), 3
     kinds = {
         "prenorm": ("PreNorm", {"residual": "prenorm"}),
         "deepnorm": ("DeepNorm", {"residual": "deepnorm"}),

@@ -61,6 +61,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these runs alone")
     parser.add_argument("--text", type=Path, help="file or folder to learn (default: Python's own library)")
     parser.add_argument("--steps", type=int, help="at most so many steps of each run: to try the command")
+    parser.add_argument("--checkpoint-every", type=int, help="save the model too, for depthscope attribute")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -118,13 +119,20 @@ def record(plan: Plan, options: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from app.training import Corpus, RecordedTraining, in_turn
+    from benchmarks.provenance import commit
 
     corpus = Corpus.from_path(options.text) if options.text else Corpus.standard_library()
     steps = min(options.steps or plan.training.steps, plan.training.steps)
     training = replace(plan.training, steps=steps)
     recorded = RecordedTraining(
-        options.into / plan.name, plan.model(), training, corpus, plan.schedule, plan.tags
+        options.into / plan.name,
+        plan.model(),
+        training,
+        corpus,
+        replace(plan.schedule, checkpoint_every=options.checkpoint_every),
+        plan.tags,
     )
+    recorded.described["sample"] = {"says": plan.says, "commit": commit()}
     in_turn([recorded])
 
 

@@ -33,7 +33,7 @@ def chart(
     fields: Sequence[str] = (),
     on_click: Callable[[dict], None] | None = None,
 ) -> None:
-    """Draw a chart. `on_click` hears the `fields` of the clicked mark, {} for a click beside all marks."""
+    """Draw a chart, without its title. `on_click` hears the `fields` of the clicked mark, {} for a click beside all marks."""
     spec, signals, tables = separate(chart)
     data = {
         "spec": spec,

@@ -12,7 +12,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
 }
 
 const FRAME = 140; // milliseconds a frame at least
-const WHOLE = 7000; // and about this long for all of them
+const WHOLE = 7000; // about this long for all of them,
+const SLOW = 700; // but where there are few, a frame at most
 
 class Player {
   constructor(parent) {
@@ -25,6 +26,9 @@ class Player {
 
   show(data) {
     this.next = data;
+    // The whole bar, with the controls beside the player, hides what is scrolled below it.
+    const bar = this.root.closest(".st-key-player");
+    if (bar) bar.style.background = getComputedStyle(this.root).backgroundColor;
     if (this.pressed || this.timer) return;
     const { steps, at } = (this.data = data);
     this.range.max = steps.length - 1;
@@ -71,7 +75,7 @@ class Player {
       if (this.at >= count - 1) return this.pause();
       this.range.value = this.at + 1;
       this.hold();
-    }, Math.max(FRAME, WHOLE / count));
+    }, Math.min(SLOW, Math.max(FRAME, WHOLE / count)));
     this.face();
   }
 

@@ -11,7 +11,7 @@ from app.charts import TURN
 def separate(chart: alt.TopLevelMixin) -> tuple[str, dict, dict[str, pd.DataFrame]]:
     """The specification as JSON, the values of its signals, and its tables by name.
 
-    Domains of scales and values of axes and legends become signals: a growing run changes those, not the chart.
+    Its title stays out, for the page writes it. Domains of scales and values of axes and legends become signals: a growing run changes those, not the chart.
     """
     tables: dict[str, pd.DataFrame] = {}
 
@@ -27,6 +27,7 @@ def separate(chart: alt.TopLevelMixin) -> tuple[str, dict, dict[str, pd.DataFram
         with alt.data_transformers.enable("depthscope"):
             spec = chart.to_dict(format="vega-lite", validate=False)
     spec.pop("datasets", None)
+    spec.pop("title", None)
     signals: dict = {}
     for encoding in _encodings(spec):
         for name, channel in encoding.items():

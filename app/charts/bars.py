@@ -10,7 +10,7 @@ def bars(frame: pd.DataFrame, label: str, axis: str, title: str, height: int = 2
     """Rows place, short, value, spread (standard deviation over tokens, may be blank) and chosen, in order."""
     every = max(1, -(-len(frame) // (14 if len(frame) <= 40 else 8)))
     named = [short for i, short in enumerate(frame["short"]) if i % every == 0]
-    base = alt.Chart(frame).encode(
+    base = alt.Chart().encode(
         x=alt.X(
             "short:N",
             sort=list(frame["short"]),
@@ -30,6 +30,6 @@ def bars(frame: pd.DataFrame, label: str, axis: str, title: str, height: int = 2
         base.transform_filter("isValid(datum.spread)")
         .transform_calculate(low="max(0, datum.value - datum.spread)", high="datum.value + datum.spread")
         .mark_rule(strokeWidth=1.5 if len(frame) <= 40 else 0.6, opacity=1 if len(frame) <= 40 else 0.4)
-        .encode(y=alt.Y("low:Q", axis=value["axis"], scale=value["scale"]), y2="high:Q")
+        .encode(y=alt.Y("low:Q", axis=value["axis"], scale=value["scale"]), y2=alt.Y2("high:Q"))
     )
-    return alt.layer(drawn, spread).properties(title=axes.title(title), height=height)
+    return alt.layer(drawn, spread, data=frame, title=axes.title(title), height=height)

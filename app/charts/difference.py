@@ -8,13 +8,16 @@ from app.charts import palette
 from app.charts.grid import depth_by_step
 from app.charts.triangle import triangle
 
+# Below a tenth, percents say more than a factor.
 FACTORS = (
-    "format(pow(2, abs(datum.value)), abs(datum.value) > 3.3 ? ',.0f' : '.2~g') + '×' + "
-    "(datum.value < 0 ? ' less' : datum.value > 0 ? ' more' : '')"
-)
+    "datum.value === 0 ? 'same' : abs(datum.value) < 0.137 ? format(100 * (pow(2, abs(datum.value)) - 1), '.2~g') + '%' + (SIGN) : "
+    "format(pow(2, abs(datum.value)), abs(datum.value) > 3.3 ? ',.0f' : '.2~g') + '×' + (SIGN)"
+).replace("SIGN", "datum.value < 0 ? ' less' : datum.value > 0 ? ' more' : ''")
 
 
-def over_training(frame: pd.DataFrame, name: str, second: str, title: str, height: int = 370) -> alt.Chart:
+def over_training(
+    frame: pd.DataFrame, name: str, second: str, title: str, height: int = 370, fill: dict | None = None
+) -> alt.Chart:
     """Rows step, until, depth, place, value (log2 of a ratio); `second` says of what: "In full", "Against step 0"."""
     known = frame["value"].abs().dropna()
     # The outermost percent is left to the ends.
@@ -24,7 +27,7 @@ def over_training(frame: pd.DataFrame, name: str, second: str, title: str, heigh
     legend = alt.Legend(
         title=None,
         orient="right",
-        gradientLength=height - 60,
+        gradientLength=190,
         gradientThickness=8,
         labelExpr=FACTORS,
         values=[-top, -top / 2, 0, top / 2, top],
@@ -32,7 +35,7 @@ def over_training(frame: pd.DataFrame, name: str, second: str, title: str, heigh
     )
     shade = alt.Color("value:Q", scale=palette.shades((-top, top)), legend=legend)
     value = alt.Tooltip("factor:N", title=second)
-    return depth_by_step(frame, name, title, height, shade, value, factor=FACTORS)
+    return depth_by_step(frame, name, title, height, shade, value, fill, factor=FACTORS)
 
 
 def weights(cells: pd.DataFrame, labels: tuple[str, str], legend: str, title: str) -> alt.LayerChart:

@@ -13,6 +13,7 @@ def depth_by_step(
     height: int,
     colour: alt.Color,
     value: alt.Tooltip,
+    fill: dict | None = None,
     **derived: str,
 ) -> alt.Chart:
     """Rows step, until, depth, place and value; `colour` has a domain; `derived` are Vega expressions."""
@@ -25,9 +26,10 @@ def depth_by_step(
         right=("until", 0),
         bottom=("depth", -0.5),
         top=("depth", 0.5),
+        fill=fill,
     )
     return (
-        alt.Chart(frame)
+        alt.Chart(frame, title=axes.title(title), height=height, usermeta=painted)
         .transform_calculate(
             below="datum.depth - 0.5",
             above=f"datum.depth + 0.5 + {palette.under(last - first + 1)}",
@@ -37,13 +39,13 @@ def depth_by_step(
         .mark_rect(strokeWidth=0, opacity=1, clip=True)
         .encode(
             x=alt.X("step:Q", axis=axes.steps(), scale=alt.Scale(domain=span, zero=False, nice=False)),
-            x2="until:Q",
+            x2=alt.X2("until:Q"),
             y=alt.Y(
                 "below:Q",
                 axis=axes.depth(name, last, count=8, **axes.FLAT),
                 scale=alt.Scale(domain=[first - 0.5, last + 0.5], nice=False, zero=False),
             ),
-            y2="above:Q",
+            y2=alt.Y2("above:Q"),
             color=colour,
             tooltip=[
                 alt.Tooltip("place:N", title="Where"),
@@ -51,5 +53,4 @@ def depth_by_step(
                 value,
             ],
         )
-        .properties(title=axes.title(title), height=height, usermeta=painted)
     )

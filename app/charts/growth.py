@@ -54,6 +54,4 @@ def growth(
             ],
         )
     )
-    return alt.layer(points, fit).properties(
-        title=axes.title(title), height=height + palette.legend_room(colours)
-    )
+    return alt.layer(points, fit, title=axes.title(title), height=height)

@@ -19,10 +19,11 @@ def lines(
     height: int = 340,
     x: str = "step",
     x_scale: str = "linear",
+    fill: dict | None = None,
 ) -> alt.LayerChart:
     """Rows run, step, `column` and, for bands, low and high. `label` is the axis title with its unit.
 
-    `x` "tokens" or "wall_time" draws against the column x, which holds that. No line joins rows of different `segment`.
+    `fill` as of app.charts.palette.filling: the height that the window leaves. `x` "tokens" or "wall_time" draws against the column x, which holds that. No line joins rows of different `segment`.
     """
     if scale == "log":
         frame = frame[frame[column] > 0]
@@ -35,15 +36,15 @@ def lines(
         # A point between two gaps has no line to be seen by.
         frame = frame.assign(alone=frame.groupby(["run", "segment"])[column].transform("count") == 1)
     y = axes.value(column, label, frame[column], scale, zero)
-    base = alt.Chart(frame).encode(
+    base = alt.Chart().encode(
         x=axes.along(along, x, frame[along], x_scale),
         color=palette.colour(colours, symbol="stroke"),
-        detail=["segment:N"] if "segment" in frame else alt.Undefined,
+        detail=alt.Detail("segment:N") if "segment" in frame else alt.Undefined,
     )
     layers = []
     if "low" in frame:  # also where nothing is averaged yet: a layer that comes later would be another chart
         low = alt.Y("low:Q", scale=y["scale"], axis=y["axis"])
-        layers.append(base.mark_area(opacity=0.13).encode(y=low, y2="high:Q"))
+        layers.append(base.mark_area(opacity=0.13).encode(y=low, y2=alt.Y2("high:Q")))
     layers.append(base.mark_line(strokeWidth=1.8).encode(y=y))
     few = frame.groupby("run").size().max() <= FEW if len(frame) else True
     # Invisible points carry the tooltip where visible ones would blur the line. A value, not another chart: a run
@@ -52,8 +53,7 @@ def lines(
     zoom = alt.selection_interval(name="zoom", bind="scales", encodings=["x"], zoom="wheel![event.ctrlKey]")
     # Altair numbers views without a name anew each time.
     points = (
-        base.properties(name="points")
-        .add_params(zoom)
+        base.add_params(zoom, seen)
         .mark_circle(size=40, opacity=alt.expr(f"{seen.name} || datum.alone ? 1 : 0"))
         .encode(
             y=y,
@@ -69,7 +69,12 @@ def lines(
             ],
         )
     )
-    chart = alt.layer(*layers, points).properties(
-        title=axes.title(title), height=height + palette.legend_room(colours)
+    points.name = "points"
+    return alt.layer(
+        *layers,
+        points,
+        data=frame,
+        title=axes.title(title),
+        height=height,
+        usermeta=fill or alt.Undefined,
     )
-    return chart.add_params(seen)

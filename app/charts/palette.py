@@ -1,5 +1,6 @@
 """Colours and print settings. Run colours are Okabe and Ito's, apart for every common colour blindness."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import altair as alt
@@ -9,6 +10,7 @@ from app.charts import TURN, axes
 RUNS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
 
+_HUES = [0, 1, 2, 3, 1, 0, 4]  # of RUNS: two blues and two oranges are told apart less easily
 FOCUS = "#D55E00"  # what somebody clicked
 
 # Small to large, on paper; app/.streamlit/config.toml has the same for the light theme and one for the dark.
@@ -40,30 +42,48 @@ PAPER = {
 }
 
 
-def painted(field: str, scale: str = "linear", room: dict | None = None, **edges: tuple[str, float]) -> dict:
+def painted(field: str, scale: str = "linear", fill: dict | None = None, **edges: tuple[str, float]) -> dict:
     """The usermeta of a chart whose cells, the rows of its first table, the browser paints as pixels.
 
-    `field` is coloured on a `scale`; `left`, `right`, `top` and `bottom` are columns and what to add to them. `room` asks
-    for the height that the window leaves: `taken` by other things, `least` and `most`, in pixels.
+    `field` is coloured on a `scale`; `left`, `right`, `top` and `bottom` are columns and what to add to them; `fill` as
+    of `filling`.
     """
-    told = {
+    return {
         "embedOptions": {"renderer": "canvas"},
         "cells": {"colour": field, "scale": scale, **{side: list(edge) for side, edge in edges.items()}},
+        **(fill or {}),
     }
-    return told | ({"room": room} if room else {})
+
+
+def filling(taken: int, least: int, most: int) -> dict:
+    """The usermeta of a chart as high as the window leaves it: `taken` pixels by other things, `least` and `most`."""
+    return {"room": {"taken": taken, "least": least, "most": most}}
 
 
 def assign(
     everyone: Sequence[str], selected: Sequence[str], before: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """A colour for each selected run: the one it had `before`, else by its place among all runs, else the next free one."""
+    """A colour for each selected run: the one it had `before`, else by its place among the first six of all runs, else a
+    free one, of another hue than those taken if there is any; grey only where nothing else is free."""
     before = before or {}
     place = {run: index for index, run in enumerate(everyone)}
     taken: dict[str, str] = {}
-    for run in sorted(selected, key=lambda run: run not in before):
-        want = RUNS.index(before[run]) if run in before else place.get(run, len(place))
-        order = [RUNS[(want + shift) % len(RUNS)] for shift in range(len(RUNS))]
-        taken[run] = next((colour for colour in order if colour not in taken.values()), order[0])
+
+    def own(run: str) -> int | None:
+        """Which colour is the run's by right."""
+        found = RUNS.index(before[run]) if run in before else place.get(run, len(RUNS))
+        return found if run in before or found < len(RUNS) - 1 else None
+
+    for run in sorted(selected, key=lambda run: (run not in before, own(run) is None)):
+        want = own(run)
+        hues = {_HUES[RUNS.index(colour)] for colour in taken.values()}
+        start = 0 if want is None else want
+        order = [(start + shift) % len(RUNS) for shift in range(len(RUNS))]
+        if want is None:
+            order.sort(key=lambda at: (at == len(RUNS) - 1, _HUES[at] in hues, at))
+        elif RUNS[want] in taken.values():
+            order.sort(key=lambda at: at == len(RUNS) - 1)  # grey last
+        taken[run] = next((RUNS[at] for at in order if RUNS[at] not in taken.values()), RUNS[order[0]])
     return {run: taken[run] for run in selected}
 
 
@@ -117,6 +137,23 @@ def gradient(title: str, domain: tuple[float, float] | None = None) -> alt.Legen
     )
 
 
+def gradient_beside(length: int, domain: tuple[float, float]) -> alt.Legend:
+    """A legend of a colour scale, upright at the right of a chart, with about four round labels."""
+    low, high = domain
+    size = 10 ** math.floor(math.log10(high - low))
+    apart = next(each for each in (0.1, 0.2, 0.25, 0.5, 1, 2) if (high - low) / (each * size) <= 5) * size
+    values = [round(at * apart, 12) for at in range(math.ceil(low / apart), math.floor(high / apart) + 1)]
+    return alt.Legend(
+        title=None,
+        orient="right",
+        gradientLength=length,
+        gradientThickness=8,
+        labelExpr=axes.SMALL,
+        values=values,
+        offset=14,
+    )
+
+
 def under(cells: int) -> float:
     """How many cells a cell reaches under the next ones so that no seam shows: about one and a half pixels.
 
@@ -124,11 +161,6 @@ def under(cells: int) -> float:
     """
     # Few distinct values, so that a growing heatmap stays the same chart.
     return next((reach for reach in (0.05, 0.1, 0.2, 0.35, 0.6, 1.0) if reach >= cells / 130), 2.0)
-
-
-def legend_room(colours: dict[str, str]) -> int:
-    """Pixels that a legend of these runs takes beyond its first line."""
-    return 22 * (-(-len(colours) // _columns(colours)) - 1) if colours else 0
 
 
 def _columns(colours: dict[str, str]) -> int:

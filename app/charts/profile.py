@@ -15,8 +15,10 @@ def profile(
     height: int = 340,
     relative: bool = False,
     label: str = "",
+    fill: dict | None = None,
 ) -> alt.LayerChart:
-    """Rows run, step, depth, place, value; with `relative`, depth runs from 0 to 1. `label` replaces the metric's."""
+    """Rows run, step, depth, place, value; with `relative`, depth runs from 0 to 1. `label` replaces the metric's.
+    `fill` as of app.charts.palette.filling: the height that the window leaves."""
     label = label or axes.measure(name)
     if scale == "log":
         frame = frame[frame["value"] > 0]
@@ -24,7 +26,7 @@ def profile(
     last = int(lasts[0]) if len(lasts) == 1 else None
     first, most = (int(frame["depth"].min()), int(max(lasts))) if len(frame) else (0, 1)
     axis = alt.Axis(title="Relative depth", grid=False) if relative else axes.depth(name, last)
-    base = alt.Chart(frame).encode(
+    base = alt.Chart().encode(
         x=alt.X(
             "depth:Q",
             scale=alt.Scale(domain=[first, most], nice=False, zero=False, padding=8),
@@ -32,7 +34,7 @@ def profile(
         ),
         y=axes.value("value", label, frame["value"], scale),
         color=palette.colour(colours),
-        order="depth:Q",
+        order=alt.Order("depth:Q"),
     )
     lines = base.mark_line(strokeWidth=2 if most <= 64 else 1.6)
     size = 34 if most <= 32 else 14 if most <= 80 else 6
@@ -45,6 +47,11 @@ def profile(
             alt.Tooltip("step:Q", title="Step", format=",d"),
         ],
     )
-    return alt.layer(lines, points).properties(
-        title=axes.title(title), height=height + palette.legend_room(colours)
+    return alt.layer(
+        lines,
+        points,
+        data=frame,
+        title=axes.title(title),
+        height=height,
+        usermeta=fill or alt.Undefined,
     )

@@ -49,9 +49,9 @@ def readership(
     )
     wide = max(2, min(12, 260 // max(1, len(frame))))
     ranges = base.mark_bar(size=wide, opacity=0.45).encode(
-        y=alt.Y("least:Q", scale=scale, axis=axis), y2="most:Q"
+        y=alt.Y("least:Q", scale=scale, axis=axis), y2=alt.Y2("most:Q")
     )
     means = base.mark_point(filled=True, opacity=1, size=40 if len(frame) <= 40 else 12).encode(
         y=alt.Y("mean:Q", scale=scale, axis=axis)
     )
-    return alt.layer(ranges, means, limit).properties(title=axes.title(title), height=height)
+    return alt.layer(ranges, means, limit, title=axes.title(title), height=height)

@@ -14,7 +14,7 @@ METRICS = (
     "depth_weight", "depth_weight_std", "contribution_rms", "mixing_weight", "mixing_share", "mixing_r2",
     "depth_attribution",
 )  # fmt: skip
-TAKEN = 405  # pixels of a page above and below its first triangle
+TAKEN = 430  # pixels of a page above and below its first triangle
 
 
 def triangle(
@@ -26,12 +26,14 @@ def triangle(
     height: int = 540,
     legend: str = "",
     told: dict[str, str] | None = None,
+    below: int = 0,
 ) -> alt.LayerChart:
     """Rows row, number, read, source, from and metrics, as of app.cells.cells; `name` is the one drawn.
 
     `focus` frames the row of a read (its number) and the column of a source. A `domain` from zero colours on a
     square-root scale, so that small weights stay apart from none; one from below zero is centred there. `legend` replaces
-    the metric's name there, `told` the columns that a tooltip tells, with their titles.
+    the metric's name there, `told` the columns that a tooltip tells, with their titles; `below` are pixels that the
+    window has to leave below it.
     """
     reads = dict(zip(cells["row"].astype(int), cells["read"].astype(str), strict=True))
     sources = dict(zip(cells["source"].astype(int), cells["from"].astype(str), strict=True))
@@ -58,16 +60,16 @@ def triangle(
                     title="Source: embedding, then depth block"
                     if blocks
                     else "Source: embedding, then layer",
-                    **_labels(sources, _short_source, EVEN),
+                    **_labels(sources, short_source, EVEN),
                 ),
             ),
-            x2="right:Q",
+            x2=alt.X2("right:Q"),
             y=alt.Y(
                 "top:Q",
                 scale=_span(reads, reverse=True),
                 axis=alt.Axis(title="Read of layer", **_labels(reads, _short_read, ODD), **axes.FLAT),
             ),
-            y2="bottom:Q",
+            y2=alt.Y2("bottom:Q"),
             color=_colour(name, domain, _corner(cells), legend),
             tooltip=[
                 alt.Tooltip("read:N", title="Read"),
@@ -81,21 +83,21 @@ def triangle(
         .mark_rect(fillOpacity=0, stroke=palette.FOCUS, strokeWidth=2, clip=False)
         .encode(
             x=alt.X("left:Q", scale=_span(sources)),
-            x2="right:Q",
+            x2=alt.X2("right:Q"),
             y=alt.Y("top:Q", scale=_span(reads, reverse=True)),
-            y2="bottom:Q",
+            y2=alt.Y2("bottom:Q"),
         )
     )
     painted = palette.painted(
         name,
         "linear" if domain[0] < 0 else "sqrt",
-        _room(len(reads), _corner(cells)),
+        _room(len(reads), _corner(cells), below),
         left=("source", -0.5),
         right=("source", 0.5),
         top=("row", -0.5),
         bottom=("row", 0.5),
     )
-    return alt.layer(grid, frame).properties(title=axes.title(title), height=height, usermeta=painted)
+    return alt.layer(grid, frame, title=axes.title(title), height=height, usermeta=painted)
 
 
 def _colour(name: str, domain: tuple[float, float], corner: bool, title: str) -> alt.Color:
@@ -114,10 +116,10 @@ def _corner(cells: pd.DataFrame) -> bool:
     return bool(upper["source"].max() + 1 <= 0.45 * (cells["source"].max() + 1))
 
 
-def _room(reads: int, corner: bool) -> dict:
+def _room(reads: int, corner: bool, below: int) -> dict:
     """As high as the window leaves it, and three pixels a row at least as far as one screen goes."""
-    taken = TAKEN if corner else TAKEN + 60
-    return {"taken": taken, "least": max(300, min(620, 3 * reads)), "most": 900}
+    taken = TAKEN + below + (0 if corner else 60)
+    return palette.filling(taken, max(300, min(620, 3 * reads)), 900)
 
 
 def outline(cells: pd.DataFrame, read: int | None, source: int | None) -> pd.DataFrame:
@@ -160,7 +162,7 @@ def _short_read(label: str) -> str:
     return label.removeprefix("layer ").replace("(", "").replace(")", "").replace("attention", "att.")
 
 
-def _short_source(label: str) -> str:
+def short_source(label: str) -> str:
     """ "emb.", and the number of a layer or depth block."""
     if label == "embedding":
         return "emb."

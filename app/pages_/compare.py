@@ -10,15 +10,15 @@ from app.charts.profile import profile
 from probes.vocabulary import BLOCK, LAYER, OUTPUT, READ, STATE, metric
 
 DEPTH = (STATE, OUTPUT, LAYER, READ, BLOCK)
-HIGH = 340  # pixels of a profile
+ROOM = palette.filling(580, 210, 420)  # both charts at the top
 LIKED = ("hidden_rms", "output_rms", "output_grad_rms", "param_grad_norm")
 
 
 def body(shown: list[room.Shown]) -> None:
     if not shown:
         return
-    picture, player, controls = st.container(), st.container(key="player"), st.container()
-    left, right, matched = controls.columns([2, 2, 5], gap="medium")
+    left, right, matched = st.columns([2, 2, 5], gap="medium")
+    picture, (player, measures, scales) = st.container(), pick.bar(4, 3)
     names = {one.name: one.name for one in shown}
     a = _named(shown, pick.one("first", "First", names, where=left))
     ahead = {name: name for name in [*list(names)[1:], *list(names)[:1]]}
@@ -29,8 +29,8 @@ def body(shown: list[room.Shown]) -> None:
     if not known:
         picture.info("These two have recorded no common measure over depth yet.")
         return
-    name = pick.one("compared", "Measure", {n: metric(n).title for n in known}, where=left)
-    scale = pick.choice("compare_scale", "Scale", {"linear": "Linear", "log": "Logarithmic"}, where=right)
+    name = pick.one("compared", "Measure", {n: metric(n).title for n in known}, where=measures)
+    scale = pick.one("compare_scale", "Scale", {"linear": "Linear", "log": "Logarithmic"}, where=scales)
     step = pick.asked([a.run], [name], where=player)
     other = None
     if way == "own":
@@ -38,7 +38,8 @@ def body(shown: list[room.Shown]) -> None:
         other = pick.number("other", label, b.run.last_step, 0 if a is b else None, where=matched)
     at = match.pair(a.run, b.run, way, step, other, (a.name, b.name))
     with picture:
-        st.markdown(f":material/balance: {words.plain(at.told)}")
+        told = words.replaced(at.told, st.session_state.get(draw.SHORT, {}))
+        st.markdown(f":material/balance: {words.plain(told)}")
         left, right = st.columns(2, gap="medium", vertical_alignment="bottom")
         with left:
             _overlaid(a, b, name, at, scale)
@@ -74,7 +75,7 @@ def _overlaid(a: room.Shown, b: room.Shown, name: str, at: match.Pair, scale: st
     frame = pd.concat(parts, ignore_index=True)
     draw.show(
         profile(
-            frame, name, colours, findings.side_by_side(frame, name), scale, relative=not even, height=HIGH
+            frame, name, colours, findings.side_by_side(frame, name), scale, relative=not even, fill=ROOM
         ),
         key=f"compared {name}",
         data=frame,
@@ -95,7 +96,7 @@ def _grid(a: room.Shown, b: room.Shown, name: str, way: str, at: match.Pair) -> 
         st.caption("There is no matched step at which both recorded this.")
         return
     draw.show(
-        charts.over_training(frame, name, against, title, HIGH + 16), key=f"difference {name}", data=frame
+        charts.over_training(frame, name, against, title, fill=ROOM), key=f"difference {name}", data=frame
     )
 
 

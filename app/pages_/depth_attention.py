@@ -35,15 +35,14 @@ EXPLAINED = (
 
 def body(shown: list[room.Shown]) -> None:
     able = [one for one in shown if any(name in one.run for name in cells.PICTURES)]
-    picture, player, controls = st.container(), st.container(key="player"), st.container()
     if able:
+        picture, (player, measures, kinds), below = st.container(), pick.bar(4, 4), st.container()
         able.sort(key=lambda one: WEIGHT not in one.run)
-        chosen = pick.pair([one.name for one in able], where=controls)
+        chosen = pick.pair([one.name for one in able], where=below)
         pair = [one for one in able if one.name in chosen]
-        left, right = controls.columns(2, gap="medium")
-        kind = pick.choice("reads", "Reads", KINDS, where=left)
+        kind = pick.one("reads", "Reads", KINDS, where=kinds)
         known = [name for name in cells.PICTURES if any(name in one.run for one in pair)] or [WEIGHT]
-        name = pick.choice("show", "Measure", {n: TITLES[n] for n in known}, where=right)
+        name = pick.one("show", "Measure", {n: TITLES[n] for n in known}, where=measures)
         drawn = {one: _stands_in(one, name) for one in pair}
         step = pick.step(
             [one.run for one in pair], list(dict.fromkeys(filter(None, drawn.values()))), where=player
@@ -76,6 +75,7 @@ def _who_reads_whom(picture, drawn: dict[room.Shown, str | None], name: str, kin
     wide = any(len(cells.columns(one.run, own)) > WIDE for one, own in drawn.items())
     alone = len(panels) == 1
     across = 1 if alone and wide else 2
+    note = _notes({one: frame[one, part] for one, part in panels}, drawn, name, step)
     for start in range(0, len(panels), across):
         columns = picture.columns(
             [9, 5] if alone and not wide else across,
@@ -84,11 +84,13 @@ def _who_reads_whom(picture, drawn: dict[room.Shown, str | None], name: str, kin
         )
         for (one, part), column in zip(panels[start : start + across], columns, strict=False):
             with column:
-                _triangle(one, part, frame[one, part], drawn[one], name, _domain(frame, drawn, drawn[one]))
+                domain = _domain(frame, drawn, drawn[one])
+                _triangle(one, part, frame[one, part], drawn[one], domain, bool(note))
         if alone and not wide:
             with columns[1]:
                 _links(panels[0][0], drawn[panels[0][0]], kind, step, count=9)
-    _notes(picture, {one: frame[one, part] for one, part in panels}, drawn, name, step)
+    if note:
+        picture.caption(words.plain(note))
     for one, own in drawn.items():
         focus.show(one, cells.cells(one.run, step, own), own)
     if not alone or wide:
@@ -110,9 +112,8 @@ def _forget_source(drawn: dict[room.Shown, str]) -> None:
         view.change(source=None)
 
 
-def _notes(
-    picture, shown: dict[room.Shown, pd.DataFrame], drawn: dict[room.Shown, str], name: str, step: int
-) -> None:
+def _notes(shown: dict[room.Shown, pd.DataFrame], drawn: dict[room.Shown, str], name: str, step: int) -> str:
+    """What stands below the triangles: other steps than the chosen, other measures, and how far they can be believed."""
     told = [
         over_depth.nearest({one.name: int(c["step"].iloc[0]) for one, c in shown.items() if len(c)}, step)
     ]
@@ -127,9 +128,7 @@ def _notes(
             )
         if own in cells.RECOVERED and len(frame):
             told.append(_trusted(one, frame, own))
-    told = " ".join(part for part in told if part)
-    if told:
-        picture.caption(words.plain(told))
+    return " ".join(part for part in told if part)
 
 
 def _trusted(one: room.Shown, frame: pd.DataFrame, name: str) -> str:
@@ -146,7 +145,7 @@ def _trusted(one: room.Shown, frame: pd.DataFrame, name: str) -> str:
 
 
 def _triangle(
-    one: room.Shown, kind: str, frame: pd.DataFrame, own: str, name: str, domain: tuple[float, float]
+    one: room.Shown, kind: str, frame: pd.DataFrame, own: str, domain: tuple[float, float], noted: bool
 ) -> None:
     if frame.empty:
         return
@@ -156,7 +155,14 @@ def _triangle(
     label = one.name if kind == "all" else f"{one.name}, {READS[kind]}"
     stops = frames.played(frames.stops([one.run], [own]), len(frame))
     draw.show(
-        triangle(frame, own, findings.picture(frame, label, own), domain, focus.chosen(one, own)),
+        triangle(
+            frame,
+            own,
+            findings.picture(frame, label, own),
+            domain,
+            focus.chosen(one, own),
+            below=40 if noted else 0,
+        ),
         key=f"triangle {own} {kind} {one.name}",
         data=frame,
         frames=draw.Frames(stops, {own: cells.played(one.run, own, stops, kind)}),

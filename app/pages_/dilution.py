@@ -4,6 +4,7 @@ import pandas as pd
 import streamlit as st
 
 from app import draw, findings, fits, frames, over_depth, pick, room, words
+from app.charts import palette
 from app.charts.growth import growth
 from app.charts.lines import lines as curves
 from app.derived import FINAL_SHARE, has
@@ -14,15 +15,17 @@ MEASURES = (HIDDEN, OUTPUT, "block_rms")
 
 
 def body(shown: list[room.Shown]) -> None:
-    picture = st.container()
-    step = pick.step([one.run for one in shown], [HIDDEN, OUTPUT])
-    scale = pick.choice("depth_scale", "Scale", {"linear": "Linear", "log": "Logarithmic"})
+    picture, (player, scales) = st.container(), pick.bar(3)
+    step = pick.step([one.run for one in shown], [HIDDEN, OUTPUT], player)
+    scale = pick.one("depth_scale", "Scale", {"linear": "Linear", "log": "Logarithmic"}, where=scales)
     with picture:
         for column, name in zip(
             st.columns(2, gap="medium", vertical_alignment="bottom"), (HIDDEN, OUTPUT), strict=True
         ):
             with column:
-                over_depth.profiles(shown, name, step, scale, findings.growth)
+                over_depth.profiles(
+                    shown, name, step, scale, findings.growth, fill=palette.filling(470, 230, 480)
+                )
         if step is not None:
             _doubling(shown, step)
     _growth(shown, step)

@@ -3,8 +3,8 @@
 import pandas as pd
 import streamlit as st
 
-from app import draw, findings, frames, over_depth, pick, room
-from app.charts import axes
+from app import draw, experts, findings, frames, over_depth, pick, room, words
+from app.charts import axes, palette
 from app.charts.lines import lines
 from app.charts.profile import profile
 from probes.vocabulary import metric
@@ -19,16 +19,15 @@ MEASURES = {
 
 def body(shown: list[room.Shown]) -> None:
     names = [name for name in MEASURES if any(name in one.run for one in shown)] or [next(iter(MEASURES))]
-    picture, player = st.container(), st.container(key="player")
-    measures, scales = st.columns([3, 1], gap="medium")
-    name = pick.choice(
+    picture, (player, measures, scales) = st.container(), pick.bar(4, 3)
+    name = pick.one(
         "gradient",
         "Gradient of",
         {n: MEASURES[n] for n in names},
         where=measures,
         help="Gradients of outputs and parameters mean the same in every architecture; those of states do not.",
     )
-    scale = pick.choice("gradient_scale", "Scale", {"log": "Logarithmic", "linear": "Linear"}, where=scales)
+    scale = pick.one("gradient_scale", "Scale", {"log": "Logarithmic", "linear": "Linear"}, where=scales)
     step = pick.step([one.run for one in shown], [name], where=player)
     with picture:
         if name in axes.INCOMPARABLE:
@@ -37,7 +36,9 @@ def body(shown: list[room.Shown]) -> None:
                 "gradient, and read this one within a run.",
                 icon=":material/warning:",
             )
-        over_depth.profiles(shown, name, step, scale, findings.unevenness)
+        over_depth.profiles(
+            shown, name, step, scale, findings.unevenness, fill=palette.filling(440, 230, 520)
+        )
     have = [one for one in shown if name in one.run]
     if have and step is not None:
         st.subheader("Does it even out while it trains?", anchor=False)
@@ -45,8 +46,11 @@ def body(shown: list[room.Shown]) -> None:
         over_depth.heatmaps(have, name)
     if step is not None:
         _updates(shown, step)
+        experts.section(shown, step)
+    sparse = [experts.LOAD, experts.BALANCE] if any(experts.LOAD in one.run for one in shown) else []
+    moved = ["update_ratio"] if any("update_ratio" in one.run for one in shown) else []
     room.explain(
-        names,
+        [*names, *moved, *sparse],
         "CV is the standard deviation over layers divided by their mean; max/min divides the largest by the "
         "smallest; the Gini coefficient is 0 when all layers have the same and near 1 when one has everything. All three "
         "leave the embedding out.",
@@ -76,15 +80,23 @@ def _updates(shown: list[room.Shown], step: int) -> None:
         return
     st.subheader("How far does one step move a layer?", anchor=False)
     frame = pd.concat(parts.values(), ignore_index=True)
-    title = findings.unevenness(frame, "param_norm").replace("parameter norm", "estimated update ratio")
-    chart = profile(
-        frame, "param_norm", room.colours(list(parts)), title, "log", 280, label="Update ratio (estimate)"
-    )
+    title = findings.unevenness(frame, "update_ratio")
+    chart = profile(frame, "update_ratio", room.colours(list(parts)), title, "log", 280)
     draw.show(chart, key="update ratio", data=frame)
-    st.caption(
-        "An estimate: gradient norm × learning rate / parameter norm. It is exact for plain SGD without momentum or clipping; Adam "
-        "rescales every gradient, so compare layers and runs by it, not its size."
-    )
+    derived = [one.name for one in parts if "update_ratio" not in one.run]
+    told = []
+    if len(derived) < len(parts):
+        told.append(
+            "What the optimizer's step changed in a layer, over the layer's size: an estimate, from a fixed sample of its "
+            "elements."
+        )
+    if derived:
+        of = f" of {words.joined(derived)}" if len(derived) < len(parts) else ""
+        told.append(
+            f"An estimate{of}: gradient norm × learning rate / parameter norm. It is exact for plain SGD without "
+            "momentum or clipping; Adam rescales every gradient, so compare layers and runs by it, not its size."
+        )
+    st.caption(" ".join(told))
 
 
 room.enter(

@@ -103,7 +103,7 @@ def test_a_source_in_focus_is_not_taken_for_another_one(recovered):
     """Recovered mixing of a Block run has a column for each layer, its reads one for each depth block."""
     at = opened(recovered, "pages_/depth_attention.py", runs=["block"], focus="block", read="5", source="2")
     assert at.session_state["view"].source == 2
-    at.button_group(key="pick show").set_value("mixing_share").run()
+    at.selectbox(key="pick show").set_value("mixing_share").run()
     assert not at.exception
     assert (at.session_state["view"].read, at.session_state["view"].source) == (5, None)
 

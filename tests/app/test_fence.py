@@ -10,12 +10,12 @@ LOOK = """
 import importlib, pkgutil, sys
 import app
 for module in pkgutil.walk_packages(app.__path__, "app."):
-    if not module.name.startswith(("app.main", "app.pages_", "app.demo", "app.training")):
+    if not module.name.startswith(("app.main", "app.pages_", "app.demo", "app.training", "app.attributing")):
         importlib.import_module(module.name)
 from streamlit.testing.v1 import AppTest
 sys.argv = ["main.py", FOLDER]
 at = AppTest.from_file("app/main.py", default_timeout=60)
-for page in ("runs", "dilution", "gradients", "depth_attention", "compare"):
+for page in ("runs", "dilution", "gradients", "depth_attention", "tokens", "attribution", "compare"):
     at.switch_page(f"pages_/{page}.py").run()
     assert not at.exception, at.exception
 """

@@ -1,12 +1,14 @@
 """The growth exponent is that of a made power law; Gini and update ratios are those of hand-made numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import fits, frames
+from app import experts, fits, frames
 from app.charts.growth import growth
 from probes import open_run
 from probes.manifest import Manifest
@@ -59,7 +61,44 @@ def test_update_ratios(tmp_path):
     assert frames.update_ratio(run, "run", 3)["value"].tolist() == pytest.approx([0.02, 0.08])
     at = opened(tmp_path, "pages_/gradients.py", gradient="param_grad_norm")
     assert not at.exception and "An estimate: gradient norm" in said(at)
-    assert any("estimated update ratio is 4.0×" in data["alt"] for data in mounted(at, "depthscope_chart"))
+    assert any(
+        "update ratio (estimate) is 4.0×" in data["alt"].lower() for data in mounted(at, "depthscope_chart")
+    )
+
+
+def test_a_recorded_update_ratio_goes_before_a_derived_one(tmp_path):
+    writer = RunWriter(tmp_path / "run", Manifest(made.layout("prenorm", 1), 0.0, 1, 1))
+    norms = [(name, 0, np.float32([2, 4])) for name in ("param_grad_norm", "param_norm")]
+    rows = [*norms, ("lr", 0, np.float32(0.1)), ("update_ratio", 0, np.float32([0.25, 0.5]))]
+    writer.put(lambda: rows, 0)
+    writer.close("finished")
+    assert frames.update_ratio(open_run(tmp_path / "run"), "run", 0)["value"].tolist() == [0.25, 0.5]
+    at = opened(tmp_path, "pages_/gradients.py", gradient="param_grad_norm")
+    assert (
+        not at.exception
+        and "a fixed sample of its elements" in said(at)
+        and "gradient norm ×" not in said(at)
+    )
+
+
+def test_experts_are_shown_where_they_were_recorded(tmp_path):
+    writer = RunWriter(tmp_path / "run", Manifest(replace(made.layout("prenorm", 2), experts=3), 0.0, 1, 1))
+    blank = [np.nan] * 3
+    load = np.float32([blank, [0.5, 0.5, np.nan], blank, [0.7, 0.3, 0.0]])
+    balance = np.float32([np.nan, 1, np.nan, 0.56])
+    rows = [("expert_load", 0, load), ("expert_balance", 0, balance), ("param_grad_norm", 0, np.ones(4))]
+    writer.put(lambda: rows, 0)
+    writer.close("finished")
+    frame = experts.cells(open_run(tmp_path / "run"), 5)
+    assert frame["value"].tolist() == pytest.approx([0.5, 0.5, 0.7, 0.3, 0])
+    assert frame["even"].tolist() == pytest.approx([0.5, 0.5, 1 / 3, 1 / 3, 1 / 3])
+    at = opened(tmp_path, "pages_/gradients.py", gradient="param_grad_norm")
+    titles = [data["alt"] for data in mounted(at, "depthscope_chart")]
+    told = (
+        "run: expert 1 of layer 4 (MLP) gets most, 2.1× an even share, at step 0; 1 of 5 experts get nothing"
+    )
+    assert not at.exception and told in titles
+    assert "Least even: a balance of 0.560 in layer 4 (MLP) of run" in titles
 
 
 def test_the_page_shows_exponents(folder):

@@ -29,9 +29,30 @@ def test_the_first_state_that_is_not_finite_is_named(tmp_path):
         ("nonfinite", 20, [7, 7, 7, 7, 7]),
     )
     assert notices.warnings(run) == [
-        "The state into layer 3 (attention) held 12 values that are not finite at step 10, the first seen in this "
-        "run; at step 0 all were finite."
+        "The state into layer 3 (attention of transformer block 2) held 12 values that are not finite at step 10, the "
+        "first seen in this run; at step 0 all were finite."
     ]
+
+
+def test_a_layer_that_is_not_finite_between_counted_steps_is_named(tmp_path):
+    nan, ones = np.nan, [1] * 5
+    run = recorded(
+        tmp_path / "run",
+        *(
+            (name, 0, value)
+            for name, value in (("nonfinite", [0] * 5), ("hidden_rms", ones), ("output_rms", ones))
+        ),
+        *((name, 3, ones) for name in ("hidden_rms", "output_rms")),
+        ("hidden_rms", 6, [1, 1, np.inf, nan, nan]),
+        ("output_rms", 6, [1, 1, nan, nan, nan]),
+        ("nonfinite", 10, [9] * 5),
+    )
+    assert notices.warnings(run) == [
+        "The output of layer 2 (MLP of transformer block 1) held values that are not finite at step 6, the first seen "
+        "in this run; at step 3 all were finite."
+    ]
+    never_seen = recorded(tmp_path / "other", ("hidden_rms", 0, [1, nan, 1, 1, 1]), ("output_rms", 0, ones))
+    assert notices.warnings(never_seen) == []
 
 
 def test_a_loss_that_is_not_finite_is_named(tmp_path):

@@ -42,7 +42,7 @@ def test_a_link_restores_runs_step_and_measure(folder):
     assert not at.exception
     assert at.multiselect(key="pick runs").value == ["block", "full"]
     assert shown_step(at) == 100
-    assert at.button_group(key="pick reads").value == "mlp"
+    assert at.selectbox(key="pick reads").value == "mlp"
     assert "block, MLP reads at step 100" in said(at)
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import probes
-from probes.attribution import ABLATION, GRADIENT, INTEGRATED, METHODS, SHAPLEY, attribute
+from probes.attributed import ABLATION, GRADIENT, INTEGRATED, METHODS, OF_EDGES, REMOVAL, SHAPLEY
+from probes.attribution import attribute
 from probes.finding import find_sites
 from probes.gates import Gates
 from tests.attnres.models import RESIDUALS, lively_decoder, tokens
@@ -63,7 +64,7 @@ def test_gates_of_one_change_nothing(model):
 @pytest.mark.parametrize("model", THREE, indirect=True)
 def test_it_is_what_captum_says(model, row):
     inputs = tokens()
-    found = attribute(model, inputs, methods=list(METHODS), steps=4, samples=1)
+    found = attribute(model, inputs, methods=list(OF_EDGES), steps=4, samples=1)
     call, ones = gated(model, row)
     count = ones.shape[1]
     more = {"baselines": torch.zeros_like(ones), "additional_forward_args": (inputs,)}
@@ -75,7 +76,7 @@ def test_it_is_what_captum_says(model, row):
     theirs[GRADIENT] = torch.autograd.grad(call(ones, inputs).sum(), ones)[0]
     for name, true in theirs.items():
         np.testing.assert_allclose(
-            found.edges[name][row, :count], true.mean(0).detach(), rtol=1e-5, atol=1e-9
+            found.edges[name][row, :count], -true.mean(0).detach(), rtol=1e-5, atol=1e-9
         )
         np.testing.assert_allclose(
             found.edges_std[name][row, :count], true.std(0, correction=0).detach(), rtol=1e-4, atol=1e-9
@@ -91,7 +92,7 @@ def test_all_orders_give_the_shapley_values(model):
         ones, baselines=torch.zeros_like(ones), additional_forward_args=(inputs,)
     )
     found = attribute(model, inputs, methods=[SHAPLEY], samples=6).edges[SHAPLEY][row, :3]
-    np.testing.assert_allclose(found, exact.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found, -exact.mean(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("mass", ["kept", "shared"])
@@ -99,7 +100,7 @@ def test_all_orders_give_the_shapley_values(model):
 def test_shapley_values_sum_to_the_whole(model, mass):
     found = attribute(model, tokens(), methods=[SHAPLEY], samples=1, mass=mass)
     call, ones = gated(model, 3, mass)
-    whole = (call(ones, tokens()) - call(0 * ones, tokens())).mean().item()
+    whole = (call(0 * ones, tokens()) - call(ones, tokens())).mean().item()
     assert np.nansum(found.edges[SHAPLEY][3]) == pytest.approx(whole, rel=1e-9)
 
 
@@ -113,7 +114,7 @@ def test_integrated_gradients_are_complete(model):
     for row in (1, 3):
         call, ones = gated(model, row)
         # From next to nothing: a norm does not see how small it is, so that zero is a point of its own.
-        whole = (call(ones, tokens()) - call(0.005 * ones, tokens())).mean().item()
+        whole = (call(0.005 * ones, tokens()) - call(ones, tokens())).mean().item()
         assert np.nansum(found.edges[INTEGRATED][row]) == pytest.approx(whole, abs=2e-3)
 
 
@@ -131,20 +132,20 @@ def test_the_slope_is_what_small_scalings_do(model):
             with gates.hung(), torch.no_grad():
                 told.append(losses(model, inputs).mean().item())
         assert (told[1] - told[0]) / (2 * small) == pytest.approx(
-            found.edges[GRADIENT][row, source], rel=1e-4, abs=1e-9
+            -found.edges[GRADIENT][row, source], rel=1e-4, abs=1e-9
         )
 
 
 @pytest.mark.parametrize("model", THREE, indirect=True)
 def test_removing_a_layer_is_making_it_return_nothing(model):
-    found = attribute(model, tokens(), methods=[ABLATION, GRADIENT])
+    found = attribute(model, tokens(), methods=[REMOVAL, GRADIENT])
     with torch.no_grad():
         base = losses(model, tokens()).mean().item()
         for row, block in enumerate(model.blocks):
             kept = block.mlp.output.weight.clone()
             block.mlp.output.weight.zero_()
-            assert found.layers[ABLATION][2 * row + 1] == pytest.approx(
-                base - losses(model, tokens()).mean().item()
+            assert found.layers[REMOVAL][2 * row + 1] == pytest.approx(
+                losses(model, tokens()).mean().item() - base
             )
             block.mlp.output.weight.copy_(kept)
     assert np.isfinite(found.layers[GRADIENT]).all() and found.loss == pytest.approx(base)
@@ -177,7 +178,7 @@ class Choosing(nn.Module):
 
 def test_a_source_that_is_ignored_gets_nothing_by_every_method():
     found = attribute(Choosing(never=2), tokens(), methods=list(METHODS), steps=4, samples=1)
-    for name in METHODS:
+    for name in OF_EDGES:
         assert found.edges[name][4, 2] == pytest.approx(0, abs=1e-12), name
         assert abs(found.edges[name][4, 3]) > 1e-6, name
 
@@ -205,12 +206,12 @@ def test_the_model_is_left_as_it_was(model):
 def test_what_cannot_be_is_one_sentence():
     model = lively_decoder(**RESIDUALS["full"])
     for given, said in (
-        ({"methods": ["lime"]}, "'lime': choose among gradient, ablation"),
+        ({"methods": ["lime"]}, "'lime': choose among gradient"),
         ({"steps": 0}, "steps must be a whole number"),
         ({"mass": "lost"}, "mass must be 'kept' or 'shared'"),
         ({"mass": "shared", "methods": [INTEGRATED]}, 'need mass="kept"'),
-        ({"loss": lambda logits: logits.mean()}, "one number for each of 2 sequences"),
-        ({"loss": lambda logits: 0.5}, "not float"),
+        ({"loss": lambda logits: logits.mean()}, "one number for each sequence"),
+        ({"loss": lambda logits: 0.5}, "it gave float"),
     ):
         with pytest.raises(probes.RunError, match=said):
             attribute(model, tokens(), **given)
@@ -222,8 +223,8 @@ def test_what_cannot_be_is_one_sentence():
 
 def test_the_page_runs():
     page = (Path(__file__).parents[2] / "docs" / "attribution.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    code, _ = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
     names = {}
     exec(compile(code, "docs/attribution.md", "exec"), names)
     found = names["found"]
-    assert found.edges["ablation"].shape == (5, 5) and found.layers["ablation"].shape == (4,)
+    assert found.edges["ablation"].shape == (5, 5) and found.layers["removal"].shape == (4,)

@@ -201,13 +201,19 @@ def test_compiled_without_a_graph_break(layout, tmp_path):
     model, batch = Foreign(layout, size=2), tokens(2, 8)
     own = own_weights(model, batch)
     optimizer, counter = sgd(model), CompileCounterWithBackend("aot_eager")
-    with probes.record(model, tmp_path / "run", optimizer=optimizer, every=2, matrices_every=4, strict=True):
+    options = {"every": 2, "matrices_every": 4, "tokens_every": 4, "strict": True}
+    with probes.record(model, tmp_path / "run", optimizer=optimizer, **options):
         model.compile(fullgraph=True, backend=counter)
         for _ in range(5):
             step(model, optimizer, batch)
     torch._dynamo.reset()
     assert counter.frame_count == 3
-    assert_own(probes.open_run(tmp_path / "run"), own)
+    run = probes.open_run(tmp_path / "run")
+    assert_own(run, own)
+    assert run.token_steps.tolist() == [0, 4]
+    for row, expected in enumerate(own):
+        found = run.tokens(0).weight[:, :, row, : len(expected)].transpose(2, 0, 1)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_an_author_gives_the_weights_by_hand(tmp_path):
@@ -316,3 +322,34 @@ def test_reads_apart_have_rows_of_their_own(tmp_path):
     run, _ = family_run(FAMILIES["Apart"](), tmp_path / "run")
     assert [read.layer for read in run.reads] == [1, 1, 1, 2, 3, 3, 3, 4, None]
     assert run.reads[1].label.endswith("read 2 of 3")
+
+
+@pytest.mark.parametrize(
+    ("layout", "size"), [("inline", None), ("flat tokens", 2), ("committed and partial", 3)]
+)
+def test_single_tokens_are_followed(layout, size, tmp_path):
+    model, batch = Foreign(layout, size=size), tokens(3, 9)
+    optimizer, own = sgd(model, 0.5), {}
+    with probes.record(model, tmp_path / "run", optimizer=optimizer, every=1, tokens_every=2, strict=True):
+        for number in range(3):
+            own[number] = own_weights(model.eval(), batch[:2])
+            model.train()
+            step(model, optimizer, batch)
+    assert hooks_on(model) == 0
+    run = probes.open_run(tmp_path / "run")
+    assert run.token_steps.tolist() == [0, 2]
+    for number in (0, 2):
+        weight = run.tokens(number).weight
+        assert weight.shape == (2, 9, len(run.reads), len(run.sources))
+        for row, expected in enumerate(own[number]):
+            found = weight[:, :, row, : len(expected)].transpose(2, 0, 1)
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_followed_tokens_of_a_read_that_cannot_be_checked_are_blank(tmp_path, monkeypatch):
+    monkeypatch.setattr("probes.read_taps.tolerance", lambda dtype: -1.0)
+    model = Foreign("inline", blocks=1)
+    optimizer = sgd(model)
+    with probes.record(model, tmp_path / "run", optimizer=optimizer, tokens_every=1):
+        step(model, optimizer, tokens(2, 5))
+    assert np.isnan(probes.open_run(tmp_path / "run").tokens(0).weight).all()

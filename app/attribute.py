@@ -1,0 +1,107 @@
+"""`depthscope attribute RUN`: what the loss would be without each depth edge and each layer; written into the run."""
+
+import re
+from pathlib import Path
+
+import click
+
+from app.choosing import layer_options
+
+_SIZES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+
+def _bytes(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    """ "8GB", "500 MB"."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)i?b?", value.strip().lower())
+    try:
+        return float(found[1]) * _SIZES[found[2]]
+    except (TypeError, ValueError):
+        raise click.BadParameter(f"{value!r} is no size: write it as 8GB or 500MB.") from None
+
+
+@click.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="The model's parameters, or a folder of such files  [default: the last in RUN/checkpoints]",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Token ids (.npy, .safetensors), or a text for models of bytes  [default: the model's own batch, or the text "
+    "the run kept for validation]",
+)
+@click.option("--model", help="How the model is made, MODULE:FUNCTION  [default: by the run's configuration]")
+@click.option(
+    "--methods",
+    default="gradient,ablation,removal",
+    show_default=True,
+    help="Among gradient, ablation, removal, integrated and shapley; or all.",
+)
+@click.option(
+    "--target", default="loss", show_default=True, help="loss, token (its logit) or difference (of two)."
+)
+@click.option(
+    "--token",
+    "tokens",
+    multiple=True,
+    type=click.IntRange(0),
+    help="Id of the target's token; twice for a difference.",
+)
+@click.option("--position", default=-1, show_default=True, help="Where the logit is taken, in each sequence.")
+@click.option(
+    "--mass", default="kept", show_default=True, help="kept or shared: the weight of a removed source."
+)
+@click.option(
+    "--sequences", default=16, show_default=True, type=click.IntRange(1), help="Sequences of tokens."
+)
+@click.option(
+    "--context", type=click.IntRange(2), help="Tokens in each  [default: the model's context, at most 128]"
+)
+@click.option("--step", type=click.IntRange(0), help="Step of the checkpoint  [default: what it tells]")
+@click.option(
+    "--steps", default=16, show_default=True, type=click.IntRange(1), help="Of integrated gradients."
+)
+@click.option(
+    "--samples", default=8, show_default=True, type=click.IntRange(1), help="Orders for Shapley values."
+)
+@click.option("--seed", default=0, show_default=True, help="Of those orders.")
+@click.option(
+    "--what-if", is_flag=True, help="Measure the loss without the least important layers and edges, too."
+)
+@click.option(
+    "--memory", callback=_bytes, help="What this process may take, as 8GB  [default: half of what is free]"
+)
+@click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")
+@layer_options
+def attribute(folder: Path, **options) -> None:
+    """Measure which depth edges and which layers the loss needs, and write it into RUN.
+
+    Interrupted, it goes on where it was when the same command is given again. The dashboard shows it on its page
+    Attribution. Recorded shards are not touched.
+    """
+    try:
+        from app.asking import asked, files
+        from app.attributing import attribute_one
+        from probes import RunError
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f'attribute needs {error.name}, and only the viewer is installed: pip install "depthscope[probes]".'
+        ) from error
+    try:
+        wanted = asked(folder, options)
+        for path in files(wanted.run, options["checkpoint"]):
+            attribute_one(wanted, path)
+    except RunError as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(
+            f"It cannot be written into {folder}: {error.strerror or error}."
+        ) from error
+    except KeyboardInterrupt:
+        raise click.ClickException(
+            "Stopped; what was done is kept. Give the same command again to go on."
+        ) from None

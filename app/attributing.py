@@ -1,0 +1,177 @@
+"""One checkpoint of a run attributed: the model, its tokens, the work and the file. Needs torch."""
+
+import hashlib
+import json
+import time
+from dataclasses import replace
+from functools import partial
+
+import click
+import torch
+from torch import Tensor, nn
+
+from app import causes, checkpoints, sequences, words
+from app.asking import Asked
+from app.checkpoints import Checkpoint
+from probes import attribution, target
+from probes.attributed import Attribution, attribution_path, read_attribution, write_attribution
+from probes.budget import Estimate
+from probes.finding import find_sites
+from probes.layout import difference
+from probes.manifest import RunError
+from probes.objective import logit
+from probes.parts import Parts
+
+Batch = tuple[Tensor, ...] | dict
+
+
+def attribute_one(asked: Asked, path) -> None:
+    """Raises RunError before long work begins."""
+    run = asked.run
+    checkpoint = checkpoints.read_checkpoint(path)
+    step = asked.step if asked.step is not None else checkpoint.step
+    if step is None:
+        raise RunError(f"{path.name} does not tell its step: give it with --step.")
+    model, own_batch = _model(asked)
+    layout = find_sites(model, **asked.choice).layout
+    if other := difference(run.layout, layout):
+        raise RunError(f"The model is not the one that {run.name} was recorded of: {other}.")
+    checkpoints.take(model, checkpoint)
+    name, batch, what_if = _batches(asked, model, own_batch)
+    digest = _digest(asked, checkpoint, batch, what_if)
+    result = attribution_path(run.path, step, digest)
+    if result.exists():
+        click.echo(f"Attributed already: {result}.", err=True)
+        _tell(read_attribution(run.path, result.name, run.layout), run.name)
+        return
+    with Parts(result.with_name(f".{result.name}.parts")) as parts:
+        found = attribution.attribute(
+            model,
+            batch,
+            methods=asked.methods,
+            loss=_loss(asked),
+            mass=asked.mass,
+            steps=asked.steps,
+            samples=asked.samples,
+            seed=asked.seed,
+            what_if=what_if,
+            memory=asked.memory,
+            progress=True,
+            announce=partial(_announce, asked, step),
+            parts=parts,
+            **asked.choice,
+        )
+        about = replace(
+            found.about,
+            checkpoint=path.name,
+            data=name,
+            created=time.time(),
+            target=_target(asked),
+            unit=_unit(asked),
+        )
+        found = replace(found, about=about, step=step)
+        write_attribution(result, found)
+        parts.finish()
+    click.echo(f"Written: {result}", err=True)
+    _tell(found, run.name)
+
+
+def _model(asked: Asked) -> tuple[nn.Module, Batch | None]:
+    """The model, and the batch that its maker gave with it."""
+    if asked.model is None:
+        return checkpoints.own_model(asked.run), None
+    made = target.load(asked.model)
+    return made.model, None if made.args is None else (dict(made.kwargs) or made.args)
+
+
+def _batches(asked: Asked, model: nn.Module, own: Batch | None) -> tuple[str, Batch, Batch | None]:
+    """The name of the data, the sequences to attribute on, and others for the what-if."""
+    count = asked.sequences * (2 if asked.what_if else 1)
+    if asked.data is None and own is not None:
+        return (f"batch of {asked.model}", *_halves(own, asked))
+    if asked.data is None:
+        name, ids = sequences.own_text(asked.run)
+        found = sequences.windows(ids, count, asked.context, f"The {name}")
+    else:
+        name, found = asked.data.name, sequences.sequences(asked.data, count, asked.context)
+    tokens = torch.from_numpy(found)
+    sequences.check_vocabulary(model, tokens, name)
+    tokens = tokens.to(next(model.parameters()).device)
+    # In turn, so that both see all of the text.
+    return name, (tokens[0::2] if asked.what_if else tokens,), (tokens[1::2],) if asked.what_if else None
+
+
+def _halves(own: Batch, asked: Asked) -> tuple[Batch, Batch | None]:
+    values = list(own.values()) if isinstance(own, dict) else list(own)
+    tensors = [x for x in values if isinstance(x, Tensor) and x.ndim]
+    count = len(tensors[0]) if tensors else 0
+    if count < (2 if asked.what_if else 1):
+        raise RunError(f"The batch of {asked.model} holds {count} sequences, too few: return more of them.")
+
+    def cut(first: int, last: int) -> Batch:
+        parts = [x[first:last] if isinstance(x, Tensor) and x.ndim and len(x) == count else x for x in values]
+        return dict(zip(own, parts, strict=True)) if isinstance(own, dict) else tuple(parts)
+
+    size = min(asked.sequences, count // 2 if asked.what_if else count)
+    return cut(0, size), cut(size, 2 * size) if asked.what_if else None
+
+
+def _loss(asked: Asked):
+    if asked.target == "loss":
+        return None
+    first, *rest = asked.tokens
+    return logit(first, asked.position, *rest)
+
+
+def _target(asked: Asked) -> str:
+    where = f"at position {asked.position}"
+    if asked.target == "token":
+        return f"logit of token {asked.tokens[0]} {where}"
+    if asked.target == "difference":
+        return f"logit of token {asked.tokens[0]} minus that of token {asked.tokens[1]} {where}"
+    return "loss"
+
+
+def _unit(asked: Asked) -> str:
+    return "nats per token" if asked.target == "loss" else "logits"
+
+
+def _digest(asked: Asked, checkpoint: Checkpoint, *batches: Batch | None) -> str:
+    """Of everything that the numbers depend on: the same question finds its file again."""
+    told = hashlib.sha256(checkpoint.digest.encode())
+    for batch in batches:
+        values = () if batch is None else batch.values() if isinstance(batch, dict) else batch
+        for x in values:
+            told.update(x.cpu().numpy().tobytes() if isinstance(x, Tensor) else repr(x).encode())
+    names = (
+        "methods",
+        "target",
+        "tokens",
+        "position",
+        "mass",
+        "steps",
+        "samples",
+        "seed",
+        "what_if",
+        "model",
+        "choice",
+    )
+    told.update(json.dumps([getattr(asked, name) for name in names]).encode())
+    return told.hexdigest()[:12]
+
+
+def _announce(asked: Asked, step: int, estimate: Estimate) -> None:
+    done = f" {estimate.done:.0%} is done already." if estimate.done else ""
+    click.echo(
+        f"Step {words.step(step)} of {asked.run.name}: {estimate.forwards:,} forwards and {estimate.backwards:,} "
+        f"with backward, {estimate.at_once} of {estimate.sequences} sequences at a time; about "
+        f"{words.age(estimate.seconds)} and {estimate.bytes / 1e9:.2g} GB.{done}",
+        err=True,
+    )
+    if asked.dry_run:
+        raise click.exceptions.Exit(0)
+
+
+def _tell(found: Attribution, name: str) -> None:
+    for sentence in causes.sentences(found, name):
+        click.echo(sentence)

@@ -1,0 +1,72 @@
+"""Taps of a model whose depth reads were found: its embedding, and what its reads are computed again from."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from probes.found import FoundReads
+from probes.read_taps import ReadTaps
+from probes.statistics import DEPTH_METRICS
+
+
+class FoundTaps:
+    """Hangs on the `taps` of a model (taps.py) what its found reads need; `forget` ends a forward."""
+
+    def __init__(self, found: FoundReads, taps):
+        self._taps = taps
+        self._embedding = found.embedding
+        self._reads = ReadTaps(found, self._computed)
+        self._parts: dict[int, Tensor] = {}  # of the embedding, in this forward
+
+    def attach(self) -> None:
+        taps = self._taps
+        if len(self._embedding) == 1:
+            taps.at(self._embedding[0], taps.tap_embedding)
+        for part, place in enumerate(self._embedding if len(self._embedding) > 1 else ()):
+            taps.at(place, lambda x, part=part: self._part(x, part))
+        for module, before, met in self._reads.places():
+            if before:
+                taps.before(module, lambda args, kwargs, met=met: self._meet(met, (args, kwargs)))
+            else:
+                taps.after(module, lambda args, kwargs, output, met=met: self._meet(met, output))
+
+    def forget(self) -> None:
+        self._reads.forget()
+        self._parts.clear()
+
+    def _meet(self, met: Callable, values: object) -> None:
+        if self._taps.matrices and not self._taps.recomputing:
+            if torch.compiler.is_compiling():
+                met(values)
+            else:
+                self._taps.eagerly(lambda: met(values), *DEPTH_METRICS, "read_error")
+
+    def _computed(
+        self,
+        row: int,
+        weights: Tensor,
+        sources: list[Tensor],
+        state: Tensor | None,
+        error: Tensor,
+        allowed: float,
+    ) -> None:
+        self._taps.depth(row, weights, sources)
+        self._taps.read_errors.add(row, error, allowed)
+        self._taps.edge_taps.read(row, state, weights, sources)
+
+    def _part(self, x: Tensor, part: int) -> None:
+        """One of several tensors that are summed to the embedding where no hook sees it. What has its full shape has
+        its gradient too."""
+        taps = self._taps
+        if taps.recomputing or not isinstance(x, Tensor):
+            return
+        self._parts[part] = x
+        if len(self._parts) == len(self._embedding):
+            parts = [self._parts[each] for each in sorted(self._parts)]
+            self._parts.clear()
+            embedding = sum(each.detach() for each in parts)
+            taps.values(embedding, "output", 0)
+            whole = next((each for each in parts if each.shape == embedding.shape), None)
+            if whole is not None:
+                taps.gradient(whole, "output", 0)

@@ -1,0 +1,75 @@
+"""What is attributed: a number for each token or each sequence, from what a model returns."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from probes.manifest import RunError
+
+_IGNORED = -100
+
+
+def next_token_losses(output: object, args: tuple, kwargs: Mapping) -> Tensor:
+    """Cross-entropy of the next token, [B, T-1], from logits [B, T, V]; NaN where it is padding (`attention_mask`).
+
+    RunError where there are no such logits.
+    """
+    logits, tokens = logits_of(output), tokens_of(args, kwargs)
+    fits = logits is not None and logits.ndim == 3 and tokens is not None
+    if not fits or logits.shape[:2] != tokens.shape:
+        raise RunError(
+            "The model does not give logits [B, T, V] of tokens [B, T]: pass loss=, a function of its output that gives "
+            "one number for each sequence, or for each of its tokens."
+        )
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    next_ones = tokens[:, 1:].long()
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == tokens.shape:
+        next_ones = next_ones.masked_fill(mask[:, 1:] == 0, _IGNORED)
+    each = F.cross_entropy(
+        wide[:, :-1].flatten(0, 1), next_ones.flatten(), reduction="none", ignore_index=_IGNORED
+    ).view(next_ones.shape)
+    return each.masked_fill(next_ones == _IGNORED, torch.nan)
+
+
+def logit(token: int, position: int = -1, minus: int | None = None) -> Callable[[object], Tensor]:
+    """The logit of a token at a position of each sequence, [B]; with `minus`, what it is above another's."""
+
+    def of(output: object) -> Tensor:
+        logits = logits_of(output)
+        if logits is None or logits.ndim != 3:
+            raise RunError("The model does not give logits [B, T, V], so there is no logit of a token.")
+        _, count, vocabulary = logits.shape
+        for each in (token, *(() if minus is None else (minus,))):
+            if not 0 <= each < vocabulary:
+                raise RunError(
+                    f"There is no logit of token {each}: the model knows tokens 0 to {vocabulary - 1}."
+                )
+        if not -count <= position < count:
+            raise RunError(f"There is no position {position} in sequences of {count} tokens.")
+        here = logits[:, position].to(torch.promote_types(logits.dtype, torch.float32))
+        return here[:, token] - (0 if minus is None else here[:, minus])
+
+    return of
+
+
+def logits_of(output: object) -> Tensor | None:
+    """The logits a model returned: alone, as `logits`, or as the first of several."""
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else None
+
+
+def tokens_of(args: tuple, kwargs: Mapping) -> Tensor | None:
+    """The token ids that a model is called with; None where there are none."""
+    found = kwargs.get("input_ids", args[0] if args else next(iter(kwargs.values()), None))
+    return found if isinstance(found, Tensor) and not found.is_floating_point() else None
+
+
+def token_means(values: Tensor) -> Tensor:
+    """[B, T] to the mean of each sequence [B], without what is NaN."""
+    known = ~values.isnan()
+    return values.masked_fill(~known, 0).sum(1) / known.sum(1).clamp_min(1)
