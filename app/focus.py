@@ -114,7 +114,12 @@ def _history(one: room.Shown, read: int, row: pd.DataFrame, name: str) -> None:
     segment = gaps.segments(one.run, steps)
     parts = [
         pd.DataFrame(
-            {"run": short(labels[s]), "step": steps, "value": values[:, read - 1, s], "segment": segment}
+            {
+                "run": words.short(labels[s]),
+                "step": steps,
+                "value": values[:, read - 1, s],
+                "segment": segment,
+            }
         )
         for s in strongest
     ]
@@ -135,17 +140,9 @@ def _bars(part: pd.DataFrame, name: str, place: str, marked: pd.Series) -> pd.Da
     return pd.DataFrame(
         {
             "place": places,
-            "short": places.map(short),
+            "short": places.map(words.short),
             "value": part[name],
             "spread": part["depth_weight_std"] if name == "depth_weight" else np.nan,
             "chosen": marked,
         }
     )
-
-
-def short(label: str) -> str:
-    """ "emb.", "final", "12" and, for a depth block, "b3"."""
-    if label in ("embedding", "final read"):
-        return {"embedding": "emb.", "final read": "final"}[label]
-    number = next((word for word in label.split() if word.isdecimal()), label)
-    return f"b{number}" if label.startswith("depth block") else number
