@@ -205,9 +205,10 @@ def test_a_layer_that_adds_nothing_is_needed_by_nobody(kind):
 
 
 def test_layers_sum_to_the_whole_by_every_method_that_promises_it():
-    model = lively_decoder(blocks=2, **RESIDUALS["prenorm"])
+    # Of DeepNorm, which has no edges that would be attributed too.
+    model = lively_decoder(blocks=2, **RESIDUALS["deepnorm"])
     found = attribute(
-        model, tokens(batch=1, length=4), methods=["integrated", "shapley"], steps=200, samples=2
+        model, tokens(batch=1, length=4), methods=["integrated", "shapley"], steps=100, samples=2
     )
     gone = attribute(_without_layers(model), tokens(batch=1, length=4), methods=[GRADIENT])
     whole = gone.loss - found.loss
