@@ -7,6 +7,9 @@ the whole. Nothing here reads a number back to the host.
 import torch
 from torch import Tensor
 
+from probes.edges import EdgeSums
+from probes.parallel import local
+
 
 class Moments:
     """Sum of squares and count of elements for `rows` tensors of any shape: their RMS."""
@@ -51,6 +54,7 @@ def add_moments(x: Tensor, squares: Tensor, count: Tensor, mask: Tensor | None =
 
     Of a `mask` (bool, the leading axes of `x`) only the true tokens count, whatever the others hold.
     """
+    x = local(x)
     if mask is None:
         norm = norm_of(x)
         squares.addcmul_(norm, norm)
@@ -63,7 +67,7 @@ def add_moments(x: Tensor, squares: Tensor, count: Tensor, mask: Tensor | None =
 
 def add_nonfinite(x: Tensor, count: Tensor, row: int, mask: Tensor | None = None) -> None:
     """Add the number of infinite and not-a-number elements of `x` to row `row`."""
-    wrong = ~torch.isfinite(x)
+    wrong = ~torch.isfinite(local(x))
     if mask is not None:
         wrong = wrong.flatten(mask.ndim) & mask.unsqueeze(-1)
     count[row].add_(wrong.sum())
@@ -117,7 +121,7 @@ class DepthSums:
 
         Of a `mask` (bool [B, T]) only the true tokens count.
         """
-        weight = weight.detach().float().flatten(1)
+        weight = local(weight.detach()).float().flatten(1)
         size = torch.stack(mean_squares).flatten(1)
         sources, tokens = weight.shape
         centred = weight - 1 / sources
@@ -168,14 +172,23 @@ def _entr(weight: Tensor) -> Tensor:
 
 def token_mean_square(x: Tensor) -> Tensor:
     """Mean square over channels, [..., D] -> float32 [...]."""
-    norm = norm_of(x.detach(), dim=-1)
+    x = local(x.detach())
+    norm = norm_of(x, dim=-1)
     return norm * norm / x.shape[-1]
 
 
 class Tables:
-    """All sums of one model, empty: moments by place, forward and backward, non-finite counts, depth sums."""
+    """All sums of one model, empty: moments by place, forward and backward, non-finite counts, depth sums, depth edges."""
 
-    def __init__(self, sizes: dict[str, int], sources: list[int], device: torch.device, experts: int = 0):
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        sources: list[int],
+        device: torch.device,
+        experts: int = 0,
+        edges: EdgeSums | None = None,
+    ):
+        self.edges = edges
         self.forward = {place: Moments(rows, device) for place, rows in sizes.items()}
         self.backward = {place: RowMoments(rows, device) for place, rows in sizes.items()}
         self.nonfinite = torch.zeros(sizes["state"], dtype=torch.int64, device=device)
@@ -189,7 +202,8 @@ class Tables:
         return [self.nonfinite, *depth, *(t for moments in self.forward.values() for t in moments.tensors())]
 
     def backward_tensors(self) -> list[Tensor]:
-        return [t for moments in self.backward.values() for t in moments.tensors()]
+        edges = self.edges.tensors() if self.edges is not None else []
+        return [*edges, *(t for moments in self.backward.values() for t in moments.tensors())]
 
     def tensors(self) -> list[Tensor]:
         return [*self.forward_tensors(), *self.backward_tensors()]

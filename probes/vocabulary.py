@@ -134,6 +134,15 @@ _ROWS = [
         "RMS of weight times source: a large weight on a small source adds little.",
     ),
     Metric(
+        "depth_attribution",
+        TRIANGLE,
+        "Depth attribution",
+        "loss",
+        "First-order change of the loss without that source in that read: −⟨∂ℓ/∂h, w·v⟩ summed over tokens, the other "
+        "weights as they are. Above zero the source helps. In a plain residual the read is the layer's branch alone, "
+        "through its norm. Behind a norm a row sums to about zero.",
+    ),
+    Metric(
         "depth_entropy",
         READ,
         "Depth entropy",
@@ -307,6 +316,9 @@ TOKEN_WEIGHT = Metric(
 
 METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}
 
+# What a training logs, and what a host measures: of one process, where several train one model.
+OF_ONE = ("loss", "val_loss", "lr", "skipped", "wall_time", "tokens", "step_time", "probe_time")
+
 # All that is known of gradients, in the loss's own scale.
 GRADIENTS = (
     "output_grad_rms",
@@ -316,6 +328,7 @@ GRADIENTS = (
     "other_grad_norm",
     "grad_norm",
     "clip_factor",
+    "depth_attribution",
 )
 
 

@@ -9,7 +9,7 @@ from app.charts.causes import agreement, paired, scatter
 from app.charts.lines import lines
 from app.charts.needed import ranked, removal
 from app.charts.triangle import triangle
-from app.derived import has
+from app.derived import has, metric
 from probes.attributed import EDGES, KEPT, LAYERS, MASS, METHODS, TITLES, Attribution
 
 LIVE = "live"
@@ -78,7 +78,7 @@ def _live(one: room.Shown) -> None:
         return
     frame = causes.live(one.run, step)
     with picture:
-        _edges(one, frame, "nats per token", step)
+        _edges(one, frame, metric(causes.LIVE).unit or "loss", step)
     st.caption(
         "Single layers, spread over sequences and ablation need a saved model: `depthscope attribute` measures them."
     )

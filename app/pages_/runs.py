@@ -56,8 +56,7 @@ def _curves(shown: list[room.Shown], name: str, x: str, window: int | None, axis
         return
     frame = pd.concat(parts, ignore_index=True)
     # The title tells of what was recorded, not of averages on the way to the screen.
-    recorded = [frames.scalar(one.run, one.name, name, x, most=len(one.run.steps(name))) for one in have]
-    title = findings.losses(pd.concat(recorded, ignore_index=True), name)
+    title = findings.losses(frames.latest({one.name: one.run for one in have}, name, x), name)
     y_scale, x_scale = ("log" if side in axis else "linear" for side in ("y", "x"))
     chart = lines(
         frame,
@@ -68,7 +67,7 @@ def _curves(shown: list[room.Shown], name: str, x: str, window: int | None, axis
         y_scale,
         x=x,
         x_scale=x_scale,
-        fill=palette.filling(420, 260, 560),
+        fill=palette.filling(500, 260, 440),
     )
     draw.show(chart, key=f"runs {name}", data=frame)
     st.caption("Ctrl and the mouse wheel zoom, dragging moves, a double click shows all again.")

@@ -1,14 +1,16 @@
 """Made runs: small, deterministic, plausible, written with the real writer. Not measurements."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from probes import open_run
 from probes.attributed import About, Attribution, Curve, attribution_path, write_attribution
 from probes.layout import Layer, Layout
-from probes.manifest import Manifest
-from probes.run import open_run
+from probes.manifest import RANK_FOLDER, Manifest
+from probes.tokens import write_tokens
 from probes.writer import RunWriter
 
 
@@ -113,6 +115,18 @@ def run(
             time.sleep(0.05)
     writer.close(status, reason)
     return path
+
+
+def follow(path: Path, steps: Sequence[int], tokens: int = 128) -> None:
+    """Snapshots of two sequences of single letters in the run at `path`, each token a little different from the others."""
+    shape = open_run(path).layout
+    texts = [[chr(97 + (7 * token) % 26) for token in range(tokens)]] * 2
+    for step in steps:
+        weight = triangle(shape, 1 - np.exp(-step / 400))[0]
+        turned = 0.3 * np.random.default_rng(step).random((2, tokens, 1, 1)) * shape.triangle()
+        weight = weight + turned * weight.max()
+        weight /= weight.sum(axis=-1, keepdims=True)
+        write_tokens(path / RANK_FOLDER, step, shape.pack(weight), np.zeros((2, tokens), np.int64), texts)
 
 
 def attribution(

@@ -175,6 +175,25 @@ def test_a_click_on_a_cell_shows_its_read(static, watched):
     watched.wait_for_function("() => !location.search.includes('focus')")
 
 
+def test_cells_are_walked_with_the_keyboard(static, watched):
+    watched.goto(f"{static}/depth_attention?runs=full")
+    watched.wait_for_selector("text=/full at step 200/")
+    watched.wait_for_timeout(1_000)
+    chart = watched.locator(".depthscope-chart[tabindex='0']").first
+    chart.focus()
+    for key in ("ArrowUp", "ArrowUp", "ArrowLeft"):  # from the final read and its newest source
+        chart.press(key)
+    tip = watched.locator("#vg-tooltip-element")
+    tip.wait_for(state="visible")
+    told = tip.inner_text()
+    chart.press("ArrowRight")
+    watched.wait_for_function(
+        "told => document.querySelector('#vg-tooltip-element').innerText !== told", arg=told
+    )
+    chart.press("Enter")
+    watched.wait_for_selector("text=Let go of this read")
+
+
 def test_a_tick_in_the_table_shows_a_run(static, watched):
     watched.goto(f"{static}/?runs=full")
     watched.wait_for_selector(CHART, timeout=30_000)
