@@ -239,7 +239,8 @@ class Mixes(Trials):
         if not others or any(self._has_parameter(other, values) for other in others):
             return False
         sizes = node.value.double().square().mean(axis_of(node, self.width)).sqrt()
-        return bool(sizes.std() < 0.05 * sizes.mean())
+        sizes = sizes[sizes > 0]  # zeros have no size that could be made one
+        return bool(len(sizes) > 1 and sizes.std() < 0.05 * sizes.mean())
 
     def _has_parameter(self, node: Node, beyond: Node) -> bool:
         """Whether a parameter has a say in `node` that does not go through `beyond`."""

@@ -60,6 +60,7 @@ def assert_own(run, own) -> None:
 @example(
     layout="inline proj", normaliser="softmax", size=3, quirk=()
 )  # a list of a norm and a one-row Linear each
+@example(layout="normalised values", normaliser="softmax", size=2, quirk=("zero partial",))
 @settings(max_examples=12)
 @given(
     layout=some.sampled_from(LAYOUTS),
