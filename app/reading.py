@@ -1,6 +1,6 @@
 """Rows: a metric's values as an array that is read as far as somebody asks, and the bins that a chart has room for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
