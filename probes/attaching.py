@@ -15,6 +15,7 @@ from torch import nn
 
 from probes.ending import describe
 from probes.manifest import RunError
+from probes.ranks import ONE
 from probes.recorder import Recorder, record
 from probes.scalars import is_free
 
@@ -27,8 +28,8 @@ def attach(trainer: object, path: str | os.PathLike, **options) -> None:
     `trainer` is a Trainer of Hugging Face transformers or of Lightning; call this before it trains. Model, optimizers
     and loss scaler are found when training begins, also under what the trainer wraps around them; what it logs is
     logged. A training that ends by itself is finished; an exception or Ctrl-C stops it. A second training of the same
-    trainer goes to `path` followed by -2, and so on; one resumed from a checkpoint continues the run at `path`. Of
-    several processes the main one records.
+    trainer goes to `path` followed by -2, and so on; one resumed from a checkpoint continues the run at `path`. Several
+    processes record together, as `ranks` says.
 
     Raises RunError for anything else; when training begins, what `probes.record` raises.
     """
@@ -53,9 +54,13 @@ class Recordings:
         self._begun = 0
         self.recorder: Recorder | None = None
 
-    def begin(self, model: nn.Module, optimizers: object, scaler: object, step: int) -> None:
-        """A training begins with optimizer step `step`."""
+    def begin(
+        self, model: nn.Module, optimizers: object, scaler: object, step: int, first: bool = True
+    ) -> None:
+        """A training begins with optimizer step `step`, in the `first` of several processes or in another."""
         self.stop("training began anew")
+        if self._options.get("ranks") == ONE and not first:
+            return
         options = {"scaler": scaler} | self._options
         path = self._path
         if step:
@@ -95,12 +100,13 @@ class _HuggingFace:
     _NAMES = {"eval_loss": "val_loss", "num_input_tokens_seen": "tokens"}  # noqa: RUF012
     _OWN = ("grad_norm", "learning_rate")
 
-    def __init__(self, recordings: Recordings):
-        self._recordings = recordings
+    def __init__(self, recordings: Recordings, trainer):
+        self._recordings, self._trainer = recordings, trainer
 
     def on_train_begin(self, args, state, control, *, model, optimizer, **_):
-        if state.is_world_process_zero:
-            self._recordings.begin(model, optimizer, None, state.global_step)
+        wrapped = getattr(self._trainer, "model_wrapped", None)
+        model = wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else model
+        self._recordings.begin(model, optimizer, None, state.global_step, state.is_world_process_zero)
 
     def on_log(self, args, state, control, *, logs, **_):
         self._recordings.log(
@@ -111,7 +117,7 @@ class _HuggingFace:
 def _attach_to_hugging_face(trainer, recordings: Recordings) -> None:
     from transformers import TrainerCallback
 
-    trainer.add_callback(type("DepthscopeCallback", (_HuggingFace, TrainerCallback), {})(recordings))
+    trainer.add_callback(type("DepthscopeCallback", (_HuggingFace, TrainerCallback), {})(recordings, trainer))
     train = trainer.train
 
     # No callback is told of an exception.
@@ -145,11 +151,10 @@ class _Lightning:
             self._begin(trainer, module)
 
     def _begin(self, trainer, module) -> None:
-        if trainer.is_global_zero:
-            scaler = getattr(trainer.strategy.precision_plugin, "scaler", None)
-            # Lightning counts the steps of each optimizer.
-            step = trainer.global_step // max(len(trainer.optimizers), 1)
-            self._recordings.begin(module, trainer.optimizers, scaler, step)
+        scaler = getattr(trainer.strategy.precision_plugin, "scaler", None)
+        # Lightning counts the steps of each optimizer.
+        step = trainer.global_step // max(len(trainer.optimizers), 1)
+        self._recordings.begin(module, trainer.optimizers, scaler, step, trainer.is_global_zero)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from probes import manifest as files
 from probes.careful import is_folder, printable
 from probes.digest import FOLDER, Digest, DigestError, digest_names
 from probes.layout import Layout
 from probes.life import Life
 from probes.manifest import Manifest
+from probes.ranks import rank_folder
 from probes.series import Held, Stored, Stretch
 from probes.shard import SUFFIX, Shard, ShardError, UnreadableShard, read_shard, shard_steps
+from probes.statuses import Statuses
 from probes.vocabulary import METRICS, MOST_STEP, TRIANGLES, metric
 
 QUARANTINE = "quarantine"
@@ -36,12 +37,14 @@ Part = tuple[np.ndarray, np.ndarray]  # steps int64 [n], values [n, ...]
 class Attempt:
     """One recording of a run, from `step` on: its state, and the rows it sealed, those hidden by later ones too.
 
-    `number` counts from 0. `hidden_from` is the step at which a later attempt began, None if none did.
+    `number` counts from 0; the rows are those of one `rank`, which as a rule is 0 and stands for all. `hidden_from` is the
+    step at which a later attempt began, None if none did.
     """
 
-    def __init__(self, run: Path, number: int, manifest: Manifest):
-        self.number, self.manifest = number, manifest
+    def __init__(self, run: Path, number: int, manifest: Manifest, rank: int = 0):
+        self.number, self.manifest, self.rank = number, manifest, rank
         self.folder = attempt_folder(run, number)
+        self.shards = rank_folder(self.folder, rank)
         self.step = manifest.step
         self.hidden_from: int | None = None
         self.size = 0  # bytes on the disk
@@ -55,7 +58,8 @@ class Attempt:
         self.quarantined: dict[str, tuple[int, int]] = {}
         self.told: dict = {}  # what it said last
         self.ended: tuple[str, str] = ("running", "")  # and how it was, when the shards were listed
-        self._life = Life(self.folder, manifest.created)
+        self._life = Life(self.shards if rank else self.folder, manifest.created)
+        self.ranks = Statuses(self.folder, manifest.ranks, manifest.created)
         self._run = run
         self._layout: Layout | None = None
         self._looked_at: set[Path] = set()  # digests
@@ -66,14 +70,9 @@ class Attempt:
         return f"<Attempt {self.number} from step {self.step}: {self.status}{hidden}>"
 
     @property
-    def shards(self) -> Path:
-        """The folder of its shards."""
-        return self.folder / files.RANK_FOLDER
-
-    @property
     def about(self) -> dict[str, str]:
         """What a digest of its shards says it is of."""
-        return {"created": repr(self.manifest.created), "attempt": str(self.number), "rank": "0"}
+        return {"created": repr(self.manifest.created), "attempt": str(self.number), "rank": str(self.rank)}
 
     @property
     def created(self) -> datetime:
@@ -170,25 +169,29 @@ class Attempt:
                 for each, part in rows.items():
                     self.parts.setdefault(each, {})[name] = part
             new = True
-        kept = quarantine_folder(self._run, self.number)
+        kept = quarantine_folder(self._run, self.number, self.rank)
         self.quarantined = {name: shard_steps(name) for name in shard_names(kept)}
         return new
 
     def rely(self, names: list[str], folder: Path, layout: Layout) -> bool:
         """Take the digests in a folder whose shards are all among these; their rows leave the memory. Whether there were any."""
-        self._layout, there, new = layout, set(names), False
+        self._layout = layout
+        unseen = [path for name in digest_names(folder) if (path := folder / name) not in self._looked_at]
+        if not unseen:
+            return False
+        there, new = set(names), False
         taken = {name for digest in self.digests for name in digest.names}
-        for file in digest_names(folder):
-            path = folder / file
-            if path in self._looked_at:
-                continue
+        for path in unseen:
             self._looked_at.add(path)
             try:
                 digest = Digest(path, self.shards)
             except (DigestError, FileNotFoundError):
                 continue
             covered = set(digest.names)
-            if covered - there or covered & taken or digest.misfit(self.about) or not self._fits(digest):
+            if covered - there:
+                self._looked_at.discard(path)  # a shard may have been sealed since the folder was listed
+                continue
+            if covered & taken or digest.misfit(self.about) or not self._fits(digest):
                 continue
             self.digests.append(digest)
             taken |= covered
@@ -230,7 +233,7 @@ class Attempt:
 
     def rows(self, name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
         """The rows in a shard of this name, by metric. Raises ShardError when it does not belong here."""
-        place = {"rank": 0, "attempt": self.number}
+        place = {"rank": self.rank, "attempt": self.number}
         for what, number in place.items():
             if shard.metadata.get(what, str(number)) != str(number):
                 raise ShardError(f"is of {what} {printable(shard.metadata[what], 20)}, and was put here")
@@ -249,10 +252,10 @@ def attempt_folder(run: Path, number: int) -> Path:
     return run / f"attempt-{number:05d}" if number else run
 
 
-def quarantine_folder(run: Path, number: int) -> Path:
+def quarantine_folder(run: Path, number: int, rank: int = 0) -> Path:
     """Where broken shards of an attempt are put aside."""
     below = run / QUARANTINE
-    return (attempt_folder(below, number) if number else below) / files.RANK_FOLDER
+    return rank_folder(attempt_folder(below, number) if number else below, rank)
 
 
 def claimed(run: Path) -> list[int]:

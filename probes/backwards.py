@@ -26,7 +26,9 @@ class Backwards:
     """Watches the passes while `wanted()`.
 
     `restart()` is called when all that counted before counts no more, `ended(counts)` at the end of each pass that
-    reached a parameter, `astray()` at the end of one that reached none, as for a gradient penalty.
+    reached a parameter, `astray()` at the end of one that reached none, as for a gradient penalty. `blind()` says that
+    parameters may be reached without telling. With `late`, a pass ends after what else waits for its end, as the averaging
+    of gradients over processes does.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class Backwards:
         restart: Callable[[], None],
         ended: Callable[[bool], None],
         astray: Callable[[], None],
+        blind: Callable[[], bool] = lambda: False,
+        late: bool = False,
     ):
-        self._watched = watched
+        self._watched, self._blind, self._late = watched, blind, late
         self._wanted, self._restart, self._ended, self._astray = wanted, restart, ended, astray
         self._handles = [p.register_post_accumulate_grad_hook(self._notice) for p in watched]
         self.reset()
@@ -70,7 +74,8 @@ class Backwards:
     def _begin(self) -> None:
         number = backward_id()
         self._open[number] = False
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(number))
+        queue, end = torch.autograd.Variable._execution_engine.queue_callback, lambda: self._end(number)
+        queue((lambda: queue(end)) if self._late else end)
 
     def _notice(self, parameter: nn.Parameter) -> None:
         number = backward_id()
@@ -91,8 +96,11 @@ class Backwards:
         if self._open and not reached:
             return  # the pass around it will tell
         if not reached and not self._reached:
-            self._astray()
-            return
+            if not self._blind():
+                self._astray()
+                return
+            self.counts = not self._closed and self._began_with in (None, self._versions())
+            reached = self.reached = True
         if not self._open:
             self._reached = False
         if reached and self.counts:

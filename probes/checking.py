@@ -13,7 +13,9 @@ from probes.gaps import gaps_of, vanished
 from probes.jsonfile import MOST_BYTES, intact, parse_json
 from probes.layout import difference
 from probes.manifest import Manifest, RunError
-from probes.shard import ShardError, UnreadableShard
+from probes.ranks import MANIFEST as RANK
+from probes.ranks import rank_folder, ranks_in
+from probes.shard import ShardError, UnreadableShard, shard_steps
 from probes.tokens import read_tokens, token_path, token_steps
 
 
@@ -39,6 +41,9 @@ class Checked:
     defects: list[Defect] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
+    others: list[Attempt] = field(default_factory=list)  # what other ranks than 0 wrote in them
+    snapshots: int = 0
+    size: int = 0  # bytes of shards and snapshots
     attributions: int = 0
 
     def __str__(self) -> str:
@@ -47,12 +52,13 @@ class Checked:
             said = [f"{path}: {_count(len(self.defects), 'defect')}."]
             said += [f"  {defect}" for defect in self.defects]
         else:
-            shards = sum(len(attempt.sealed) for attempt in self.attempts)
-            size = sum(attempt.size for attempt in self.attempts)
-            many = f"{_count(shards, 'shard')} in {_count(len(self.attempts), 'attempt')}"
+            many = _count(sum(len(attempt.sealed) for attempt in (*self.attempts, *self.others)), "shard")
+            many += f" and {_count(self.snapshots, 'token snapshot')}" if self.snapshots else ""
+            many += f" of {1 + len({each.rank for each in self.others})} ranks" if self.others else ""
+            many += f" in {_count(len(self.attempts), 'attempt')}"
             if self.attributions:
                 many += f", {_count(self.attributions, 'attribution')}"
-            said = [f"{path}: sound. {many}, {size:,} bytes."]
+            said = [f"{path}: sound. {many}, {self.size:,} bytes."]
         return "\n".join([*said, *(f"  Note: {note}" for note in self.notes)])
 
 
@@ -81,6 +87,8 @@ def check(path: Path) -> Checked:
     hide(found.attempts)
     for attempt in found.attempts:
         _attempt(found, attempt)
+        for rank in ranks_in(attempt.folder):
+            _rank(found, attempt, rank)
     _attributions(found)
     for gap in gaps_of(found.attempts):
         if not any(gap.cause in defect.sentence for defect in found.defects):
@@ -96,8 +104,8 @@ def repair(found: Checked) -> list[str]:
     """
     done = []
     homes = {
-        attempt.folder / files.RANK_FOLDER: quarantine_folder(found.path, attempt.number)
-        for attempt in found.attempts
+        attempt.shards: quarantine_folder(found.path, attempt.number, attempt.rank)
+        for attempt in (*found.attempts, *found.others)
     }
     homes[found.path / attributed.FOLDER] = found.path / QUARANTINE / attributed.FOLDER
     for home, quarantine in homes.items():
@@ -127,20 +135,24 @@ def _folders(run: Path, folder: Path) -> Path:
 
 
 def _attempt(found: Checked, attempt: Attempt) -> None:
-    where = attempt.folder.relative_to(found.path) / files.RANK_FOLDER
-    if not is_folder(attempt.folder / files.RANK_FOLDER):
+    folder = attempt.shards
+    where = folder.relative_to(found.path)
+    if not is_folder(folder):
         found.defects.append(
             Defect(attempt.folder, f"{where} is missing or a link, which readers pass over.")
         )
-    attempt.refresh(found.attempts[0].manifest.layout, None)
+    attempt.refresh(attempt.manifest.layout, None)
+    found.size += attempt.size
     for name, (first, last, why) in attempt.broken.items():
-        path = attempt.folder / files.RANK_FOLDER / name
+        path = folder / name
         sentence = f"Steps {first} to {last} are missing: shard {name} {why}."
         found.defects.append(Defect(path, sentence, name not in attempt.unreadable))
-    for step in token_steps(attempt.folder / files.RANK_FOLDER):
-        path = token_path(attempt.folder / files.RANK_FOLDER, step)
+    steps = token_steps(folder)
+    for step in steps:
+        path = token_path(folder, step)
         try:
-            read_tokens(path.parent, step, found.attempts[0].manifest.layout)
+            read_tokens(folder, step, attempt.manifest.layout)
+            found.snapshots, found.size = found.snapshots + 1, found.size + path.stat().st_size
         except FileNotFoundError:
             continue
         except ShardError as error:
@@ -148,9 +160,39 @@ def _attempt(found: Checked, attempt: Attempt) -> None:
             found.defects.append(Defect(path, sentence, not isinstance(error, UnreadableShard)))
     _digests(found, attempt)
     found.defects += [Defect(attempt.folder, str(gap)) for gap in vanished(attempt)]
+    signs = attempt.shards if attempt.rank else attempt.folder
     for name in (files.HEARTBEAT, files.END):
-        if os.path.lexists(attempt.folder / name):
-            _small(found, attempt.folder / name, attempt.manifest.format)
+        if os.path.lexists(signs / name):
+            _small(found, signs / name, attempt.manifest.format)
+    known = {token_path(folder, step).name for step in steps}
+    known |= {files.HEARTBEAT, files.END, RANK} if attempt.rank else set()
+    for name in _names(folder):
+        if name not in known and shard_steps(name) is None and not name.startswith("."):
+            found.notes.append(f"{where / printable(name)} is no file of a run, and readers pass over it.")
+
+
+def _rank(found: Checked, attempt: Attempt, rank: int) -> None:
+    """What another rank than 0 wrote in an attempt: shards where each recorded its own values, and signs of life."""
+    folder = rank_folder(attempt.folder, rank)
+    if not rank:
+        return
+    if not is_folder(folder):
+        where = folder.relative_to(found.path)
+        found.defects.append(Defect(folder, f"{where} is not a folder, and readers pass over it."))
+        return
+    manifest = attempt.manifest
+    if os.path.lexists(folder / RANK):
+        manifest = _manifest(found, folder, RANK)
+    if manifest is not None:
+        found.others.append(Attempt(found.path, attempt.number, manifest, rank))
+        _attempt(found, found.others[-1])
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder)) if is_folder(folder) else []
+    except OSError:
+        return []
 
 
 def _attributions(found: Checked) -> None:

@@ -22,9 +22,11 @@ class Moment:
 
 
 class Clock:
-    """Counts from step `first` on."""
+    """Counts from step `first` on. With `attempts`, attempts are what `step` tells: those are the same in all processes at all
+    times, where each learns of skips when it does."""
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer], first: int = 0):
+    def __init__(self, optimizers: list[torch.optim.Optimizer], first: int = 0, attempts: bool = False):
+        self._attempts = attempts
         self._optimizers = optimizers
         self._stepped: dict[int, Tensor | None] = {}  # of this step: who, and whether in vain
         self._attempt = first
@@ -44,7 +46,7 @@ class Clock:
     @property
     def step(self) -> int:
         """Steps completed, as far as is known."""
-        return self._attempt - self._known_skips
+        return self._attempt if self._attempts else self._attempt - self._known_skips
 
     def again(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this optimizer has stepped already in this step: then another one begins."""

@@ -98,7 +98,10 @@ def compact(attempt: Attempt, layout: Layout, into: Path, whole: bool = True) ->
 
 def kept(attempt: Attempt, layout: Layout, cache: Path) -> Path:
     """The folder in a cache with digests of an attempt; where it is long and has none of its own, they are made."""
-    folder, names = cache / f"attempt-{attempt.number:05d}", shard_names(attempt.shards)
+    folder, names = (
+        cache / f"attempt-{attempt.number:05d}-rank-{attempt.rank:05d}",
+        shard_names(attempt.shards),
+    )
     for place in (attempt.shards / FOLDER, folder):
         attempt.rely(names, place, layout)
     size = 0
@@ -128,8 +131,8 @@ def fitting(attempt: Attempt, folder: Path) -> Iterator[Digest]:
 class Behind:
     """The digest of a run while it is written: made when what was sealed since fills a file, by who has nothing else to do."""
 
-    def __init__(self, run: Path, number: int, manifest: Manifest):
-        self._run, self._number, self._manifest = run, number, manifest
+    def __init__(self, run: Path, number: int, manifest: Manifest, rank: int = 0):
+        self._run, self._number, self._manifest, self._rank = run, number, manifest, rank
         self._bytes = self._rows = 0
 
     def sealed(self, rows: Sequence[tuple[str, int, np.ndarray]]) -> None:
@@ -144,7 +147,7 @@ class Behind:
             return
         self._bytes = self._rows = 0
         try:
-            attempt = Attempt(self._run, self._number, self._manifest)
+            attempt = Attempt(self._run, self._number, self._manifest, self._rank)
             for _ in compact(attempt, self._manifest.layout, attempt.shards / FOLDER, whole=False):
                 pass
         except Exception as error:

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 
-def start_copy(values: Mapping[object, Tensor]) -> Callable[[], dict[object, np.ndarray]]:
+def start_copy(
+    values: Mapping[object, Tensor], dtype: torch.dtype = torch.float32
+) -> Callable[[], dict[object, np.ndarray]]:
     """Pack `values` (tensors, as a rule all of one device) and start their copy.
 
-    Returns a function for another thread: it waits for the copy and gives the values back as float32 arrays
-    in their shapes.
+    Returns a function for another thread: it waits for the copy and gives the values back as arrays of that
+    type in their shapes.
     """
     groups: dict[torch.device, dict[object, Tensor]] = {}
     for key, value in values.items():
         groups.setdefault(value.device, {})[key] = value
-    packs = [(_shapes(group), _copy_to_host(_pack(group))) for group in groups.values()]
+    packs = [(_shapes(group), _copy_to_host(_pack(group, dtype))) for group in groups.values()]
 
     def fetch() -> dict[object, np.ndarray]:
         out = {}
@@ -41,8 +43,8 @@ def _shapes(group: Mapping[object, Tensor]) -> dict[object, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in group.items()}
 
 
-def _pack(group: Mapping[object, Tensor]) -> Tensor:
-    return torch.cat([value.detach().reshape(-1).float() for value in group.values()])
+def _pack(group: Mapping[object, Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([value.detach().reshape(-1).to(dtype) for value in group.values()])
 
 
 def _copy_to_host(flat: Tensor) -> Callable[[], np.ndarray]:

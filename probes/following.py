@@ -63,6 +63,7 @@ class Following:
     ):
         self._sites, self._steps, self._decode, self._masks = sites, steps, decode, masks
         self._faults, self._writer, self._now = faults, writer, now
+        self.silent = False  # another process tells
         self._arguments: Arguments | None = None
         self._read = False  # what the followed tokens are
         self._ids: np.ndarray | None = None
@@ -141,7 +142,13 @@ class Following:
             met(values)
 
     def _computed(
-        self, row: int, weight: Tensor, sources: list[Tensor], error: Tensor, allowed: float
+        self,
+        row: int,
+        weight: Tensor,
+        sources: list[Tensor],
+        state: Tensor | None,
+        error: Tensor,
+        allowed: float,
     ) -> None:
         self._caught[row] = weight.where(error <= allowed, torch.nan)
 
@@ -177,6 +184,8 @@ class Following:
         return weight.where(mask[:, :MOST_TOKENS, None] != 0, torch.nan)
 
     def _hand_over(self, weight: Tensor) -> None:
+        if self.silent:
+            return
         now, values = self._now(), {"weight": weight}
         if now.skips is not None:
             values["skips"] = now.skips

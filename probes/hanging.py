@@ -10,6 +10,7 @@ from probes.backwards import in_backward
 from probes.faults import Faults
 from probes.gradient_taps import GradientTaps
 from probes.hooks import Hook
+from probes.parallel import is_parallel
 from probes.sites import Place
 from probes.tally import ACTIVATIONS
 
@@ -56,7 +57,10 @@ class Hanging:
             if self.wants():
                 self.timed(action, args, kwargs)
 
-        self._handles.append(module.register_forward_pre_hook(Hook(hook), with_kwargs=True))
+        # Before what makes a DTensor of it: that is no longer what the stream holds.
+        self._handles.append(
+            module.register_forward_pre_hook(Hook(hook), with_kwargs=True, prepend=is_parallel(module))
+        )
 
     def after(self, module: nn.Module, action: Callable) -> None:
         """Call `action(args, kwargs, output)` after each call of `module`."""

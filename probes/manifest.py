@@ -10,6 +10,7 @@ from pathlib import Path
 from probes.careful import printable, read_bytes
 from probes.jsonfile import MOST_BYTES, parse_json
 from probes.layout import Layout
+from probes.ranks import Ranks
 from probes.schedule import Schedule, schedule
 from probes.vocabulary import FORMAT_VERSION, MOST_STEP
 
@@ -46,6 +47,7 @@ class Manifest:
     versions: dict = field(default_factory=dict)
     format: int = FORMAT_VERSION
     step: int = 0
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vectors", schedule(self.vectors))
@@ -71,6 +73,7 @@ class Manifest:
             "config": self.config,
             "tags": list(self.tags),
             "versions": self.versions,
+            **({"ranks": self.ranks.to_json()} if self.ranks.world > 1 else {}),
             "layout": self.layout.to_json(),
         }
 
@@ -104,6 +107,7 @@ class Manifest:
                 dict(data.get("versions") or {}),
                 int(data["format"]),
                 _step(data.get("step", 0)),
+                Ranks.from_json(data.get("ranks")),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
             raise RunError(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.manifest import RunError
+from probes.parallel import local, part_of
 from probes.sites import Sites
 
 # What Hugging Face models call their padding mask: 1 for a token, 0 for padding.
@@ -70,6 +71,8 @@ def fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
     """`mask` [B, T] as bool, for an `x` [B, T, ...] or, of flattened tokens, [B*T, D]; None where it does not fit."""
     if mask is None:
         return None
+    mask = part_of(mask, x)
+    x = local(x)
     if x.ndim > 2 and x.shape[:2] == mask.shape:
         return mask if mask.dtype == torch.bool else mask != 0
     if x.ndim == 2 and x.shape[0] == mask.numel():

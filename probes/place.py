@@ -5,6 +5,7 @@ is to make a folder, and so making it is the claim. A writer that was taken for 
 own attempt's folder, where it harms nobody.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -14,17 +15,20 @@ from probes.jsonfile import MOST_BYTES, read_json, write_json
 from probes.layout import difference
 from probes.life import beat, beating
 from probes.manifest import Manifest, RunError
+from probes.ranks import MANIFEST as RANK
+from probes.ranks import rank_folder
 
 
 class Place:
     """Where one attempt writes. `begin` and `resume` give one."""
 
-    def __init__(self, run: Path, number: int, about: dict[Path, dict]):
-        self.run, self.number = run, number
-        self.folder = attempt_folder(run, number)
-        self.shards = self.folder / files.RANK_FOLDER
+    def __init__(self, run: Path, number: int, about: dict[Path, dict], rank: int = 0, created: float = 0.0):
+        self.run, self.number, self.rank = run, number, rank
+        self.shards = rank_folder(attempt_folder(run, number), rank)
+        self.folder = self.shards if rank else attempt_folder(run, number)  # of heartbeat and end marker
         self._about = about  # the content of run.json, and of attempt.json
-        self._device = os.stat(run).st_dev
+        self.created = about.get(run / files.MANIFEST, {}).get("created", created)
+        self._device = os.stat(_there(run)).st_dev
         self._stamp: object = None
 
     @property
@@ -41,14 +45,13 @@ class Place:
         manifest = self.run / files.MANIFEST
         if _stamp(manifest) != self._stamp:
             there = read_json(manifest, MOST_BYTES)
-            if there is not None and there.get("created") != self._about[manifest]["created"]:
+            if there is not None and there.get("created") != self.created:
                 raise RunError(f"another run was begun at {self.run}")
         lost = [path for path in self._about if not path.exists()]
         if not lost and self.shards.is_dir():
             self._stamp = _stamp(manifest)
             return False
-        above = next(folder for folder in (self.run, *self.run.absolute().parents) if folder.is_dir())
-        if os.stat(above).st_dev != self._device:
+        if os.stat(_there(self.run)).st_dev != self._device:
             raise FileNotFoundError(f"{self.run} is gone, and its disk with it")
         self.shards.mkdir(parents=True, exist_ok=True)
         for path in lost:
@@ -108,6 +111,20 @@ def resume(run: Path, manifest: Manifest) -> Place:
         raise _refused(run, error) from error
 
 
+def join(run: Path, number: int, rank: int, created: float, manifest: Manifest | None) -> Place:
+    """The place of another rank than 0 in an attempt that rank 0 has begun in a run that was `created` then; `manifest` says
+    what it records where that is not what rank 0 does. A disk that refuses is asked again by the writer: this rank is not
+    to fail where the others go on."""
+    folder = rank_folder(attempt_folder(run, number), rank)
+    about = {} if manifest is None else {folder / RANK: manifest.to_json()}
+    place = Place(run, number, about, rank, created)
+    with contextlib.suppress(OSError, RunError):
+        folder.mkdir(parents=True, exist_ok=True)
+        beat(folder, -1)
+        place.restore()
+    return place
+
+
 def _made(place: Place) -> Place:
     """Write what is not there yet; with it the attempt becomes visible."""
     place.restore()
@@ -121,6 +138,11 @@ def _unborn(path: Path) -> bool:
     return path.name == files.HEARTBEAT or path.name.startswith(
         (f".{files.HEARTBEAT}.", f".{files.MANIFEST}.")
     )
+
+
+def _there(path: Path) -> Path:
+    """The nearest folder above that is there, or the path itself."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
 def _stamp(path: Path) -> object:

@@ -16,6 +16,9 @@ class ReadErrors:
         rows = torch.arange(len(sources)).repeat_interleave(torch.tensor(sources))
         self._row_of_cell = rows.to(device)
 
+    def tensors(self) -> list[Tensor]:
+        return [self._errors, self._allowed]
+
     def reset(self) -> None:
         self._errors.zero_()
 

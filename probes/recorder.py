@@ -5,6 +5,8 @@
 The recorder owns the taps, knows the step, and hands each recorded step to the writer.
 """
 
+import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -27,10 +29,15 @@ from probes.finding import find_sites
 from probes.flush import start_copy
 from probes.following import Decode, Following
 from probes.gradients import NORMS, GradientNorms
+from probes.hooks import Hook
 from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, Masks
 from probes.mirrors import Mirror, Send
+from probes.parallel import Parallel
+from probes.place import join
+from probes.processes import Meeting, meet
 from probes.provenance import model_config, versions
+from probes.ranks import LOCAL, MERGED, ONE, Ranks
 from probes.resuming import first_step, seconds_before
 from probes.sampled import SAMPLED_METRICS, of_sample
 from probes.scalars import Scalars
@@ -41,8 +48,9 @@ from probes.sites import Sites
 from probes.statistics import DEPTH_METRICS
 from probes.tally import ACTIVATIONS
 from probes.taps import MATRICES, OFF, VECTORS, Taps
+from probes.together import Found, Together
 from probes.updates import UPDATE_RATIO, Updates
-from probes.vocabulary import GRADIENTS, METRICS
+from probes.vocabulary import GRADIENTS, METRICS, OF_ONE
 from probes.wrapped import unwrap_optimizer
 from probes.writer import RunWriter
 
@@ -71,6 +79,7 @@ def record(
     stack: str | Sequence[str] | None = None,
     layers: int | str | Sequence[str] | None = None,
     norms: str | Sequence[str] | None = None,
+    ranks: str = MERGED,
     strict: bool = False,
 ) -> "Recorder":
     """Attach probes to `model` and record its training at `path`, a new folder or, with `resume`, a run to continue.
@@ -98,44 +107,88 @@ def record(
     has been loaded. Rows from that step on that were recorded before are hidden by the new ones, and kept.
     `config` (JSON values) is stored beside the model's own configuration.
     `mirror`: where the scalars are shown too: "tensorboard", "wandb", "trackio", or a function of (step, values).
+    `ranks`: where torch.distributed trains one model in several processes, all of which call this: "merged" records values of
+    all of them together, "local" those of each process in a folder of its own, "one" those of this process, which alone
+    calls it.
     `strict`: a failure inside the probe raises. Otherwise it is said once, and what it touched is missing.
 
     Raises RunError: a run or other files at `path`, a run to resume that is of another model or still being recorded, a
     model without recognisable layers or one that has already
     run compiled, a bad interval.
     """
-    vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
-    sites = find_sites(model, stack, layers, norms)
-    following = None if tokens_every is None else schedule_of("tokens_every", tokens_every)
-    if following is not None and not sites.has_reads:
-        raise RunError(
-            f"tokens_every asks for depth weights, and no module of this {type(sites.root).__name__} tells any: leave it out."
+    meeting = meet(ranks, model)
+    with meeting or contextlib.nullcontext():
+        vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
+        sites = find_sites(model, stack, layers, norms)
+        following = None if tokens_every is None else schedule_of("tokens_every", tokens_every)
+        if following is not None and not sites.has_reads:
+            raise RunError(
+                f"tokens_every asks for depth weights, and no module of this {type(sites.root).__name__} tells any: leave it out."
+            )
+        created = time.time()
+        optimizers, found = _optimizers(optimizer)
+        path, step = Path(path), first_step(resume, optimizers, Path(path))
+        scale = LossScale(found if scaler is None else scaler)
+        masks = Masks(mask, sites)
+        prepare_compiler(sites.root)
+        try:
+            described = model_config(sites.called) | json.loads(
+                json.dumps(dict(config or {}), allow_nan=False)
+            )
+        except (TypeError, ValueError) as error:
+            raise RunError(
+                f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
+            ) from error
+        tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
+        parallel = Parallel.of(model, sites.root)
+        manifest = Manifest(
+            sites.layout, created, vectors, matrices, described, tags, versions(sites.root), step=step
         )
-    created = time.time()
-    optimizers, found = _optimizers(optimizer)
-    path, step = Path(path), first_step(resume, optimizers, Path(path))
-    scale = LossScale(found if scaler is None else scaler)
-    masks = Masks(mask, sites)
-    prepare_compiler(sites.root)
-    try:
-        described = model_config(sites.called) | json.loads(json.dumps(dict(config or {}), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise RunError(
-            f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
-        ) from error
-    tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
-    manifest = Manifest(
-        sites.layout, created, vectors, matrices, described, tags, versions(sites.root), step=step
-    )
-    mirror = None if mirror is None else Mirror(mirror, path)
-    # A bool is an int: step 0 is one to resume at, False is not.
-    writer = RunWriter(path, manifest, resume is not False)
+        # A bool is an int: step 0 is one to resume at, False is not.
+        writer, together = _begin(meeting, path, manifest, resume is not False, sites, parallel)
+    mirror = None if mirror is None or writer.rank else Mirror(mirror, path)
+    faults = Faults(strict)
+    seconds = seconds_before(path, step)
     recorder = Recorder(
-        sites, writer, manifest, optimizers, scale, masks, Faults(strict), seconds_before(path, step), mirror
+        sites, writer, manifest, optimizers, scale, masks, faults, seconds, mirror, parallel, together
     )
     if following is not None:
         recorder._follow(following, decode)
     return recorder
+
+
+def _begin(
+    meeting: Meeting | None,
+    path: Path,
+    manifest: Manifest,
+    resume: bool,
+    sites: Sites,
+    parallel: Parallel | None,
+) -> tuple[RunWriter, Together | None]:
+    """The writer of this process, and what sums its values with those of others."""
+    if parallel is not None:
+        alone = dataclasses.replace(manifest, ranks=Ranks(parallel.world, ONE, (), parallel.describe()))
+    if meeting is None:
+        return RunWriter(path, manifest if parallel is None else alone, resume), None
+    merged = tuple(name for name in METRICS if name not in OF_ONE) if meeting.values == MERGED else ()
+    ranks = Ranks(meeting.world, meeting.values, merged, parallel.describe())
+    whole = dataclasses.replace(manifest, ranks=ranks)
+    mine: list[RunWriter] = []
+
+    def claim() -> tuple[int, float]:
+        mine.append(RunWriter(path, whole, resume))
+        return mine[0].attempt, mine[0].created
+
+    schedules = [manifest.vectors.to_json(), manifest.matrices.to_json(), manifest.step]
+    agreed = meeting.begin(str(path), sites.layout, schedules, claim)
+    if agreed is None:
+        return RunWriter(path, alone, resume), None
+    if mine:
+        writer = mine[0]
+    else:
+        own = whole if agreed.values == LOCAL else None
+        writer = RunWriter(path, whole, place=join(path, agreed.attempt, agreed.rank, agreed.created, own))
+    return writer, None if agreed.group is None else Together(agreed, parallel, sites)
 
 
 class Recorder:
@@ -152,12 +205,14 @@ class Recorder:
         faults: Faults,
         seconds: float,
         mirror: Mirror | None,
+        parallel: Parallel | None = None,
+        together: Together | None = None,
     ):
-        self._mirror = mirror
+        self._mirror, self._parallel, self._together = mirror, parallel, together
         self._following: Following | None = None
         self._writer, self._manifest, self._optimizers = writer, manifest, optimizers
         self._scale, self._faults = scale, faults
-        self._clock = Clock(optimizers, manifest.step)
+        self._clock = Clock(optimizers, manifest.step, attempts=together is not None)
         faults.step = lambda: self._step
         writer.missing = faults.missing
         self._asked = False
@@ -170,7 +225,8 @@ class Recorder:
         self._scalars = Scalars()
         self._stepped_at = time.perf_counter()
         self._began = self._stepped_at - seconds  # of a clock that nobody sets, as if there had been no pause
-        self._taps = Taps(sites, masks, faults)
+        senders, copies = (1, 1) if together is None else (together.merging.senders, parallel.copies)
+        self._taps = Taps(sites, masks, faults, senders, copies)
         self._skipped: torch.Tensor | None = None  # attempts at this step that the scaler skipped
         self._sites = sites
         self._watch_parameters()
@@ -183,6 +239,9 @@ class Recorder:
                 optimizer.register_step_post_hook(lambda it, *_: self._after_update(it)),
             )
         ]
+        if parallel is not None and not parallel.known:
+            look = Hook(lambda *_: None if torch.compiler.is_compiling() else parallel.look())
+            self._hooks.append(sites.called.register_forward_pre_hook(look))
         self._ending = Ending(self.close)
 
     # What a training script calls
@@ -208,9 +267,12 @@ class Recorder:
             return
         now = time.perf_counter()
         with self._faults.guard(*METRICS):
-            if self._taps.mode != OFF and self._taps.seen:
+            if self._taps.mode != OFF and (self._taps.seen or self._together is not None):
                 self._keep_own(now)
-                self._put(self._measured(), self._taps.counts(), self._sampled())
+                if self._together is None:
+                    self._put(self._measured(), self._taps.counts(), self._sampled())
+                else:  # with data or without: the others wait for the sums of this process
+                    self._put_together()
                 self._owed = True
             elif self._owed or self._scalars.due(now):
                 self._put()
@@ -257,6 +319,8 @@ class Recorder:
         try:
             self._put()
         finally:
+            if self._together is not None and not self._together.close(status):
+                self._writer.lose(self._step, "the other processes did not answer before the end")
             self._writer.close(status, reason)
             if self._mirror is not None:
                 self._mirror.close()
@@ -278,6 +342,8 @@ class Recorder:
         self._following = Following(
             self._sites, steps, decode, taps.masks, self._faults, self._writer, lambda: clock.now
         )
+        # Where a forward takes all processes, all follow their sequences, and rank 0 alone tells.
+        self._following.silent = self._together is not None and self._writer.rank > 0
         self._following.begin(self._step)
 
     @property
@@ -304,14 +370,16 @@ class Recorder:
             self.step()
 
     def _watch_parameters(self) -> None:
-        self._gradients = GradientNorms(self._sites)
-        self._updates = Updates(self._sites)
+        shared = self._parallel if self._together is not None else None
+        self._gradients, self._updates = GradientNorms(self._sites, shared), Updates(self._sites, shared)
         self._backwards = Backwards(
             self._gradients.watched(),
             lambda: self._taps.mode != OFF,
             self._restart,
             self._backward_ended,
             self._taps.forget_gradients,
+            blind=lambda: self._parallel is not None and self._parallel.holds_back,
+            late=self._parallel is not None,
         )
         self._taps.gradients.arrives = self._backwards.arrives
 
@@ -327,7 +395,8 @@ class Recorder:
             with self._faults.guard(UPDATE_RATIO):
                 self._updates.before(self._clock.now.attempt)
         with self._faults.guard(*GRADIENTS):
-            self._scale.at_backward(self._gradients.squares)
+            if self._gradients.squares is not None:
+                self._scale.at_backward(self._gradients.squares)
 
     def _restart(self) -> None:
         with self._faults.guard(*METRICS):
@@ -390,6 +459,9 @@ class Recorder:
     ) -> None:
         """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed, and `sampled` is
         the sample."""
+        if self._together is not None and self._writer.rank:
+            self._scalars.take()  # what was logged here is not of all
+            return
         now, mode, metrics, counts = self._clock.now, self._taps.mode, metrics or {}, counts or {}
         sampled = sampled or {}
         vain = self._clock.vain()
@@ -425,25 +497,73 @@ class Recorder:
                 self._retry = mode
                 yield "skipped", step_of(now), np.float32(1)
                 return
-            self._selfcheck.finite(step_of(now), values, seen)
-            self._selfcheck.identity(values.get("identity_error"))
-            self._selfcheck.reads(values.get("read_error"), values.get("depth_weight"))
-            for name in metrics:
-                # A metric nobody observed is absent, not a row of blanks.
-                if name not in seen or seen[name].any():
-                    yield name, step_of(now), values[name]
-            self._selfcheck.rows(seen)
-            if sampled:
-                with self._faults.guard(*SAMPLED_METRICS):
-                    kept = {name: values["sample", name] for name in sampled}
-                    solved = of_sample(kept, self._sites.layout, [site.given for site in self._sites.layers])
-                    for name, value in solved.items():
-                        yield name, step_of(now), value
+            kept = {name: values["sample", name] for name in sampled}
+            yield from self._told(step_of(now), {name: values[name] for name in metrics}, seen, kept)
 
         # Rows of this very step may still be logged until the next forward.
         fetch_rows = rows if self._mirror is None else lambda: self._mirror.watch(rows())
         taken = self._writer.put(fetch_rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
         self._handed += taken and bool(sampled)
+
+    def _told(self, step: int, values: dict, seen: dict, kept: dict):
+        """The rows of one recorded step, when its numbers are on the host."""
+        self._selfcheck.finite(step, values, seen)
+        self._selfcheck.identity(values.get("identity_error"))
+        self._selfcheck.reads(values.get("read_error"), values.get("depth_weight"))
+        for name, value in values.items():
+            # A metric nobody observed is absent, not a row of blanks.
+            if name not in seen or seen[name].any():
+                yield name, step, value
+        self._selfcheck.rows(seen)
+        if kept:
+            with self._faults.guard(*SAMPLED_METRICS):
+                solved = of_sample(kept, self._sites.layout, [site.given for site in self._sites.layers])
+                for name, value in solved.items():
+                    yield name, step, value
+
+    def _put_together(self) -> None:
+        """Hand this step's sums over, to be merged with those of the other processes."""
+        now, scale = self._clock.now, self._scale
+        if not self._optimizers:
+            scale.unknown = self._taps.half and not scale.given
+        if not self._parallel.known:
+            untold = RuntimeError("nothing tells what becomes of the gradients of several processes")
+            self._faults.caught(untold, *GRADIENTS, *NORMS)
+        left_out = self._scalars.logged | (set() if scale.known() else set(GRADIENTS))
+        skips = {} if now.skips is None else {"skips": now.skips}
+        vain = self._clock.vain()
+        own = (
+            skips
+            | ({} if scale.value is None else {"scale": scale.value})
+            | ({} if vain is None else {"vain": vain})
+        )
+        if scale.given or vain is not None:
+            own["skipped"] = torch.zeros(()) if self._skipped is None else self._skipped
+
+        def done(found: Found | None, own: dict, why: str) -> None:
+            step = now.attempt - int(own.get("skips", 0))
+            self._writer.reached(step)
+            if self._writer.rank:
+                return
+            if found is None:
+                self._writer.lose(step, why)
+                return
+            metrics, counts, sample = ({name: x.numpy() for name, x in part.items()} for part in found)
+            if own.get("vain", 0):
+                metrics, counts, sample, own = {}, {}, {}, {"skipped": np.float32(1)}
+            if "skipped" in own:
+                metrics["skipped"] = own["skipped"]
+            missing = left_out | self._together.faults
+            metrics = {name: value for name, value in metrics.items() if name not in missing}
+            sample = {} if missing & set(SAMPLED_METRICS) else sample
+            rows = self._told(step, metrics, counts, sample)
+            rows = rows if self._mirror is None else self._mirror.watch(rows)
+            self._writer.put(lambda: rows, complete=lambda: step - 1)
+
+        self._together.hand(
+            now.attempt, self._taps, self._gradients, self._updates, self._faults.now, own, done
+        )
+        self._put()
 
 
 def _optimizers(

@@ -12,10 +12,12 @@ from probes import compacting
 from probes import manifest as files
 from probes.attempts import Attempt, attempt_folder, claimed, hide, row_shape
 from probes.attributed import Attribution, attribution_names, read_attribution
-from probes.careful import is_folder
+from probes.careful import is_folder, printable
 from probes.gaps import Gap, gaps_of
 from probes.layout import Layout, difference
 from probes.manifest import Manifest, RunError
+from probes.ranks import MANIFEST as RANK
+from probes.ranks import VALUES, rank_folder
 from probes.series import Series
 from probes.shard import ShardError
 from probes.tokens import Tokens, read_tokens, token_steps
@@ -36,14 +38,15 @@ class Run:
     shapes of the vocabulary (read x source triangles unpacked, NaN where a source does not exist yet).
 
     `run.attempts` are its recordings, one more for each time it was resumed: where one began, the rows of those
-    before end. `run.gaps` are the steps that are missing, and why; `run.problems` says all that in sentences.
+    before end. Where several processes trained, `run.ranks` says how each is, and `run.manifest.ranks` what the rows
+    stand for. `run.gaps` are the steps that are missing, and why; `run.problems` says all that in sentences.
     """
 
-    def __init__(self, path: str | os.PathLike, cache: Path | None = None):
+    def __init__(self, path: str | os.PathLike, rank: int = 0, cache: Path | None = None):
         """With a folder for a `cache`, a long run without a digest gets one there."""
-        self.path, self._cache = Path(path), cache
-        self.manifest = Manifest.read(self.path)
-        self.attempts: list[Attempt] = [Attempt(self.path, 0, self.manifest)]
+        self.path, self.rank, self._cache = Path(path), rank, cache
+        self.manifest = _manifest(self.path, files.MANIFEST, rank)
+        self.attempts: list[Attempt] = [Attempt(self.path, 0, self.manifest, rank)]
         self._left_out: dict[int, str] = {}
         self._series: dict[str, Series] = {}
         self._whole: dict[str, np.ndarray] = {}
@@ -100,6 +103,12 @@ class Run:
         return self.attempts[-1].status_reason
 
     @property
+    def ranks(self) -> dict[int, tuple[str, str]]:
+        """How each process of the last attempt is: "running", "finished", "stopped" or "missing", and why or since when.
+        Empty where one process trained."""
+        return self.attempts[-1].ranks.all()
+
+    @property
     def last_seen(self) -> datetime:
         """Time of the end marker, else of the last heartbeat, else of creation."""
         return self.attempts[-1].last_seen
@@ -121,8 +130,9 @@ class Run:
 
     @property
     def problems(self) -> list[str]:
-        """A sentence for each gap, and for each attempt that cannot be read."""
-        found = [*self._left_out.values(), *map(str, self.gaps)]
+        """A sentence for each gap, for each attempt that cannot be read, and for processes that have stopped."""
+        ranks = self.attempts[-1].ranks.problems(self.status)
+        found = [*self._left_out.values(), *ranks, *map(str, self.gaps)]
         more = len(found) - _MOST_PROBLEMS
         return found[:_MOST_PROBLEMS] + (
             [f"And {more} more like these: run depthscope check."] if more > 0 else []
@@ -237,9 +247,9 @@ class Run:
     def _snapshots(self) -> dict[int, Path]:
         """Folders of the visible ones, by step."""
         return {
-            step: attempt.folder / files.RANK_FOLDER
+            step: attempt.shards
             for attempt in self.attempts
-            for step in token_steps(attempt.folder / files.RANK_FOLDER)
+            for step in token_steps(attempt.shards)
             if attempt.hidden_from is None or step < attempt.hidden_from
         }
 
@@ -267,22 +277,39 @@ class Run:
             if not (folder / files.ATTEMPT).exists():
                 continue  # not begun yet
             try:
-                manifest = Manifest.read(folder, files.ATTEMPT)
+                manifest = _manifest(folder, files.ATTEMPT, self.rank)
             except RunError as error:
                 self._left_out[number] = f"An attempt is left out. {error}"
                 continue
             if other := difference(self.layout, manifest.layout):
                 self._left_out[number] = f"Attempt {number} is left out: it is of another model, for {other}."
                 continue
-            begun.append(Attempt(self.path, number, manifest))
+            begun.append(Attempt(self.path, number, manifest, self.rank))
         self.attempts = sorted([*self.attempts, *begun], key=lambda attempt: attempt.number)
         hide(self.attempts)
         return bool(begun)
 
 
-def open_run(path: str | os.PathLike) -> Run:
-    """Open the run recorded at `path`. Raises RunError when there is none or it is unreadable."""
-    return Run(path)
+def open_run(path: str | os.PathLike, rank: int = 0) -> Run:
+    """Open the run recorded at `path`: its rows, or with a `rank` those of one of the processes that recorded each its own.
+
+    Raises RunError when there is none or it is unreadable.
+    """
+    return Run(path, rank)
+
+
+def _manifest(folder: Path, name: str, rank: int) -> Manifest:
+    """What an attempt's manifest says, or that of another rank than 0. Raises RunError."""
+    manifest = Manifest.read(folder, name)
+    if not rank:
+        return manifest
+    own = rank_folder(folder, rank)
+    if not is_folder(own):
+        raise RunError(
+            f"{printable(folder)} has no rank {rank}: it was recorded by {manifest.ranks.world} processes, "
+            f"{VALUES.get(manifest.ranks.values, 'in a way of its own')}."
+        )
+    return Manifest.read(own, RANK) if (own / RANK).exists() else manifest
 
 
 def list_runs(root: str | os.PathLike) -> Iterator[Run]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from probes.edges import EdgeSums
+from probes.parallel import local
 
 
 class Moments:
@@ -53,6 +54,7 @@ def add_moments(x: Tensor, squares: Tensor, count: Tensor, mask: Tensor | None =
 
     Of a `mask` (bool, the leading axes of `x`) only the true tokens count, whatever the others hold.
     """
+    x = local(x)
     if mask is None:
         norm = norm_of(x)
         squares.addcmul_(norm, norm)
@@ -65,7 +67,7 @@ def add_moments(x: Tensor, squares: Tensor, count: Tensor, mask: Tensor | None =
 
 def add_nonfinite(x: Tensor, count: Tensor, row: int, mask: Tensor | None = None) -> None:
     """Add the number of infinite and not-a-number elements of `x` to row `row`."""
-    wrong = ~torch.isfinite(x)
+    wrong = ~torch.isfinite(local(x))
     if mask is not None:
         wrong = wrong.flatten(mask.ndim) & mask.unsqueeze(-1)
     count[row].add_(wrong.sum())
@@ -119,7 +121,7 @@ class DepthSums:
 
         Of a `mask` (bool [B, T]) only the true tokens count.
         """
-        weight = weight.detach().float().flatten(1)
+        weight = local(weight.detach()).float().flatten(1)
         size = torch.stack(mean_squares).flatten(1)
         sources, tokens = weight.shape
         centred = weight - 1 / sources
@@ -170,7 +172,8 @@ def _entr(weight: Tensor) -> Tensor:
 
 def token_mean_square(x: Tensor) -> Tensor:
     """Mean square over channels, [..., D] -> float32 [...]."""
-    norm = norm_of(x.detach(), dim=-1)
+    x = local(x.detach())
+    norm = norm_of(x, dim=-1)
     return norm * norm / x.shape[-1]
 
 

@@ -20,7 +20,7 @@ ACTIVATIONS = tuple(f"{name}_{suffix}" for name in METRIC_OF.values() for suffix
 class Tally:
     """Taps write to the `live` tables; `passes` adds what counts to those of the step."""
 
-    def __init__(self, sites: Sites, device: torch.device):
+    def __init__(self, sites: Sites, device: torch.device, share: int = 1):
         self.device = device
         self._block_rows = block_rows(sites, device)
         sizes = {"state": len(sites.layers) + 1, "output": len(sites.layers) + 1}
@@ -42,7 +42,9 @@ class Tally:
         self._allowed = tolerance(next(sites.root.parameters()).dtype)
         self.errors = ReadErrors(sites.depth_sources, device) if sites.found is not None else None
         rows = len(sites.layers) + 1
-        self.sample = Sample(rows, device)
+        self.sample = Sample(rows, device, share)
+        self.split: set[int] = set()
+        """States of which this process sees a part of what others see too (sequence parallelism)."""
         self.given = torch.tensor([*(site.given for site in sites.layers), rows], device=device)
         """How many sources each state sums: all before it, but for layers side by side."""
         self.calls = torch.zeros(2, dtype=torch.int64, device=device)
@@ -95,6 +97,15 @@ class Tally:
             if self.errors is not None:
                 metrics = self.errors.blanked(metrics, self._counted.depth.tokens)
         return metrics
+
+    def sums(self, matrices: bool) -> list[Tensor]:
+        """What adds up over micro-batches and over processes: that of vectors, or that of matrices alone."""
+        counted = self._counted
+        if matrices:
+            depth = counted.depth.tensors() if counted.depth is not None else []
+            return [counted.nonfinite, *depth, *([] if counted.experts is None else [counted.experts])]
+        alone = {id(tensor) for tensor in self.sums(True)}
+        return [*(tensor for tensor in counted.tensors() if id(tensor) not in alone), self.calls]
 
     def sampled(self) -> dict[str, Tensor]:
         """The sample, by name."""

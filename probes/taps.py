@@ -17,6 +17,7 @@ from probes.hanging import Hanging
 from probes.hooks import Hook, tap_gradient_in_graph
 from probes.marked_taps import MarkedTaps
 from probes.masks import Masks, fitting
+from probes.parallel import is_split
 from probes.rows import reads_after_blocks, rows_by_arithmetic
 from probes.sampled import SAMPLED_METRICS
 from probes.scaling import half_precision
@@ -34,7 +35,14 @@ class Taps(Hanging):
     what was counted in this step.
     """
 
-    def __init__(self, sites: Sites, masks: Masks | None = None, faults: Faults | None = None):
+    def __init__(
+        self,
+        sites: Sites,
+        masks: Masks | None = None,
+        faults: Faults | None = None,
+        share: int = 1,
+        copies: int = 1,
+    ):
         self._faults = faults or Faults(strict=True)
         super().__init__(self._faults)
         self._mode = OFF
@@ -45,7 +53,8 @@ class Taps(Hanging):
         self._embedded = False  # this forward's embedding has been seen
         # Of this forward, [B, T] among them, where there are streams to be told.
         self._given: list[torch.Size] = []
-        self._sites = sites
+        self._sites, self._share = sites, share
+        self._copies = copies  # processes that see the same sequence
         self.masks = masks or Masks(None, sites)
         self.mask: Tensor | None = None
         self._parameter = next(sites.root.parameters())
@@ -74,6 +83,11 @@ class Taps(Hanging):
         self.matrices = mode == MATRICES
 
     @property
+    def tally(self) -> Tally:
+        """The sums of this step."""
+        return self._tally
+
+    @property
     def nbytes(self) -> int:
         """Memory held on the device, in bytes."""
         return self._tally.nbytes
@@ -85,7 +99,7 @@ class Taps(Hanging):
 
     def _tally_up(self) -> None:
         """Empty sums where the model is. The names below are guarded by the compiler, which wants few steps to them."""
-        self._tally = Tally(self._sites, self._parameter.device)
+        self._tally = Tally(self._sites, self._parameter.device, self._share)
         self._device = self._tally.device
         self._autocasts = torch.amp.is_autocast_available(self._device.type)
         live = self._tally.live
@@ -205,7 +219,7 @@ class Taps(Hanging):
             self._embedded = False
         if not self.live:
             return
-        if self._sites.entry is not None:
+        if self._sites.entry is not None or self._copies > 1:
             given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.ndim > 1]
             self._given = [each.shape[:2] for each in given]
         if not compiling:
@@ -330,6 +344,8 @@ class Taps(Hanging):
         add_moments(x, forward.squares[row], forward.count[row], mask)
         if self.matrices and place == "state":
             add_nonfinite(x, self._nonfinite, row, mask)
+            if is_split(x, self._given, self._copies):
+                self._tally.split.add(row)
 
     def gradient(self, x: Tensor, place: str, row: int, streams: bool = False) -> None:
         sums = self._backward[place].rows[row]

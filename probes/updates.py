@@ -10,6 +10,7 @@ from math import ceil, gcd
 import torch
 from torch import Tensor
 
+from probes.parallel import Parallel
 from probes.sites import Sites
 
 UPDATE_RATIO = "update_ratio"
@@ -20,8 +21,10 @@ _MOST_PARAMETERS = 64  # of a layer with more, as of many experts, some are look
 class Updates:
     """`before` when the gradients of a step are there, `after` when its update is complete."""
 
-    def __init__(self, sites: Sites):
+    def __init__(self, sites: Sites, parallel: Parallel | None = None):
         self._layers = sites.layer_parameters()
+        if parallel is not None:  # of what several processes hold, one tells
+            self._layers = [[p for p in group if parallel.tells_of(p)] for group in self._layers]
         self._sampled: list[tuple[Tensor, int]] = []  # parameter and stride, those of one type together
         self._index, self._weight = self._shared_out()
         self._step: int | None = None
@@ -67,6 +70,11 @@ class Updates:
     def after(self, step: int) -> dict[str, Tensor]:
         """update_ratio, float32 [L] on the device, NaN where a layer has no parameters or only zeros; nothing where it is
         not known what the parameters were before, as where optimizers step within backward."""
+        return ratio_of(self.sums(step))
+
+    @torch.no_grad()
+    def sums(self, step: int) -> dict[str, Tensor]:
+        """The squares that the ratio is made of, float32 [L] each, of what this process holds: "moved" and "size"."""
         if self._step != step or self._flat is None:
             return {}
         before, self._flat = self._flat, None
@@ -75,11 +83,14 @@ class Updates:
             self._index, self._weight = self._index.to(both.device), self._weight.to(both.device)
         both = both.index_select(1, self._index).mul_(self._weight).view(2, len(self._layers), -1)
         moved, size = torch.linalg.vector_norm(both, dim=2)
-        ratio = (moved / size).where(size != 0, torch.nan)
         if self._versions == self._versions_now():
             # Nobody wrote to them, as far as autograd can tell: either through `.data`, or before we looked.
-            ratio = ratio.where(moved.any(), torch.nan)
-        return {UPDATE_RATIO: ratio}
+            moved = moved.where(moved.any(), torch.nan)
+        return {"moved": moved * moved, "size": size * size}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what `sums` gives."""
+        return dict.fromkeys(("moved", "size"), (len(self._layers),))
 
     def _gathered(self) -> Tensor:
         """The sampled elements, float32 (or wider), and a zero."""
@@ -93,6 +104,13 @@ class Updates:
 
     def _versions_now(self) -> list[int]:
         return [parameter._version for parameter, _ in self._sampled]
+
+
+def ratio_of(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """update_ratio from the squares of everybody."""
+    if not sums:
+        return {}
+    return {UPDATE_RATIO: (sums["moved"] / sums["size"]).sqrt().where(sums["size"] != 0, torch.nan)}
 
 
 def _shares(group: list[Tensor]) -> list[tuple[Tensor, int, float]]:

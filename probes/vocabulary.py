@@ -316,6 +316,9 @@ TOKEN_WEIGHT = Metric(
 
 METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}
 
+# What a training logs, and what a host measures: of one process, where several train one model.
+OF_ONE = ("loss", "val_loss", "lr", "skipped", "wall_time", "tokens", "step_time", "probe_time")
+
 # All that is known of gradients, in the loss's own scale.
 GRADIENTS = (
     "output_grad_rms",

@@ -24,6 +24,7 @@ from probes.jsonfile import write_json
 from probes.life import beat
 from probes.lost import Lost
 from probes.manifest import Manifest
+from probes.ranks import BEAT_SECONDS
 from probes.shard import shard_name, write_shard
 from probes.vocabulary import FORMAT_VERSION
 
@@ -46,8 +47,11 @@ _ROW_BYTES = 200  # what a row takes beside its numbers
 class RunWriter:
     """The one writer of a run, or of an attempt that continues one. `put` from the training thread, `close` at the end."""
 
-    def __init__(self, path: Path, manifest: Manifest, resume: bool = False):
-        """Claim the folder. Raises RunError when a run is there (and none to resume) or the disk refuses."""
+    def __init__(
+        self, path: Path, manifest: Manifest, resume: bool = False, place: places.Place | None = None
+    ):
+        """Claim the folder, unless a `place` is given. Raises RunError when a run is there (and none to resume) or the disk
+        refuses."""
         self.path = path
         self.missing: dict[str, dict] = {}  # metrics that could not be measured: from which step, and why
         self._manifest = manifest
@@ -62,9 +66,10 @@ class RunWriter:
         self._end: dict = {}
         # A SimpleQueue, because a signal's handler may put while training is putting.
         self._queue: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
-        self._place = (places.resume if resume else places.begin)(path, manifest)
+        self._place = place or (places.resume if resume else places.begin)(path, manifest)
+        self._beat_seconds = BEAT_SECONDS if self._place.rank else files.HEARTBEAT_SECONDS
         self._disk = Disk(self._place)
-        self._behind = Behind(path, self._place.number, manifest)
+        self._behind = Behind(path, self._place.number, manifest, self._place.rank)
         self._started = self._beaten = time.monotonic()
         self._seal_at = self._started + SEAL_SECONDS
         self._thread = threading.Thread(target=self._work, name=f"depthscope writer {path.name}", daemon=True)
@@ -74,6 +79,27 @@ class RunWriter:
     def shards(self) -> Path:
         """The folder this writer seals into."""
         return self._place.shards
+
+    @property
+    def attempt(self) -> int:
+        return self._place.number
+
+    @property
+    def rank(self) -> int:
+        return self._place.rank
+
+    @property
+    def created(self) -> float:
+        """When the run was, seconds since 1970."""
+        return self._place.created
+
+    def reached(self, step: int) -> None:
+        """Step `step` was recorded, though nothing of it is written here."""
+        self._last_step = max(self._last_step, step)
+
+    def lose(self, step: int, cause: str) -> None:
+        """Nothing of step `step` can be written, because of `cause`."""
+        self._lost.add(step, cause)
 
     @property
     def dropped(self) -> int:
@@ -121,7 +147,7 @@ class RunWriter:
                 early = now - self._started < EARLY_SECONDS
                 wait = SEAL_SECONDS if early else LATE_SEAL_SECONDS
                 self._seal_at = time.monotonic() + (self._disk.wait if self._disk.refused else wait)
-            if now - self._beaten >= files.HEARTBEAT_SECONDS:
+            if now - self._beaten >= self._beat_seconds:
                 self._disk.do(lambda: beat(self._place.folder, self._last_step, **self._told()))
                 self._beaten = now
                 if self._place.resumed:
@@ -179,7 +205,11 @@ class RunWriter:
         for piece in _pieces(ready):
             steps = [step for _, step, _ in piece]
             target = self._place.shards / shard_name(steps[0], steps[-1])
-            about = {"rank": "0", "attempt": str(self._place.number), "shard": str(self._shards)}
+            about = {
+                "rank": str(self._place.rank),
+                "attempt": str(self._place.number),
+                "shard": str(self._shards),
+            }
             about["format"] = str(FORMAT_VERSION)
             if not self._disk.do(
                 lambda target=target, piece=piece, about=about: write_shard(target, _tensors(piece), about)

@@ -1,0 +1,180 @@
+"""The processes that train one model: they meet when a recording begins, and agree on it or are refused together.
+
+They meet over torch.distributed's store, which waits no longer than it is told to, and get a group of their own on the
+host: a collective of ours cannot come between those of the training, on its device or in its order.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import nn
+
+from probes.layout import Layout
+from probes.manifest import RunError
+from probes.parallel import is_parallel
+from probes.ranks import LOCAL, MERGED, ONE
+
+log = logging.getLogger("depthscope")
+
+WAIT = 600.0  # seconds that processes wait for one another when a recording begins
+_SAY = 10.0  # after so many it is said
+_TOGETHER = timedelta(minutes=30)  # how long a sum may take: as long as torch's own collectives wait
+
+_meetings = 0
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What the processes agreed on: the attempt to write, and when it was begun. `group` sums on the host, None where values are
+    not merged."""
+
+    rank: int
+    world: int
+    values: str
+    attempt: int
+    created: float
+    group: object | None
+
+
+def meet(ranks: str, model: nn.Module) -> "Meeting | None":
+    """A meeting of all processes, None where this one records by itself. Raises RunError for other words than there are, and
+    for a model that takes all processes where one records."""
+    if ranks not in (MERGED, LOCAL, ONE):
+        raise RunError(
+            f"ranks is {ranks!r}: give {MERGED!r} (values of all processes together), {LOCAL!r} (each process its own) or "
+            f"{ONE!r} (only this process records)."
+        )
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    if ranks == ONE:
+        # A forward of it, as to find layers or to follow tokens, would wait for the others for ever.
+        if isinstance(model, nn.Module) and is_parallel(model):
+            raise RunError(
+                f"Of this model each process holds a part, so that one alone cannot record it: call probes.record on every "
+                f"process, with ranks={LOCAL!r} for values of each alone."
+            )
+        return None
+    return Meeting(ranks)
+
+
+class Meeting:
+    """One call of `probes.record` on every process. Leave it with `begin`, or by an exception, which refuses all."""
+
+    def __init__(self, values: str):
+        global _meetings
+        _meetings += 1
+        self.values = values
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self._store = dist.PrefixStore(f"depthscope/{_meetings}", dist.distributed_c10d._get_default_store())
+        self._told = False
+
+    def __enter__(self) -> "Meeting":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is not None and not self._told:
+            self._tell({"error": str(error)})
+            if self.rank == 0:
+                self._answer({"error": str(error)})
+
+    def begin(
+        self, path: str, layout: Layout, schedules: object, claim: Callable[[], tuple[int, float]]
+    ) -> Agreed | None:
+        """Rank 0 calls `claim` when all are there and agree, and tells what it gives: attempt and time. None where each
+        process has a path of its own: then each records a run of its own.
+
+        Raises RunError on every process where one does not come, where they do not fit together, or where the
+        claim fails.
+        """
+        mine = {
+            "path": path,
+            "layout": _digest(layout),
+            "schedules": _digest(schedules),
+            "values": self.values,
+        }
+        self._tell(mine)
+        if self.rank == 0:
+            try:
+                answer = self._judge([self._hear(f"rank {rank}", WAIT) for rank in range(self.world)])
+                if answer is None:
+                    answer = dict(zip(("attempt", "created"), claim(), strict=True))
+            except BaseException as error:
+                self._answer({"error": str(error) or type(error).__name__})
+                raise
+            self._answer(answer)
+        else:
+            answer = self._hear("answer", 2 * WAIT)  # a claim may watch another's heartbeat
+        if "error" in answer:
+            raise RunError(answer["error"])
+        if "apart" in answer:
+            return None
+        group = None
+        if self.values == MERGED:
+            group = dist.ProcessGroupGloo(
+                dist.PrefixStore("sums", self._store), self.rank, self.world, _TOGETHER
+            )
+        return Agreed(self.rank, self.world, self.values, answer["attempt"], answer["created"], group)
+
+    def _judge(self, told: list[dict]) -> dict | None:
+        """What to answer instead of a claim. Raises RunError."""
+        for rank, each in enumerate(told):
+            if "error" in each:
+                raise RunError(f"{each['error']} (Rank {rank} says so.)" if rank else each["error"])
+        paths = [each["path"] for each in told]
+        if len(set(paths)) == self.world:
+            return {"apart": True}
+        for what, sentence in _DIFFERENCES.items():
+            if what == "layout" and self.values == LOCAL:
+                continue
+            odd = [rank for rank, each in enumerate(told) if each[what] != told[0][what]]
+            if odd:
+                raise RunError(f"Rank {odd[0]} {sentence}")
+        return None
+
+    def _tell(self, what: dict) -> None:
+        self._told = True
+        self._store.set(f"rank {self.rank}", json.dumps(what))
+
+    def _answer(self, what: dict) -> None:
+        self._store.set("answer", json.dumps(what))
+
+    def _hear(self, key: str, seconds: float) -> dict:
+        """What somebody told. Raises RunError when nobody does."""
+        began = time.monotonic()
+        for wait in (min(_SAY, seconds), seconds):
+            try:
+                self._store.wait([key], timedelta(seconds=max(wait - (time.monotonic() - began), 0.01)))
+                return json.loads(self._store.get(key))
+            except dist.DistStoreError:
+                who = "rank 0" if key == "answer" else key
+                if wait < seconds:
+                    log.warning(
+                        "depthscope waits for %s to call probes.record too; ranks=%r is for one process that records alone.",
+                        who,
+                        ONE,
+                    )
+        raise RunError(
+            f"Of {self.world} processes {who} did not call probes.record within {seconds:g} s: call it on every one of "
+            f"them, with the same path, or give ranks={ONE!r} where this process alone records."
+        )
+
+
+_DIFFERENCES = {
+    "path": "records at another path than rank 0: give one path to all, or to each its own.",
+    "values": "was given other ranks= than rank 0: give the same to all.",
+    "schedules": "was given other steps to record than rank 0: give the same every= and matrices_every= to all.",
+    "layout": "holds other layers than rank 0, as pipeline stages do: their values cannot be merged. "
+    f"Give ranks={LOCAL!r}: each process then records the layers that it holds.",
+}
+
+
+def _digest(value: object) -> str:
+    if isinstance(value, Layout):
+        value = value.to_json()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,154 @@
+"""One recorded step of a model that several processes train: what adds up is summed over them, and rank 0 makes the metrics.
+
+A step's sums are made of counts and of sums of squares, so those of all processes are those of the whole batch.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probes.flush import start_copy
+from probes.gradients import GradientNorms
+from probes.merging import Merging, Step, Sums, packed, together, unpack
+from probes.parallel import Parallel
+from probes.processes import Agreed
+from probes.sites import Sites
+from probes.tally import Tally
+from probes.taps import MATRICES, Taps
+from probes.updates import Updates, ratio_of
+from probes.vocabulary import METRICS
+
+_NAMES = tuple(METRICS)
+_PATIENCE, _HASTE = 60.0, 5.0  # seconds to wait for other processes at the end
+Found = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
+Done = Callable[[Found | None, Mapping[str, np.ndarray], str], None]
+
+
+class Together:
+    """`hand` over a step on every process. `done(found, own, why)` is called, in a thread, when those of all are known: on
+    rank 0 `found` are metrics, counts and sample, as `Tally.finish`, `.counts` and `.sampled` give them, elsewhere and
+    where they cannot be known None; `why` then says the reason. `own` are the values that were given as `own`."""
+
+    def __init__(self, agreed: Agreed, parallel: Parallel, sites: Sites):
+        self.parallel = parallel
+        self._rank, self._world = agreed.rank, agreed.world
+        self.merging = Merging(agreed)
+        self._twin = Tally(sites, torch.device("cpu"), self.merging.senders) if agreed.rank == 0 else None
+        self._elements = self._twin.sample.elements if self._twin is not None else 0
+        self.faults: set[str] = set()  # metrics that could not be measured somewhere, in the step done last
+
+    def hand(
+        self,
+        number: int,
+        taps: Taps,
+        gradients: GradientNorms,
+        updates: Updates,
+        faults: set[str],
+        own: dict,
+        done: Done,
+    ) -> None:
+        matrices = taps.mode == MATRICES
+        tally = taps.tally
+        tally.passes.settle()
+        wrong = torch.tensor([float(name in faults) for name in _NAMES])
+        sums = gradients.sums() | updates.sums(number)
+        shapes = gradients.shapes() | updates.shapes()
+        parts = {"vectors": packed([*tally.sums(False), *_present(sums, shapes), wrong.to(tally.device)])}
+        if matrices:
+            parts["matrices"] = packed(self._matrices(tally))
+            if self.merging.sends:
+                parts["sample"] = packed(tally.sample.tensors())
+        divisor = self.parallel.divisor
+        fetch = start_copy(parts | {("own", name): value for name, value in own.items()}, torch.float64)
+        values: dict = {}
+
+        def fetched() -> Sums:
+            values.update(fetch())
+            return values
+
+        def then(sums: Sums | None, why: str) -> None:
+            mine = {name: values[each] for each in values if isinstance(each, tuple) for name in each[1:]}
+            if self._rank or sums is None:
+                done(None, mine, why)
+            else:
+                done(
+                    self._made(sums, shapes, matrices, tally, gradients, divisor, mine.get("scale")), mine, ""
+                )
+
+        nbytes = sum(8 * part.numel() for part in parts.values())
+        self.merging.hand(Step(number, matrices, fetched, then, nbytes))
+
+    def close(self, status: str) -> bool:
+        """Whether all that was handed over has been summed."""
+        return self.merging.close(_PATIENCE if status == "finished" else _HASTE)
+
+    def _matrices(self, tally: Tally) -> list[Tensor]:
+        nonfinite, *depth = tally.sums(True)
+        # Of a state that several processes hold, each tells a share.
+        shares = [1.0 if row in tally.split else 1 / self.parallel.copies for row in range(len(nonfinite))]
+        told = nonfinite.double() * torch.tensor(shares, dtype=torch.float64).to(nonfinite.device)
+        return [told, *depth, *(self._slots(error) for error in _errors(tally))]
+
+    def _slots(self, mine: Tensor) -> Tensor:
+        """A place for each process's own, for what does not add up."""
+        slots = mine.new_zeros(self._world, *mine.shape)
+        slots[self._rank] = mine
+        return slots
+
+    # On rank 0, when the sums of all have come
+
+    def _made(
+        self,
+        sums: Sums,
+        shapes: dict[str, tuple[int, ...]],
+        matrices: bool,
+        live: Tally,
+        gradients: GradientNorms,
+        divisor: float,
+        scale: np.ndarray | None,
+    ) -> Found:
+        twin = self._twin
+        twin.reset()
+        twin.passes.repeated = live.passes.repeated
+        norms = {name: torch.zeros(1 + int(np.prod(shape))) for name, shape in shapes.items()}
+        wrong = torch.zeros(len(_NAMES))
+        unpack(sums["vectors"], [*twin.sums(False), *norms.values(), wrong])
+        self.faults = {name for name, times in zip(_NAMES, wrong.tolist(), strict=True) if times}
+        if matrices:
+            slots = [self._slots(error) for error in _errors(twin)]
+            unpack(sums["matrices"], [*twin.sums(True), *slots])
+            for error, slot in zip(_errors(twin), slots, strict=True):
+                error.copy_(slot.amax(0))
+            rows = len(twin.sample.state)
+            merged = together(sums["samples"], rows, self._elements)
+            twin.sample.state, twin.sample.output, twin.sample.about = map(torch.from_numpy, merged)
+        scale = None if scale is None else torch.tensor(float(scale))
+        metrics, counts = twin.finish(matrices), twin.counts(matrices)
+        for name in metrics:
+            if name.endswith("_grad_rms"):
+                metrics[name] = metrics[name] / (divisor if scale is None else divisor * scale)
+        found = {
+            name: part[1:].reshape(shape)
+            for (name, shape), part in zip(shapes.items(), norms.values(), strict=True)
+            if part[0]
+        }
+        updated = {name: found.pop(name) for name in ("moved", "size") if name in found}
+        metrics |= gradients.finished(found, scale) | ratio_of(updated)
+        return metrics, counts, twin.sampled() if matrices else {}
+
+
+def _present(sums: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:
+    """The sums there are, in the order of all that there may be, each after 1; zeros where there is none."""
+    like = next(iter(sums.values()), torch.zeros(()))
+    return [
+        torch.cat([like.new_ones(1), sums[name].reshape(-1)])
+        if name in sums
+        else like.new_zeros(1 + int(np.prod(shape)))
+        for name, shape in shapes.items()
+    ]
+
+
+def _errors(tally: Tally) -> list[Tensor]:
+    return [] if tally.errors is None else tally.errors.tensors()

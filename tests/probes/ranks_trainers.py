@@ -1,0 +1,75 @@
+"""Training scripts of others' making, for torchrun: `torchrun --nproc-per-node 2 -m tests.probes.ranks_trainers FOLDER`.
+
+Hugging Face's Trainer records at FOLDER/trainer, Accelerate at FOLDER/accelerate; the same on one process without torchrun.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import probes
+
+SIZE = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+BATCH, STEPS = 4, 3  # of all processes together
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZE))
+
+
+def texts() -> torch.Tensor:
+    return torch.randint(64, (BATCH * STEPS, 8), generator=torch.Generator().manual_seed(1))
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def trained_by_hugging_face(folder: Path, world: int) -> None:
+    rows = [{"input_ids": text, "labels": text} for text in texts()]
+    arguments = TrainingArguments(
+        str(folder / "out"), max_steps=STEPS, per_device_train_batch_size=BATCH // world, learning_rate=0.01,
+        lr_scheduler_type="constant", optim="sgd", report_to="none", use_cpu=True, logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    trainer = InOrder(llama(), arguments, train_dataset=rows)
+    probes.attach(trainer, folder / "trainer", every=1, matrices_every=1, strict=True)
+    trainer.train()
+
+
+def trained_by_accelerate(folder: Path) -> None:
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = llama()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    with probes.record(
+        model, folder / "accelerate", optimizer=optimizer, every=1, matrices_every=2, strict=True
+    ) as recorder:
+        for batch in texts().chunk(2 * STEPS):
+            with accelerator.accumulate(model):
+                part = batch.chunk(world)[rank]
+                loss = model(input_ids=part, labels=part).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                recorder.log(loss=loss)
+
+
+if __name__ == "__main__":
+    folder, world = Path(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    trained_by_hugging_face(folder, world)
+    trained_by_accelerate(folder)

@@ -1,0 +1,256 @@
+"""Several processes train one model: what is recorded is what one process records of the same batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import probes
+from probes import checking
+from probes import manifest as files
+from probes.merging import packed, together, unpack
+from probes.sampled import SAMPLED_METRICS
+from probes.vocabulary import OF_ONE
+from tests.probes import plain_reader
+
+ROOT = Path(__file__).parents[2]
+DEPTH = {"depth_weight", "depth_weight_std", "contribution_rms", "depth_entropy", "query_norm"}
+
+SHORT = ["ddp", "inner", "fsdp-masked-accumulate", "one_group-accumulate", "tp", "sp"]
+BROKEN = ["ddp-inf", "tp-inf", "sp-inf"]
+SCENES = ["nothing", "asked", "refused", "stages", "resumed", "unknown", "local-ddp", "one", "gone", "dead"]
+LONG = [
+    "ddp",
+    "ddp-masked-accumulate",
+    "fsdp",
+    "fsdp-masked-accumulate",
+    "hsdp",
+    "tp-4",
+    "sp-4",
+    "fsdp_tp",
+    "fsdp_sp",
+]
+
+
+def play(folder: Path, world: int, *cases: str) -> Path:
+    command = [sys.executable, "-m", "tests.probes.ranks_at_work", str(folder), str(world), *cases]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Every case, and every scene, by the same two processes: starting them is what takes time."""
+    return play(tmp_path_factory.mktemp("two"), 2, *SHORT, *BROKEN, *SCENES)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return play(tmp_path_factory.mktemp("four"), 4, *LONG)
+
+
+def told(folder: Path, scene: str) -> list[dict]:
+    return [json.loads((folder / f"{scene}.{rank}.json").read_text()) for rank in range(2)]
+
+
+def assert_alike(folder: Path, case: str) -> None:
+    run, alone = probes.open_run(folder / case), probes.open_run(folder / f"{case}-single")
+    assert run.status == "finished" and not run.problems
+    assert run.metrics == alone.metrics
+    assert set(SAMPLED_METRICS) | {"grad_norm", "clip_factor", "param_norm", "update_ratio"} <= set(
+        run.metrics
+    )
+    assert ("sp" in case) or set(run.metrics) >= DEPTH
+    for name in set(run.metrics) - {"wall_time", "step_time", "probe_time"}:
+        assert run.steps(name).tolist() == alone.steps(name).tolist()
+        # What is zero but for rounding has no digits to compare.
+        atol = 1e-6 if name == "identity_error" else 1e-7
+        np.testing.assert_allclose(run[name], alone[name], rtol=1e-5, atol=atol, err_msg=name)
+    squares = run["other_grad_norm"] ** 2 + (run["param_grad_norm"] ** 2).sum(1)
+    np.testing.assert_allclose(squares, run["grad_norm"] ** 2, rtol=1e-5)
+    np.testing.assert_allclose(run["clip_factor"], 0.25, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_every_metric_is_that_of_one_process_on_the_same_batch(case, two):
+    assert_alike(two, case)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_values_that_are_not_finite_are_counted_once(case, two):
+    run, alone = probes.open_run(two / case), probes.open_run(two / f"{case}-single")
+    assert alone["nonfinite"][0].min() > 0
+    np.testing.assert_array_equal(run["nonfinite"], alone["nonfinite"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", LONG)
+def test_every_metric_is_that_of_one_process_of_four(case, four):
+    """On a mesh of two by two, what is held twice is counted once."""
+    assert_alike(four, case)
+
+
+def test_a_run_says_how_it_was_trained(two):
+    ranks = {case: probes.open_run(two / case).manifest.ranks for case in SHORT}
+    assert all(each.world == 2 and each.values == "merged" for each in ranks.values())
+    assert ranks["ddp"].parallel == {"by": ["DistributedDataParallel"], "data": 2, "meshes": []}
+    assert ranks["tp"].parallel == {"by": [], "data": 1, "meshes": [{"shape": [2], "names": ["tp"]}]}
+    assert ranks["one_group-accumulate"].parallel["by"] == ["fully_shard"]
+    assert {"hidden_rms", "grad_norm"} <= set(ranks["ddp"].merged) and not set(OF_ONE) & set(
+        ranks["ddp"].merged
+    )
+    assert probes.open_run(two / "ddp-single").manifest.ranks.world == 1
+    assert "ranks" not in json.loads((two / "ddp-single" / files.MANIFEST).read_text())
+
+
+def test_rank_0_writes_and_the_others_say_that_they_live(two):
+    run = probes.open_run(two / "ddp")
+    assert run.ranks == {0: ("finished", ""), 1: ("finished", "")}
+    assert sorted(path.name for path in (two / "ddp" / "rank-00001").iterdir()) == [
+        files.END,
+        files.HEARTBEAT,
+    ]
+    assert "1 shard of 2 ranks" in str(checking.check(two / "ddp"))
+    assert np.unique(run["loss"]).tolist() == [1], "what the script logs is rank 0's"
+    rows = plain_reader.read(two / "ddp")["hidden_rms"]
+    np.testing.assert_array_equal([row for _, row in rows], run["hidden_rms"])
+
+
+def test_a_batch_without_sequences_adds_nothing(two):
+    run = probes.open_run(two / "nothing")
+    assert run.steps("hidden_rms").tolist() == [0, 1, 2] and not run.problems
+    assert np.isfinite(run["hidden_rms"]).all() and np.isfinite(run["mixing_share"][:, -1]).all()
+
+
+def test_a_step_that_one_process_alone_wants_is_let_go(two):
+    run = probes.open_run(two / "asked")
+    assert run.steps("hidden_rms").tolist() == [0, 4] and run.status == "finished"
+    assert run.problems == ["Steps 2 to 2 are missing: not all processes recorded it."]
+
+
+def test_refusals_are_of_all(two):
+    first, second = told(two, "refused")
+    assert {name: text.removesuffix(" (Rank 1 says so.)") for name, text in first.items()} == second
+    assert "already holds a run" in first["again"] and "other steps to record" in first["every"]
+    assert "ranks='local'" in first["stages"] and "No transformer layers were found" in first["ill"]
+    assert "give 'merged'" in first["word"] and first["places"] == ""
+
+
+def test_each_process_its_own(two):
+    """Pipeline stages: the layers of each, and what each saw of them."""
+    runs = [probes.open_run(two / "stages", rank) for rank in range(2)]
+    assert [len(run.layers) for run in runs] == [2, 4] and runs[0].manifest.ranks.values == "local"
+    assert [run["hidden_rms"].shape for run in runs] == [(2, 3), (2, 5)]
+    assert not checking.check(two / "stages").defects
+    with pytest.raises(
+        probes.RunError, match="no rank 2: it was recorded by 2 processes, of each rank alone"
+    ):
+        probes.open_run(two / "stages", 2)
+
+
+def test_one_process_may_record_alone(two):
+    seen, _ = told(two, "one")
+    assert "Of 2 processes rank 1 did not call probes.record within 0.5 s" in seen["waited"]
+    assert "each process holds a part" in seen["whole"]
+    run = probes.open_run(two / "one")
+    assert (run.manifest.ranks.world, run.manifest.ranks.values, run.ranks) == (2, "one", {})
+    # The gradients as they are when all have been averaged.
+    np.testing.assert_allclose(run["grad_norm"][-1], seen["norm"], rtol=1e-5)
+
+
+def test_local_values_merge_to_those_of_all(two):
+    parts = [probes.open_run(two / "local-ddp", rank) for rank in range(2)]
+    whole = np.sqrt(np.mean([part["hidden_rms"] ** 2 for part in parts], 0))
+    np.testing.assert_allclose(whole, probes.open_run(two / "ddp")["hidden_rms"], rtol=1e-5)
+    np.testing.assert_allclose(parts[0]["grad_norm"], parts[1]["grad_norm"], rtol=1e-6)
+    assert parts[1]["loss"].tolist() == [2, 2, 2]
+
+
+def test_a_run_of_several_is_continued(two):
+    run = probes.open_run(two / "resumed")
+    assert [(each.step, each.hidden_from) for each in run.attempts] == [(0, 2), (2, None)]
+    assert run.steps("grad_norm").tolist() == [0, 1, 2, 3, 4] and run.ranks[1] == ("finished", "")
+    assert "2 shards of 2 ranks in 2 attempts" in str(checking.check(run.path))
+
+
+def test_gradients_that_nobody_averages_are_not_told(two):
+    run = probes.open_run(two / "unknown")
+    assert run.steps("hidden_rms").tolist() == [0, 1]
+    assert "grad_norm" not in run and "output_grad_rms" not in run
+    assert "nothing tells" in json.dumps(run.attempts[0].told["missing"])
+
+
+@pytest.mark.long
+def test_trainers_of_others_under_torchrun(tmp_path):
+    """Hugging Face's Trainer and Accelerate: two processes record what one does."""
+    pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for how, world in ((launch, 2), ([], 1)):
+        script = ["-m", "tests.probes.ranks_trainers", str(tmp_path / f"{world}"), f"{world}"]
+        command = [sys.executable, *how, *script]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("trainer", "accelerate"):
+        run, alone = (probes.open_run(tmp_path / world / name) for world in "21")
+        assert run.manifest.ranks.parallel["by"] == ["DistributedDataParallel"]
+        assert run.metrics == alone.metrics and run.ranks[1] == ("finished", "") and not run.problems
+        assert run.steps("hidden_rms").tolist() == [0, 1, 2]
+        for metric in set(run.manifest.ranks.merged) & set(run.metrics):
+            atol = 1e-6 if metric == "identity_error" else 1e-7
+            np.testing.assert_allclose(run[metric], alone[metric], rtol=1e-5, atol=atol, err_msg=metric)
+
+
+def test_torch_may_be_done_before_the_recorder_is(two):
+    run = probes.open_run(two / "gone")
+    assert run.steps("grad_norm").tolist() == [0, 1] and run.status == "finished"
+
+
+def test_the_others_outlive_a_process_that_is_killed(two, monkeypatch):
+    assert json.loads((two / "dead.0.json").read_text()) == {"steps": 8}
+    assert not (two / "dead.1.json").exists()
+    monkeypatch.setattr(files, "SILENT_SECONDS", 0)
+    run = probes.open_run(two / "dead")
+    recorded = run.steps("hidden_rms").tolist()
+    assert run.status == "finished" and recorded == [0, 1, 2][: len(recorded)]
+    assert run.steps("lr").tolist() == list(range(8)), "what is rank 0's own is recorded to the end"
+    assert any(text.startswith("Rank 1 of 2 is stopped: no sign of life") for text in run.problems)
+    assert any("to 7 are missing: another process is gone" in text for text in run.problems)
+    assert not checking.check(run.path).defects
+
+
+@pytest.mark.parametrize("tokens", [(4, 4), (0, 4), (4, 0), (0, 0), (3, 1)])
+def test_samples_come_together(tokens):
+    """Those of several processes, one after the other, and nothing of one that has no tokens."""
+    rows, elements, width = 3, 8, 2
+    kept = []
+    for rank, count in enumerate(tokens):
+        state = np.full((rows, elements), np.nan, np.float32)
+        state[:, : count * width] = 10 * rank + np.arange(count * width)
+        about = np.zeros((2, rows, 3), np.float32)
+        about[:] = (count, width, 1e-7) if count else 0
+        kept.append(np.concatenate([state.ravel(), state.ravel() + 100, about.ravel()]))
+    states, outputs, about = together(np.stack(kept), rows, elements)
+    expected = [10 * rank + i for rank, count in enumerate(tokens) for i in range(count * width)]
+    assert states[0].tolist() == expected or (not expected and np.isnan(states).all())
+    np.testing.assert_array_equal(outputs, states + 100)
+    assert about[:, :, 0].tolist() == [[sum(tokens)] * rows] * 2
+
+
+def test_packing_gives_back_what_was_packed():
+    tensors = [
+        torch.tensor([1.5, 2.5]),
+        torch.tensor(2**40 + 1),
+        torch.tensor([[1 / 3]], dtype=torch.float64),
+    ]
+    into = [torch.zeros_like(tensor) for tensor in tensors]
+    unpack(packed(tensors).numpy(), into)
+    assert all(torch.equal(*pair) for pair in zip(tensors, into, strict=True))
+    with pytest.raises(ValueError, match="4 numbers for 2 places"):
+        unpack(packed(tensors).numpy(), into[:1])
