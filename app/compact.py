@@ -1,5 +1,6 @@
 """`depthscope compact RUN…`: a digest of long runs, by which they open in an instant."""
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -16,6 +17,7 @@ def compact(folders: tuple[Path, ...]) -> None:
     from app.glance import Unread
     from probes import RunError, compacting
     from probes.digest import FOLDER
+    from probes.ranks import ranks_in
     from probes.run import find_runs
 
     for folder in folders:
@@ -25,14 +27,15 @@ def compact(folders: tuple[Path, ...]) -> None:
         for path in paths:
             made, gone = [], []
             try:
-                run = Unread(path)
-                for attempt in run.attempts:
-                    into = attempt.shards / FOLDER
+                runs = [Unread(path)]
+                for rank in filter(None, ranks_in(path)):
+                    with contextlib.suppress(RunError):  # check says what is wrong with it
+                        runs.append(Unread(path, rank))
+                for attempt in (attempt for run in runs for attempt in run.attempts):
+                    into, layout = attempt.shards / FOLDER, runs[0].layout
                     gone += compacting.tidy(attempt, into)
                     whole = attempt.status != "running"
-                    made += [
-                        each.stat().st_size for each in compacting.compact(attempt, run.layout, into, whole)
-                    ]
+                    made += [each.stat().st_size for each in compacting.compact(attempt, layout, into, whole)]
             except RunError as error:
                 raise click.ClickException(str(error)) from error
             except OSError as error:

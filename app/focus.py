@@ -114,7 +114,7 @@ def _history(one: room.Shown, read: int, row: pd.DataFrame, name: str) -> None:
     when, pasts = reading.course(one.run, name, [(read - 1, int(s)) for s in strongest], len(steps) - 1)
     segment = reading.segments(one.run, name, np.searchsorted(steps, when))
     parts = [
-        pd.DataFrame({"run": short(labels[s]), "step": when, "value": past, "segment": segment})
+        pd.DataFrame({"run": words.short(labels[s]), "step": when, "value": past, "segment": segment})
         for s, past in zip(strongest, pasts.T, strict=True)
     ]
     frame = pd.concat(parts, ignore_index=True)
@@ -134,17 +134,9 @@ def _bars(part: pd.DataFrame, name: str, place: str, marked: pd.Series) -> pd.Da
     return pd.DataFrame(
         {
             "place": places,
-            "short": places.map(short),
+            "short": places.map(words.short),
             "value": part[name],
             "spread": part["depth_weight_std"] if name == "depth_weight" else np.nan,
             "chosen": marked,
         }
     )
-
-
-def short(label: str) -> str:
-    """ "emb.", "final", "12" and, for a depth block, "b3"."""
-    if label in ("embedding", "final read"):
-        return {"embedding": "emb.", "final read": "final"}[label]
-    number = next((word for word in label.split() if word.isdecimal()), label)
-    return f"b{number}" if label.startswith("depth block") else number

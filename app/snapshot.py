@@ -43,7 +43,7 @@ class Followed:
 
     def __init__(self, path: Path):
         self._turn = threading.Lock()
-        self._run = Run(path, cache.folder(path))
+        self._run = Run(path, cache=cache.folder(path))
 
     def look(self) -> Snapshot:
         """What is there now; between two looks without a new shard nothing is read."""

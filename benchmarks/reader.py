@@ -62,9 +62,10 @@ def measure(path: Path) -> dict[str, float]:
     lap("zoom")
     course = frames.of_source(run, "run", long_run.SPIKED, layer)
     lap("layer")
-    seen = (grid["value"].max(), shown.high.max(), course["high"].max())
-    if len(near) == 0 or set(map(float, seen)) != {long_run.SPIKE}:
-        raise SystemExit(f"The spike is not in every picture: {seen}")
+    lines = min(float(shown.high.max()), float(course["high"].max()))
+    # A cell of the heatmap shows the mean of its steps where the spike is less than three times as much.
+    if not len(near) or lines != long_run.SPIKE or grid["value"].max() < long_run.SPIKE / 3:
+        raise SystemExit("The spike is not in every picture.")
     return found | {"memory": memory(os.getpid())}
 
 

@@ -40,7 +40,7 @@ DOCUMENTED = (
     ("tokens", "tokens?runs=full&focus=full&read=18&source=15", "light", 800, 0),
     ("compare", "compare?runs=prenorm&runs=full&first=prenorm&second=full", "light", 800, 0),
 )
-LIVE_STEPS = 40  # of every run, before a live one is taken
+LIVE_STEPS = 20  # of every run, before a live one is taken
 
 
 def main() -> None:

@@ -175,19 +175,23 @@ class Attempt:
 
     def rely(self, names: list[str], folder: Path, layout: Layout) -> bool:
         """Take the digests in a folder whose shards are all among these; their rows leave the memory. Whether there were any."""
-        self._layout, there, new = layout, set(names), False
+        self._layout = layout
+        unseen = [path for name in digest_names(folder) if (path := folder / name) not in self._looked_at]
+        if not unseen:
+            return False
+        there, new = set(names), False
         taken = {name for digest in self.digests for name in digest.names}
-        for file in digest_names(folder):
-            path = folder / file
-            if path in self._looked_at:
-                continue
+        for path in unseen:
             self._looked_at.add(path)
             try:
                 digest = Digest(path, self.shards)
             except (DigestError, FileNotFoundError):
                 continue
             covered = set(digest.names)
-            if covered - there or covered & taken or digest.misfit(self.about) or not self._fits(digest):
+            if covered - there:
+                self._looked_at.discard(path)  # a shard may have been sealed since the folder was listed
+                continue
+            if covered & taken or digest.misfit(self.about) or not self._fits(digest):
                 continue
             self.digests.append(digest)
             taken |= covered

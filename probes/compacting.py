@@ -98,7 +98,10 @@ def compact(attempt: Attempt, layout: Layout, into: Path, whole: bool = True) ->
 
 def kept(attempt: Attempt, layout: Layout, cache: Path) -> Path:
     """The folder in a cache with digests of an attempt; where it is long and has none of its own, they are made."""
-    folder, names = cache / f"attempt-{attempt.number:05d}", shard_names(attempt.shards)
+    folder, names = (
+        cache / f"attempt-{attempt.number:05d}-rank-{attempt.rank:05d}",
+        shard_names(attempt.shards),
+    )
     for place in (attempt.shards / FOLDER, folder):
         attempt.rely(names, place, layout)
     size = 0

@@ -27,6 +27,7 @@ VERSION = "1"
 
 _CHUNK = 64 << 10  # bytes under one checksum
 _CRC = "crc"
+_MOST_SHARDS = 1_000_000
 _KINDS = {2: "<f2", 4: "<f4", 8: "<f8"}  # by the bytes of a number
 
 
@@ -189,9 +190,15 @@ class Digest:
         if at != len(self._sums):
             raise ValueError("it has not a checksum for each part")
         self.about = {key: value for key, value in metadata.items() if key not in ("digest", "metrics")}
+        if self._places["shards"].shape[0] > _MOST_SHARDS:
+            raise ValueError("it covers more shards than any")
         self.shards = [Covered(*map(int, row)) for row in self._tensor("shards", file, (None, 5))]
         self.names = [shard.name for shard in self.shards]
         self.metrics = {name: Column(**told) for name, told in json.loads(metadata["metrics"]).items()}
+        # Each row has a step and numbers of two bytes at least: what is read can be no more than the shards hold.
+        least = sum(told.rows * (8 + 2 * told.width) for told in self.metrics.values())
+        if least > sum(shard.size for shard in self.shards):
+            raise ValueError("it has more rows than its shards have room for")
         for name, told in self.metrics.items():
             if not all(type(n) is int and n >= 0 for n in (told.rows, told.width, told.first, told.last)):
                 raise ValueError(f"{name!r} has other numbers than sizes")

@@ -89,6 +89,7 @@ class Chart {
     const { view } = await vegaEmbed(box, spec, options);
     if (this.view) await keep(this.view, view);
     if (next.fields.length) this.listen(view, next.fields);
+    if (next.zoom) this.watch(view);
     this.view?.finalize();
     this.box?.remove();
     this.cells?.close();
@@ -108,6 +109,15 @@ class Chart {
       const datum = item?.datum ?? {};
       const hit = fields.every((field) => field in datum);
       this.report("click", hit ? Object.fromEntries(fields.map((field) => [field, datum[field]])) : {});
+    });
+  }
+
+  // The steps in sight, when a zoom has come to rest: there may be more of them than were sent.
+  watch(view) {
+    if (!("zoom_step" in view.getState({ signals: (name) => name === "zoom_step", data: () => false }).signals)) return;
+    view.addSignalListener("zoom_step", (_, seen) => {
+      clearTimeout(this.resting);
+      this.resting = setTimeout(() => this.report("zoom", seen ? { first: seen[0], last: seen[1] } : {}), 250);
     });
   }
 
@@ -172,6 +182,7 @@ class Chart {
   }
 
   close() {
+    clearTimeout(this.resting);
     document.removeEventListener("depthscope-step", this.onStep);
     this.sizes.disconnect();
     window.removeEventListener("resize", this.onResize);

@@ -3,13 +3,13 @@
 import pandas as pd
 import streamlit as st
 
-from app import causes, cells, draw, findings, focus, pick, room, view, words
+from app import causes, cells, draw, findings, pick, room, verdicts, view, words
 from app.charts import palette
 from app.charts.causes import agreement, paired, scatter
 from app.charts.lines import lines
 from app.charts.needed import ranked, removal
 from app.charts.triangle import triangle
-from app.derived import has
+from app.derived import has, metric
 from probes.attributed import EDGES, KEPT, LAYERS, MASS, METHODS, TITLES, Attribution
 
 LIVE = "live"
@@ -78,7 +78,7 @@ def _live(one: room.Shown) -> None:
         return
     frame = causes.live(one.run, step)
     with picture:
-        _edges(one, frame, "nats per token", step)
+        _edges(one, frame, metric(causes.LIVE).unit or "loss", step)
     st.caption(
         "Single layers, spread over sequences and ablation need a saved model: `depthscope attribute` measures them."
     )
@@ -97,7 +97,7 @@ def _file(one: room.Shown, found: Attribution) -> None:
     if methods:
         method = pick.choice("cause", "Method", {name: TITLES[name] for name in methods})
         _edges(one, causes.edges(found, method), about.unit, found.step or 0)
-        if (links := causes.idle(found)) is not None:
+        if (links := verdicts.idle(found)) is not None:
             st.info(words.plain(links.sentence()), icon=":material/link_off:")
     _layers(one, found)
     _what_if(one, found)
@@ -171,7 +171,7 @@ def _one_read(one: room.Shown, frame: pd.DataFrame, unit: str) -> None:
             format_func=lambda n: words.capital(reads[n]),
             on_change=lambda: view.change(cause_read=st.session_state[key]),
         )
-        part = frame[frame["number"] == number].assign(short=lambda rows: rows["from"].map(focus.short))
+        part = frame[frame["number"] == number].assign(short=lambda rows: rows["from"].map(words.short))
         top = {
             name: part.loc[part[name].abs().idxmax(), "from"]
             for name in ("weight", "value")
@@ -190,7 +190,7 @@ def _one_read(one: room.Shown, frame: pd.DataFrame, unit: str) -> None:
         known = causes.correlations(frame)
         if known["value"].notna().any():
             draw.show(
-                agreement(known.dropna(subset=["value"]), causes.agreement(frame), height=330),
+                agreement(known.dropna(subset=["value"]), verdicts.agreement(frame), height=330),
                 key=f"agreement {one.name}",
                 data=known,
             )
@@ -201,7 +201,7 @@ def _compared(one: room.Shown, frame: pd.DataFrame, unit: str) -> None:
     wide = frame[frame["sources"] > 2].dropna(subset=["even", "value"])
     if wide.empty:
         return
-    chart = scatter(wide, odd, unit, f"{one.name}: {causes.scatter_sentence(frame)}")
+    chart = scatter(wide, odd, unit, f"{one.name}: {verdicts.scatter_sentence(frame)}")
     draw.show(chart, key=f"scatter {one.name}", data=wide)
 
 
@@ -226,7 +226,7 @@ def _layers(one: room.Shown, found: Attribution) -> None:
     left, right = st.columns(2, gap="medium", vertical_alignment="top")
     with left:
         label = f"{TITLES[method]} ({found.about.unit})"
-        chart = ranked(frame, "value", label, order, f"{one.name}: {causes.needed(frame)}", error="error")
+        chart = ranked(frame, "value", label, order, f"{one.name}: {verdicts.needed(frame)}", error="error")
         draw.show(chart, key=f"needed {one.name}", data=frame)
     with right:
         if frame["share"].notna().any():
@@ -238,8 +238,8 @@ def _layers(one: room.Shown, found: Attribution) -> None:
             st.caption(
                 "The layers’ shares of the final state are not known here (`mixing_share` was not recorded)."
             )
-    st.markdown(words.plain(causes.ballast_sentence(found)))
-    ballast = causes.ballast(found)
+    st.markdown(words.plain(verdicts.ballast_sentence(found)))
+    ballast = verdicts.ballast(found)
     if len(ballast):
         st.dataframe(_evidence(ballast, found), hide_index=True, width="stretch")
 
@@ -272,7 +272,7 @@ def _what_if(one: room.Shown, found: Attribution) -> None:
     for kind, place in zip(kinds, st.columns(2, gap="medium", vertical_alignment="bottom"), strict=False):
         frame = causes.curve_frame(found.curves[kind])
         with place:
-            chart = removal(frame, kind, label, causes.guide(found.curves[kind], kind))
+            chart = removal(frame, kind, label, verdicts.guide(found.curves[kind], kind))
             draw.show(chart, key=f"without {kind} {one.name}", data=frame)
 
 

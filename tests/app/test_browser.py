@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from probes.writer import RunWriter
@@ -113,6 +114,29 @@ def test_a_growing_run_grows_on_screen(serve, watched, tmp_path):
 PICTURE = "document.querySelector('.depthscope-chart canvas').toDataURL()"
 TICKS = "[...document.querySelectorAll('.role-axis-label text')].map(t => t.textContent).slice(0, 4)"
 LIVE = "Number(document.body.innerText.match(/live, step ([\\d,]+)/)?.[1].replace(/,/g, ''))"
+
+
+def test_zooming_into_a_long_run_shows_more_of_its_steps(serve, watched, tmp_path):
+    writer = RunWriter(tmp_path / "runs" / "long", made.manifest("full", blocks=1))
+    losses = np.sin(np.arange(20_000) / 900).astype(np.float32)
+    losses[12_345] = 50
+    writer.put(lambda: [("loss", step, value) for step, value in enumerate(losses)], 20_000)
+    writer.close("finished")
+    watched.goto(serve(tmp_path / "runs"))
+    watched.wait_for_selector(".mark-symbol path")
+    drawn = "document.querySelectorAll('.depthscope-chart .mark-symbol path').length"
+    before = watched.evaluate(drawn)
+    assert before <= 2000
+    box = watched.locator(".depthscope-chart").bounding_box()
+    watched.mouse.move(box["x"] + box["width"] * 0.62, box["y"] + box["height"] / 2)
+    watched.keyboard.down("Control")
+    for _ in range(6):
+        watched.mouse.wheel(0, -300)
+        watched.wait_for_timeout(50)
+    watched.keyboard.up("Control")
+    watched.wait_for_function(f"{drawn} > {before} + 500", timeout=15_000)
+    watched.locator(".depthscope-chart").dblclick()
+    watched.wait_for_function(f"{drawn} === {before}", timeout=15_000)
 
 
 def _live_step(page) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from app import causes
+from app import causes, verdicts
 from probes import open_run
 from probes.attributed import FOLDER, Curve
 from probes.layout import Layout
@@ -132,7 +132,7 @@ def test_rank_correlation_is_spearmans():
     assert causes.correlations(frame)["value"].tolist() == pytest.approx([1])
     assert causes.correlations(frame.assign(value=-frame["value"]))["value"].tolist() == pytest.approx([-1])
     assert causes.correlations(frame.assign(weight=0.25))["value"].isna().all()
-    assert "cannot be compared" in causes.agreement(frame.assign(weight=1.0))
+    assert "cannot be compared" in verdicts.agreement(frame.assign(weight=1.0))
 
 
 def test_disagreements_are_the_heavy_without_effect_and_the_light_with_it():
@@ -141,27 +141,27 @@ def test_disagreements_are_the_heavy_without_effect_and_the_light_with_it():
     odd = causes.disagreements(frame)
     assert odd.loc[odd["odd"] == "weight", "label"].iloc[0] == "5 ← emb."
     assert odd.loc[odd["odd"] == "effect", "label"].iloc[0] == "5 ← 7"
-    assert causes.scatter_sentence(frame).startswith(
+    assert verdicts.scatter_sentence(frame).startswith(
         "More weight than effect: the embedding in layer 5 (attention)"
     )
 
 
 def test_the_idle_link_is_there_or_said_to_be_missing(attributed):
     found = open_run(attributed / "full").attributions()[-1]
-    links = causes.idle(found)
+    links = verdicts.idle(found)
     assert len(links.links) and (links.links["value"].abs() + 2 * links.links["error"] <= 0.003).all()
     assert links.sentence().startswith("High weight and no effect: ")
     effects = np.where(found.layout.triangle(), 0.5, np.nan)
-    none = causes.idle(replace(found, edges={"ablation": effects}))
+    none = verdicts.idle(replace(found, edges={"ablation": effects}))
     assert none.links.empty and "There is no link of high weight and no effect: of" in none.sentence()
     # An effect of zero that is not sure is none either.
     unsure = replace(
         found, edges={"ablation": 0 * effects}, edges_std={"ablation": np.full(effects.shape, 9.0)}
     )
-    assert causes.idle(unsure).links.empty
+    assert verdicts.idle(unsure).links.empty
     even = replace(found, weight=np.where(found.layout.triangle(), 1.0, np.nan))
-    assert causes.idle(even).sentence().startswith("No link has a weight of")
-    assert causes.idle(replace(found, edges={})) is None
+    assert verdicts.idle(even).sentence().startswith("No link has a weight of")
+    assert verdicts.idle(replace(found, edges={})) is None
 
 
 def test_the_better_guide_is_the_curve_that_stays_low():
@@ -169,15 +169,15 @@ def test_the_better_guide_is_the_curve_that_stays_low():
     curve = Curve(
         counts, {"weight": 2 + rise, "attribution": 2 + rise**2, "random": np.stack([2 + 2 * rise] * 2)}
     )
-    assert causes.area(curve, "weight") == pytest.approx(0.25)
-    assert causes.area(curve, "random") == pytest.approx(0.5)
-    told = causes.guide(curve, "layers")
+    assert verdicts.area(curve, "weight") == pytest.approx(0.25)
+    assert verdicts.area(curve, "random") == pytest.approx(0.5)
+    told = verdicts.guide(curve, "layers")
     assert (
         told.startswith("The better guide to layers is their attribution: while half")
         and "chance" not in told
     )
     worse = Curve(counts, {"weight": 2 + 3 * rise, "random": np.stack([2 + rise])})
-    assert "no better than chance" in causes.guide(worse, "layers")
+    assert "no better than chance" in verdicts.guide(worse, "layers")
 
 
 def test_shares_are_those_that_were_recorded_where_none_were_measured(tmp_path):
