@@ -171,7 +171,9 @@ def other_thing(path: Path, chance: random.Random) -> None:
 
 def changed_run(folder: Path, chance: random.Random) -> None:
     """One of the golden runs in `folder`, changed in a few places."""
-    shutil.copytree(GOLDEN / chance.choice(["format-1", "format-2", "format-2"]), folder, copy_function=shutil.copyfile)
+    shutil.copytree(
+        GOLDEN / chance.choice(["format-1", "format-2", "format-2"]), folder, copy_function=shutil.copyfile
+    )
     for _ in range(chance.choice([1, 1, 2, 3])):
         paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or path.exists())
         path = chance.choice(paths)
