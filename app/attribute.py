@@ -1,29 +1,12 @@
 """`depthscope attribute RUN`: what the loss would be without each depth edge and each layer; written into the run."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from app import checkpoints
 from app.choosing import layer_options
-from probes.attributed import (
-    ABLATION,
-    GRADIENT,
-    KEPT,
-    MASS,
-    METHODS,
-    REMOVAL,
-)
-from probes.manifest import RunError
-from probes.run import Run
 
-if TYPE_CHECKING:
-    pass
-
-TARGETS = {"loss": 0, "token": 1, "difference": 2}  # and how many tokens each is about
 _SIZES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
@@ -54,9 +37,9 @@ def _bytes(context: click.Context, option: click.Parameter, value: str | None) -
 @click.option("--model", help="How the model is made, MODULE:FUNCTION  [default: by the run's configuration]")
 @click.option(
     "--methods",
-    default=f"{GRADIENT},{ABLATION},{REMOVAL}",
+    default="gradient,ablation,removal",
     show_default=True,
-    help=f"Among {', '.join(METHODS)}; or all.",
+    help="Among gradient, ablation, removal, integrated and shapley; or all.",
 )
 @click.option(
     "--target", default="loss", show_default=True, help="loss, token (its logit) or difference (of two)."
@@ -70,7 +53,7 @@ def _bytes(context: click.Context, option: click.Parameter, value: str | None) -
 )
 @click.option("--position", default=-1, show_default=True, help="Where the logit is taken, in each sequence.")
 @click.option(
-    "--mass", default=KEPT, show_default=True, help="kept or shared: the weight of a removed source."
+    "--mass", default="kept", show_default=True, help="kept or shared: the weight of a removed source."
 )
 @click.option(
     "--sequences", default=16, show_default=True, type=click.IntRange(1), help="Sequences of tokens."
@@ -101,15 +84,17 @@ def attribute(folder: Path, **options) -> None:
     Attribution. Recorded shards are not touched.
     """
     try:
+        from app.asking import asked, files
         from app.attributing import attribute_one
+        from probes import RunError
     except ModuleNotFoundError as error:
         raise click.ClickException(
             f'attribute needs {error.name}, and only the viewer is installed: pip install "depthscope[probes]".'
         ) from error
     try:
-        asked = _asked(folder, options)
-        for path in _files(asked.run, options["checkpoint"]):
-            attribute_one(asked, path)
+        wanted = asked(folder, options)
+        for path in files(wanted.run, options["checkpoint"]):
+            attribute_one(wanted, path)
     except RunError as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
@@ -120,73 +105,3 @@ def attribute(folder: Path, **options) -> None:
         raise click.ClickException(
             "Stopped; what was done is kept. Give the same command again to go on."
         ) from None
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a command asks for, checked as far as the command alone tells."""
-
-    run: Run
-    methods: tuple[str, ...]
-    target: str
-    tokens: tuple[int, ...]
-    position: int
-    mass: str
-    sequences: int
-    context: int
-    step: int | None
-    steps: int
-    samples: int
-    seed: int
-    what_if: bool
-    memory: float | None
-    dry_run: bool
-    data: Path | None
-    model: str | None
-    choice: dict
-
-
-def _asked(folder: Path, options: dict) -> Asked:
-    run = Run(folder)
-    names = tuple(name.strip() for name in options["methods"].split(",") if name.strip())
-    methods = tuple(METHODS) if names == ("all",) else names
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown or not methods:
-        raise RunError(
-            f"There is no method {', '.join(unknown) or 'given'}: choose among {', '.join(METHODS)}, or all."
-        )
-    if options["target"] not in TARGETS:
-        raise RunError(f"There is no target {options['target']}: choose among {', '.join(TARGETS)}.")
-    if options["mass"] not in MASS:
-        raise RunError(f"There is no mass {options['mass']}: choose {' or '.join(MASS)}.")
-    if (wanted := TARGETS[options["target"]]) != len(options["tokens"]):
-        raise RunError(
-            f"The target {options['target']} is about {wanted or 'no'} token{'s' * (wanted != 1)}: give --token "
-            f"{'twice' if wanted == 2 else 'once' if wanted else 'not at all'}."
-        )
-    training = run.config.get("training")
-    known = [run.config.get("context"), training.get("context") if isinstance(training, dict) else None, 128]
-    context = options["context"] or min(size for size in known if isinstance(size, int) and size > 1)
-    choice = {name: options[name] for name in ("stack", "layers", "norms")}
-    given = {name: options[name] for name in Asked.__dataclass_fields__ if name in options}
-    return Asked(**given | {"run": run, "methods": methods, "context": context, "choice": choice})
-
-
-def _files(run: Run, given: Path | None) -> list[Path]:
-    if given is not None and not given.is_dir():
-        return [given]
-    if given is not None:
-        found = sorted(
-            path for path in given.iterdir() if path.suffix in (".safetensors", ".pt", ".pth", ".bin")
-        )
-        if not found:
-            raise RunError(
-                f"There is no checkpoint in {given}: give the file that holds the model's parameters."
-            )
-        return found
-    found = checkpoints.checkpoints(run.path)
-    if not found:
-        raise RunError(
-            f"{run.name} has saved no checkpoint: give one with --checkpoint, or train with --checkpoint-every."
-        )
-    return found[-1:]

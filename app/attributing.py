@@ -10,8 +10,8 @@ import click
 import torch
 from torch import Tensor, nn
 
-from app import causes, checkpoints, sequences, words
-from app.attribute import Asked
+from app import checkpoints, sequences, verdicts, words
+from app.asking import Asked
 from app.checkpoints import Checkpoint
 from probes import attribution, target
 from probes.attributed import Attribution, attribution_path, read_attribution, write_attribution
@@ -173,5 +173,5 @@ def _announce(asked: Asked, step: int, estimate: Estimate) -> None:
 
 
 def _tell(found: Attribution, name: str) -> None:
-    for sentence in causes.sentences(found, name):
+    for sentence in verdicts.sentences(found, name):
         click.echo(sentence)

@@ -7,12 +7,17 @@ import click
 
 @click.command()
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--repair", "mend", is_flag=True, help="Move damaged shards into a quarantine inside the run.")
+@click.option(
+    "--repair",
+    "mend",
+    is_flag=True,
+    help="Move damaged shards into a quarantine inside the run, and delete digests that do not fit.",
+)
 def check(folders: tuple[Path, ...], mend: bool) -> None:
     """Verify every byte of the runs at or below FOLDERS, and explain what is wrong.
 
     The exit code is 1 when anything is wrong and not repaired. A repair moves shards that cannot be trusted, which no
-    reader uses, and touches nothing else.
+    reader uses, deletes digests that do not fit their shards, and touches nothing else.
     """
     from probes import checking
     from probes.run import find_runs

@@ -7,6 +7,7 @@ import click
 from app.attribute import attribute
 from app.bench import bench
 from app.check import check
+from app.compact import compact
 from app.demo import demo
 from app.describe import describe
 from app.server import free, serve
@@ -53,6 +54,7 @@ main.add_command(demo)
 main.add_command(bench)
 main.add_command(describe)
 main.add_command(check)
+main.add_command(compact)
 main.add_command(attribute)
 
 

@@ -27,6 +27,7 @@ SAMPLE_RUNS = Path(__file__).resolve().parent.parent / "sample_runs"
 SHAPE = {"width": 128, "blocks": 12, "heads": 4, "kv_heads": 2, "context": 128}
 BATCH = 4
 BLOCK_LAYERS = 3  # eight depth blocks
+TOKENS_EVERY = 20  # steps between snapshots of the tokens of two sequences
 
 
 @click.command()
@@ -96,7 +97,10 @@ def train_three(runs: Path, steps: int, text: Path | None, checkpoint_every: int
                 DecoderConfig(residual=kind, **SHAPE, **extra),
                 config,
                 corpus,
-                Schedule(checkpoint_every=checkpoint_every),
+                Schedule(
+                    tokens_every=None if kind == "prenorm" else TOKENS_EVERY,
+                    checkpoint_every=checkpoint_every,
+                ),
                 ["demo"],
             )
             for kind, extra in kinds.items()

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from app import cells as pictures
-from app import frames, match, reads, words
+from app import frames, match, reading, reads, words
 from probes import Run
 from probes.vocabulary import OUTPUT, STATE, metric
 
@@ -181,8 +181,8 @@ def _measures(run: Run, step: int) -> dict[str, float]:
     good = len(row) and np.isfinite(row).all() and row.min() > 0
     found["Output gradient RMS, max/min"] = row.max() / row.min() if good else np.nan
     found["Output gradient RMS, CV"] = row.std() / row.mean() if good else np.nan
-    routing = reads.over_training(run, "")
-    routing = routing[routing["step"] <= step]
+    last = frames.nearest(reading.steps(run, "depth_weight"), step)
+    routing = reads.over_training(run, "", index=np.array([] if last is None else [last], np.int64))
     for name, label in reads.MEASURES.items():
         found[label] = float(routing[name].iloc[-1]) if len(routing) else np.nan
     return found

@@ -25,10 +25,12 @@ def show(
     frames: Frames | None = None,
     fields: Sequence[str] = (),
     on_click: Callable[[dict], None] | None = None,
+    on_zoom: Callable[[dict], None] | None = None,
 ) -> None:
     """Draw `chart` under its title, which is text so that it wraps. `key` is stable and names saved files.
 
-    `frames` are the rows' numbers at other steps, for the player; `on_click` hears the `fields` of a clicked mark.
+    `frames` are the rows' numbers at other steps, for the player; `on_click` hears the `fields` of a clicked mark,
+    `on_zoom` the steps in sight.
     """
     title, subtitle = _title(chart)
     with st.container(horizontal=True, wrap=False, vertical_alignment="center", gap="small"):
@@ -39,7 +41,9 @@ def show(
             _save(chart, data, key)
     if subtitle:
         st.caption(words.plain(subtitle))
-    browser.chart(chart, key=f"chart {key}", alt=title, frames=frames, fields=fields, on_click=on_click)
+    browser.chart(
+        chart, key=f"chart {key}", alt=title, frames=frames, fields=fields, on_click=on_click, on_zoom=on_zoom
+    )
 
 
 def _save(chart: alt.TopLevelMixin, data: pd.DataFrame | None, key: str) -> None:

@@ -137,9 +137,9 @@ def picture(cells: pd.DataFrame, label: str, name: str) -> str:
     return told.get(name, routing)(known, label)
 
 
-def tokens(line: pd.DataFrame, read: str, source: str, step: int) -> str:
+def tokens(line: pd.DataFrame, run: str, read: str, source: str, step: int) -> str:
     """At which token a read takes most and least from one source."""
-    about = f"What {words.the(read)} reads from {words.the(source)} at step {words.step(step)}"
+    about = f"What {words.the(read)} of {run} reads from {words.the(source)} at step {words.step(step)}"
     known = line[line["weight"].notna()]
     if known.empty:
         return f"{about}: nothing recorded"

@@ -3,8 +3,9 @@
 import numpy as np
 import pandas as pd
 
-from app import gaps, words
-from app.frames import POINTS, series
+from app import reading, words
+from app.frames import POINTS
+from app.reading import series
 from probes import Run
 from probes.vocabulary import OUTPUT, metric
 
@@ -46,14 +47,14 @@ def fitted(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_training(run: Run, label: str, name: str) -> pd.DataFrame:
-    """run, step, exponent, r2, segment at every recorded step."""
+    """run, step, exponent, r2, segment at every recorded step, or at the telling ones of very many."""
     steps, values = series(run, name)
     if not len(steps):
         return pd.DataFrame(columns=["run", "step", "exponent", "r2", "segment"])
-    keep = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), POINTS)).round().astype(int))
+    keep = reading.telling(run, name, POINTS)
     values = values[keep][:, 1:] if metric(name).axes == OUTPUT else values[keep]
     slope, _, r2 = slopes(values)
-    segment = gaps.segments(run, steps)[keep]
+    segment = reading.segments(run, name, keep)
     return pd.DataFrame({"run": label, "step": steps[keep], "exponent": slope, "r2": r2, "segment": segment})
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from app import cells, draw, frames, gaps, room, view, words
+from app import cells, draw, reading, room, view, words
 from app.charts import palette
 from app.charts.bars import bars
 from app.charts.lines import lines
@@ -106,21 +106,20 @@ def _readers(one: room.Shown, read: int | None, source: int, frame: pd.DataFrame
 
 def _history(one: room.Shown, read: int, row: pd.DataFrame, name: str) -> None:
     """The strongest sources of one read over training, one line each."""
-    steps, values = frames.series(one.run, name)
+    steps = reading.steps(one.run, name)
     strongest = row.dropna(subset=[name]).sort_values(name, ascending=False)["source"].to_numpy()[:FOLLOWED]
     if not len(strongest):
         return
     labels = cells.columns(one.run, name)
-    segment = gaps.segments(one.run, steps)
+    when, pasts = reading.course(one.run, name, [(read - 1, int(s)) for s in strongest], len(steps) - 1)
+    segment = reading.segments(one.run, name, np.searchsorted(steps, when))
     parts = [
-        pd.DataFrame(
-            {"run": short(labels[s]), "step": steps, "value": values[:, read - 1, s], "segment": segment}
-        )
-        for s in strongest
+        pd.DataFrame({"run": words.short(labels[s]), "step": when, "value": past, "segment": segment})
+        for s, past in zip(strongest, pasts.T, strict=True)
     ]
     frame = pd.concat(parts, ignore_index=True)
     colours = dict(zip(dict.fromkeys(frame["run"]), palette.RUNS, strict=False))
-    past = values[:, read - 1, strongest[0]]
+    past = pasts[:, 0]
     past = past[np.isfinite(past)]
     title = (
         f"From {words.the(labels[strongest[0]])}: {words.number(float(past[0]))} at first, "
@@ -135,17 +134,9 @@ def _bars(part: pd.DataFrame, name: str, place: str, marked: pd.Series) -> pd.Da
     return pd.DataFrame(
         {
             "place": places,
-            "short": places.map(short),
+            "short": places.map(words.short),
             "value": part[name],
             "spread": part["depth_weight_std"] if name == "depth_weight" else np.nan,
             "chosen": marked,
         }
     )
-
-
-def short(label: str) -> str:
-    """ "emb.", "final", "12" and, for a depth block, "b3"."""
-    if label in ("embedding", "final read"):
-        return {"embedding": "emb.", "final read": "final"}[label]
-    number = next((word for word in label.split() if word.isdecimal()), label)
-    return f"b{number}" if label.startswith("depth block") else number

@@ -1,13 +1,14 @@
 """Frames: a run's numbers as the rows a chart draws. What was not recorded gives no rows."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
-from app import gaps
-from app.derived import DERIVED, metric
+from app import gaps, reading
+from app.derived import metric
+from app.reading import series
 from probes import Run
 from probes.layout import Layout
 from probes.vocabulary import BLOCK, LAYER, OUTPUT, READ, STATE
@@ -19,18 +20,6 @@ STOPS = 400  # a step slider's stops at most
 PLAYED = 1_000_000  # numbers sent along for playback, at most
 
 
-def series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps int64 [N] and values float32 [N, ...] of one metric, or a derived one; N = 0 where it was not recorded."""
-    if name in DERIVED:
-        steps, values = series(run, DERIVED[name].source)
-        return steps, DERIVED[name].take(values) if len(steps) else values
-    if name not in run:
-        return np.empty(0, np.int64), np.empty(0, np.float32)
-    steps, values = run.steps(name), run[name]
-    count = min(len(steps), len(values))  # a refresh may fall between the two reads
-    return steps[:count], values[:count]
-
-
 def nearest(steps: np.ndarray, step: int) -> int | None:
     """Index of the last recorded step that is not after `step`; None when the first comes later."""
     index = int(np.searchsorted(steps, step, side="right")) - 1
@@ -40,17 +29,13 @@ def nearest(steps: np.ndarray, step: int) -> int | None:
 def stops(runs: Iterable[Run], names: Iterable[str]) -> list[int]:
     """Every step at which any of the runs recorded any of the metrics, thinned to at most 400, ends kept."""
     names = list(names)
-    found = [series(run, name)[0] for run in runs for name in names]
-    steps = np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
-    return thinned([int(step) for step in steps], STOPS)
+    recorded = [reading.steps(run, name) for run in runs for name in names]
+    return thinned(gaps.together(recorded), STOPS)
 
 
-def thinned(steps: list[int], most: int) -> list[int]:
+def thinned(steps: Sequence[int], most: int) -> list[int]:
     """All steps, or at most as many (but two), evenly chosen, ends kept."""
-    most = max(2, most)
-    if len(steps) <= most:
-        return steps
-    return [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, most).round().astype(int))]
+    return [int(steps[i]) for i in reading.even(len(steps), max(2, most))]
 
 
 def scalars(runs: Iterable[Run]) -> list[str]:
@@ -75,61 +60,101 @@ def places(layout: Layout, axes: tuple[str, ...]) -> list[tuple[int, str]]:
 
 
 def scalar(
-    run: Run, label: str, name: str, x: str = "step", window: int = 1, most: int = POINTS
+    run: Run,
+    label: str,
+    name: str,
+    x: str = "step",
+    window: int = 1,
+    most: int = POINTS,
+    zoom: tuple[int, int] | None = None,
 ) -> pd.DataFrame:
-    """run, step, x, low, value, high, segment: one row per recorded step, or minimum, mean and maximum of `most` bins.
+    """run, step, x, low, value, high, nonfinite, segment: one row per recorded step, or minimum, mean and maximum of about
+    `most` bins, and of as many more within the steps of `zoom`; `nonfinite` counts what a bin leaves out.
 
-    `x` "tokens" or "wall_time" gives what was logged of it by that step. `window` recorded points are averaged; low
-    and high are then the extremes within the window, so that a spike stays in the band. `segment` counts the gaps.
+    `x` "tokens" or "wall_time" gives what was logged of it by that step. `window` recorded points are averaged (as many
+    bins as hold them); low and high are then the extremes within the window, so that a spike stays in the band. `segment`
+    counts the gaps.
     """
-    steps, values = series(run, name)
-    values = finite(values).astype(np.float64)
-    segment = gaps.segments(run, steps)
-    low, high = values, values
-    if window > 1 and len(values):
-        values, low, high = _smooth(values, window, segment)
-    along = steps.astype(np.float64)
+    fields = ["run", "step", "x", "low", "value", "high", "nonfinite", "segment"]
+    if not len(reading.steps(run, name)):
+        return pd.DataFrame(columns=fields)
+    frame = _binned(run, name, 0, window, most)
+    if zoom is not None and len(reading.steps(run, name)) > most:
+        fine = _binned(run, name, 0, window, most, zoom)
+        if len(fine):
+            outside = (frame["step"] < fine["step"].iloc[0]) | (frame["step"] > fine["until"].iloc[-1])
+            frame = pd.concat([frame[outside], fine]).sort_values("step", kind="stable", ignore_index=True)
+    frame = frame.assign(run=label, x=frame["step"].astype(np.float64))
     if x != "step":
         known, told = series(run, x)
-        along = np.interp(steps, known, told) if len(known) else np.full(len(steps), np.nan)
-    if len(steps) > most:
-        starts = _bins(len(steps), most, segment)
-        low, high = np.fmin.reduceat(low, starts), np.fmax.reduceat(high, starts)
-        counts = np.add.reduceat(np.isfinite(values).astype(np.float64), starts)
-        total = np.add.reduceat(np.nan_to_num(values), starts)
-        values = np.divide(total, counts, out=np.full_like(total, np.nan), where=counts > 0)
-        steps, along, segment = steps[starts], along[starts], segment[starts]
-    frame = pd.DataFrame(
+        frame["x"] = np.interp(frame["step"], known, told) if len(known) else np.nan
+        frame = frame.dropna(subset=["x"])
+    return frame[fields]
+
+
+def _binned(
+    run: Run,
+    name: str,
+    position: int,
+    window: int = 1,
+    most: int = POINTS,
+    zoom: tuple[int, int] | None = None,
+) -> pd.DataFrame:
+    """step, until, low, value, high, nonfinite, segment of one entry of a metric that was recorded."""
+    bins = reading.binned(run, name, most, [position], zoom)
+    low, value, high = (part[:, 0].astype(np.float64) for part in (bins.low, bins.mean, bins.high))
+    segment = reading.segments(run, name, bins.start)
+    window = round(window * len(bins) / max(1, int(bins.count.sum())))
+    if window > 1:
+        value, low, high = _smooth(value, low, high, window, segment)
+    return pd.DataFrame(
         {
-            "run": label,
-            "step": steps,
-            "x": along,
+            "step": bins.first,
+            "until": bins.last,
             "low": low,
-            "value": values,
+            "value": value,
             "high": high,
+            "nonfinite": bins.nonfinite[:, 0],
             "segment": segment,
         }
     )
-    return frame if x == "step" else frame.dropna(subset=["x"])
 
 
 def smoothing(runs: Iterable[Run], name: str) -> int:
     """A window for all runs of a chart: a fiftieth of the points of the longest."""
-    return max((len(series(run, name)[0]) for run in runs), default=0) // 50
-
-
-def _bins(count: int, most: int, segment: np.ndarray) -> np.ndarray:
-    """Where each of about `most` equal bins begins; none reaches across a gap."""
-    even = np.linspace(0, count, most, endpoint=False).astype(int)
-    return np.union1d(even, np.flatnonzero(np.diff(segment)) + 1)
+    return max((len(reading.steps(run, name)) for run in runs), default=0) // 50
 
 
 def _smooth(
-    values: np.ndarray, window: int, segment: np.ndarray
+    value: np.ndarray, low: np.ndarray, high: np.ndarray, window: int, segment: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, minimum and maximum of the last `window` values at each point, blanks left out; begins anew after a gap."""
-    rolling = pd.Series(values).groupby(segment).rolling(window, min_periods=1)
-    return rolling.mean().to_numpy(), rolling.min().to_numpy(), rolling.max().to_numpy()
+
+    def rolling(values: np.ndarray):
+        return pd.Series(values).groupby(segment).rolling(window, min_periods=1)
+
+    return rolling(value).mean().to_numpy(), rolling(low).min().to_numpy(), rolling(high).max().to_numpy()
+
+
+def latest(runs: Mapping[str, Run], name: str, x: str = "step", most: int = 50) -> pd.DataFrame:
+    """run, step, value: the last finite values of each run up to the last step that all have, and its own last one."""
+    parts = {}
+    for label, run in runs.items():
+        steps, values = series(run, name)
+        known = np.isfinite(values)
+        if x != "step" and not len(reading.steps(run, x)):
+            known[:] = False
+        if known.any():
+            parts[label] = steps[known], values[known]
+    common = min((int(steps[-1]) for steps, _ in parts.values()), default=0)
+    found = [pd.DataFrame({"run": [], "step": [], "value": []})]
+    for label, (steps, values) in parts.items():
+        stop = int(np.searchsorted(steps, common, side="right"))
+        index = np.union1d(np.arange(max(0, stop - most), stop), [len(steps) - 1])
+        found.append(
+            pd.DataFrame({"run": label, "step": steps[index], "value": values[index].astype(np.float64)})
+        )
+    return pd.concat(found[1:] or found, ignore_index=True)
 
 
 def profile(run: Run, label: str, name: str, step: int) -> pd.DataFrame:
@@ -150,15 +175,25 @@ def profile(run: Run, label: str, name: str, step: int) -> pd.DataFrame:
     )
 
 
-def of_source(run: Run, label: str, name: str, position: int) -> pd.DataFrame:
-    """run, step, value, segment: one entry of a metric over depth, at every recorded step."""
+def last_finite(run: Run, name: str, step: int) -> int | None:
+    """The last step up to `step` at which all values of a metric over depth were finite; None if none."""
     steps, values = series(run, name)
-    if not len(steps):
-        return pd.DataFrame(columns=["run", "step", "value", "segment"])
-    segment = gaps.segments(run, steps)
-    return pd.DataFrame(
-        {"run": label, "step": steps, "value": finite(values[:, position]), "segment": segment}
-    )
+    stop = int(np.searchsorted(steps, step, side="right"))
+    while stop > 0:
+        start = max(0, stop - 1000)
+        alive = np.flatnonzero(np.isfinite(values[start:stop]).all(axis=1))
+        if len(alive):
+            return int(steps[start + alive[-1]])
+        stop = start
+    return None
+
+
+def of_source(run: Run, label: str, name: str, position: int) -> pd.DataFrame:
+    """run, step, low, value, high, segment: one entry of a metric over depth, at every recorded step or in bins."""
+    fields = ["run", "step", "low", "value", "high", "segment"]
+    if not len(reading.steps(run, name)):
+        return pd.DataFrame(columns=fields)
+    return _binned(run, name, position).assign(run=label)[fields]
 
 
 def played(stops: list[int], rows: int) -> list[int]:
@@ -180,22 +215,22 @@ def _at_stops(run: Run, name: str, stops: list[int]) -> np.ndarray:
 
 
 def over_training(run: Run, name: str) -> pd.DataFrame:
-    """step, until, depth, value, place: a layer × step grid, columns averaged down to at most 200."""
-    steps, values = series(run, name)
+    """step, until, depth, value, place: a layer × step grid of at most 200 columns.
+
+    A cell is the mean of its steps, or the greatest of them where that is three times as much: a spike of one step is seen.
+    """
+    steps = reading.steps(run, name)
     if not len(steps):
         return pd.DataFrame(columns=["step", "until", "depth", "value", "place"])
-    columns = min(len(steps), COLUMNS, max(1, CELLS // values.shape[1]))
-    segment = gaps.segments(run, steps)
-    starts = _bins(len(steps), columns, segment)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a bin of blanks stays blank
-        groups = np.split(finite(values), starts[1:])
-        grid = np.stack([np.nanmean(group, axis=0) for group in groups])
-    first = steps[starts]
+    bins = reading.binned(
+        run, name, min(COLUMNS, max(1, CELLS // len(places(run.layout, metric(name).axes))))
+    )
+    grid = np.where(bins.high > reading.STANDS_OUT * np.abs(bins.mean), bins.high, bins.mean)
+    first, segment = bins.first, reading.segments(run, name, bins.start)
     spacing = int(np.median(np.diff(steps))) if len(steps) > 1 else max(1, run.manifest.every)
     until = np.append(first[1:], steps[-1] + spacing)
-    before_gap = np.flatnonzero(np.diff(segment[starts]))
-    until[before_gap] = steps[starts[before_gap + 1] - 1] + spacing
+    before_gap = np.flatnonzero(np.diff(segment))
+    until[before_gap] = bins.last[before_gap] + spacing
     depths, labels = zip(*places(run.layout, metric(name).axes), strict=True)
     return pd.DataFrame(
         {
@@ -209,11 +244,13 @@ def over_training(run: Run, name: str) -> pd.DataFrame:
 
 
 def evenness(run: Run, label: str, name: str) -> pd.DataFrame:
-    """run, step, cv, ratio, gini over depth, embedding left out, per recorded step; segment counts the gaps."""
+    """run, step, cv, ratio, gini over depth, embedding left out, at each recorded step or at the telling ones of very many
+    (`reading.telling`); segment counts the gaps."""
     steps, values = series(run, name)
     if not len(steps):
         return pd.DataFrame(columns=["run", "step", "cv", "ratio", "gini", "segment"])
-    values = finite(values.astype(np.float64))
+    index = reading.telling(run, name, POINTS)
+    values = finite(values[index].astype(np.float64))
     if metric(name).axes == OUTPUT:
         values = values[:, 1:]
     with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
@@ -221,10 +258,8 @@ def evenness(run: Run, label: str, name: str) -> pd.DataFrame:
         cv = np.nanstd(values, axis=1) / np.nanmean(values, axis=1)
         ratio = np.nanmax(values, axis=1) / np.nanmin(values, axis=1)
     told = {"cv": finite(cv), "ratio": finite(ratio), "gini": gini(values)}
-    frame = pd.DataFrame({"run": label, "step": steps, **told, "segment": gaps.segments(run, steps)})
-    if len(frame) > POINTS:
-        frame = frame.iloc[np.unique(np.linspace(0, len(frame) - 1, POINTS).astype(int))]
-    return frame.reset_index(drop=True)
+    segment = reading.segments(run, name, index)
+    return pd.DataFrame({"run": label, "step": steps[index], **told, "segment": segment})
 
 
 def gini(values: np.ndarray) -> np.ndarray:

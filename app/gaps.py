@@ -26,8 +26,13 @@ class Gap:
 
 def gaps(run: Run) -> list[Gap]:
     """The gaps in what the probes recorded over depth, by the schedule in run.json; scalars have cadences of their own."""
-    recorded = [run.steps(name) for name in run.metrics if metric(name).axes]
-    steps = np.unique(np.concatenate(recorded)) if recorded else np.empty(0, np.int64)
+    if "gaps" not in run.kept:
+        run.kept["gaps"] = _gaps(run)
+    return run.kept["gaps"]
+
+
+def _gaps(run: Run) -> list[Gap]:
+    steps = together([run.steps(name) for name in run.metrics if metric(name).axes])
     vectors, matrices = run.manifest.vectors, run.manifest.matrices
     apart = np.diff(steps)
     # Most neighbours are as close as the interval puts them: only the others are worth asking about.
@@ -43,16 +48,41 @@ def gaps(run: Run) -> list[Gap]:
     return found
 
 
+def together(recorded: list[np.ndarray]) -> np.ndarray:
+    """All steps that are in any of the arrays, each once, ascending."""
+    # Most metrics share one array of steps, and the matrices' are a part of it.
+    distinct = sorted({id(steps): steps for steps in recorded}.values(), key=len, reverse=True)
+    every = distinct[0] if distinct else np.empty(0, np.int64)
+    for steps in distinct[1:]:
+        at = np.minimum(np.searchsorted(every, steps), len(every) - 1)
+        if len(steps) and (every[at] != steps).any():
+            every = np.sort(np.concatenate([every, steps]), kind="stable")
+    return every[np.diff(every, prepend=-1) > 0]
+
+
+def cuts(run: Run, steps: np.ndarray) -> np.ndarray:
+    """int64: the numbers of the rows, of a metric recorded at these steps, before which there is a gap."""
+    key = "cuts", id(steps)
+    if key not in run.kept:
+        run.kept[key] = _cuts(run, steps), steps  # kept too, so that no other array gets its number
+    return run.kept[key][0]
+
+
+def _cuts(run: Run, steps: np.ndarray) -> np.ndarray:
+    found = []
+    if len(steps) > 1 and gaps(run):
+        usual = USUAL * float(np.median(np.diff(steps)))
+        for gap in gaps(run):
+            at = int(np.searchsorted(steps, gap.missing))
+            if 0 < at < len(steps) and steps[at] > gap.missing and steps[at] - steps[at - 1] > usual:
+                found.append(at)
+    return np.unique(np.array(found, np.int64))
+
+
 def segments(run: Run, steps: np.ndarray) -> np.ndarray:
     """int32 [N]: for each row of a metric, how many gaps lie before it. A line is drawn within one number only."""
     jumps = np.zeros(len(steps), np.int32)
-    if len(steps) > 1:
-        apart = np.diff(steps)
-        usual = USUAL * float(np.median(apart))
-        for gap in gaps(run):
-            at = int(np.searchsorted(steps, gap.missing))
-            if 0 < at < len(steps) and steps[at] > gap.missing and apart[at - 1] > usual:
-                jumps[at] = 1
+    jumps[cuts(run, steps)] = 1
     return np.cumsum(jumps, dtype=np.int32)
 
 

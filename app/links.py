@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app import cells, words
-from app.frames import nearest, series
+from app import cells, reading, words
+from app.frames import nearest
+from app.reading import series
 from probes import Run
 
 STANDS_OUT = 0.1  # a link is at least this share of its read's mean above it: rounding is no preference
@@ -69,9 +70,11 @@ def strongest(
         ]
     found.sort(key=lambda link: (-link[0], link[1], link[2]))
     links = []
-    for excess, row, column in found[:count]:
-        past = values[: index + 1, row, column]
-        trend, since = trend_of(steps[: index + 1], past, _still(past, name))
+    if not found:
+        return links
+    when, pasts = reading.course(run, name, [(row, column) for _, row, column in found[:count]], index)
+    for (excess, row, column), past in zip(found[:count], pasts.T, strict=True):
+        trend, since = trend_of(when, past, _still(past, name))
         links.append(
             Link(
                 run.reads[row].label,

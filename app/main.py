@@ -19,6 +19,7 @@ st.logo(ICON, size="large")
 st.html(
     "<style>.stMainBlockContainer{padding:2.2rem 2.5rem 3rem} .stSidebar{width:260px !important}"
     "[data-testid=stLayoutWrapper]:has(> .st-key-player){position:sticky;bottom:0;top:3.4rem;z-index:90}"
+    ".stPageLink a:focus-visible,.depthscope-chart:focus-visible{outline:2px solid #1f7a85;outline-offset:-2px}"
     ".st-key-player{padding:.3rem 0 .6rem}"
     "[data-testid='stBaseButton-tertiary'] p{text-align:left}"
     # While a run grows the page is drawn anew all the time: what stands does not fade before it is really late.
@@ -38,6 +39,7 @@ pages = [
     st.Page("pages_/gradients.py", title="Gradients", icon=":material/trending_down:"),
     st.Page("pages_/depth_attention.py", title="Depth attention", icon=":material/stacked_line_chart:"),
     st.Page("pages_/tokens.py", title="Tokens", icon=":material/text_fields:"),
+    st.Page("pages_/attribution.py", title="Attribution", icon=":material/science:"),
     st.Page("pages_/compare.py", title="Compare", icon=":material/compare_arrows:"),
 ]
 page = st.navigation(pages, position="hidden")

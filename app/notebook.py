@@ -35,11 +35,7 @@ class Plot:
         window = frames.smoothing(self._runs.values(), name) if smooth is None else smooth
         frame = self._all(lambda run, label: frames.scalar(run, label, name, window=window), name)
         # The title tells of what was recorded, not of averages on the way to the screen.
-        recorded = self._all(
-            lambda run, label: frames.scalar(run, label, name, most=max(1, len(frames.series(run, name)[0]))),
-            name,
-        )
-        title = findings.losses(recorded, name)
+        title = findings.losses(frames.latest(self._runs, name), name)
         return self._ready(lines(frame, "value", axes.measure(name), self._colours, title, scale))
 
     def dilution(

@@ -1,22 +1,29 @@
 """Notices: what a run's own numbers say against it, a sentence each, for every page on which the run is shown."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from app import gaps, words
-from app.frames import series
+from app.frames import nearest, series
 from probes import Run
 from probes.finite import first_place, not_finite
+from probes.series import Binned
 from probes.vocabulary import metric
 
 # What rounding alone does to the sum of the outputs (as probes/identity.py has it, which needs torch).
 _ROUNDING = {"bfloat16": 4 * 2.0**-7, "float16": 4 * 2.0**-10}
 _EXACT = 1e-3
+SIZES = ("hidden_rms", "output_rms")
 _EXPLAINED = 0.95  # of every state, by its outputs with the recovered weights
 
 
 def warnings(run: Run) -> list[str]:
     """What makes the numbers doubtful: values that are not finite, a stream that does not add up."""
-    return [told for told in (_states(run), _loss(run), "" if _weighed(run) else _identity(run)) if told]
+    if "warnings" not in run.kept:
+        found = (_states(run), _loss(run), "" if _weighed(run) else _identity(run))
+        run.kept["warnings"] = [told for told in found if told]
+    return run.kept["warnings"]
 
 
 def remarks(run: Run) -> list[str]:
@@ -28,22 +35,20 @@ def remarks(run: Run) -> list[str]:
 def _states(run: Run) -> str:
     """The first step and place at which something was not finite: by what was counted, and by the sizes in between."""
     steps, counts = series(run, "nonfinite")
-    bad = counts > 0
-    found = (
-        [(int(steps[row]), _place(run, bad[row])) for row in np.flatnonzero(bad.any(axis=1))[:1]]
-        if bad.size
-        else []
-    )
-    sized, states, outputs = _sizes(run)
-    rows = np.flatnonzero(states.any(axis=1) | outputs.any(axis=1)) if len(sized) else ()
-    found += [(int(sized[row]), first_place(run.layout, states[row], outputs[row])) for row in rows[:1]]
+    found = []
+    if (row := _first(run, "nonfinite", lambda bins: bins.high > 0)) is not None:
+        found.append((int(steps[row]), _place(run, counts[row] > 0)))
+    sized = {name: series(run, name) for name in SIZES}
+    if all(len(known) for known, _ in sized.values()):
+        found += _sizes(run, sized)
     if not found:
         return ""
     step, place = min(found, key=lambda each: each[0])
-    looked = np.unique(np.concatenate([steps, sized]))
-    before = looked[looked < step]
-    finite = f"; at step {words.step(int(before[-1]))} all were finite" if len(before) else ""
-    count = int(counts[steps == step].max(initial=0))
+    looked = [known[known < step] for known in (steps, *(known for known, _ in sized.values()))]
+    before = max((int(known[-1]) for known in looked if len(known)), default=None)
+    finite = f"; at step {words.step(before)} all were finite" if before is not None else ""
+    at = nearest(steps, step)
+    count = int(counts[at].max(initial=0)) if at is not None and steps[at] == step else 0
     held = f"{count:,} value{'s' if count > 1 else ''}" if count else "values"
     are = "is" if count == 1 else "are"
     return f"The {place} held {held} that {are} not finite at step {words.step(step)}, the first seen in this run{finite}."
@@ -53,13 +58,31 @@ def _place(run: Run, states: np.ndarray) -> str:
     return first_place(run.layout, states, np.zeros_like(states))
 
 
-def _sizes(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, and of each which states and outputs had no finite size though they have one at other steps."""
-    steps, states = series(run, "hidden_rms")
-    others, outputs = series(run, "output_rms")
-    shared, here, there = np.intersect1d(steps, others, return_indices=True)
-    states, outputs = (not_finite(x, np.isfinite(x).any(axis=0)) for x in (states[here], outputs[there]))
-    return shared, states, outputs
+def _sizes(run: Run, sized: dict[str, tuple]) -> list[tuple[int, str]]:
+    """The first step at which a state or an output had no finite size though its place has one at other steps, and where."""
+    seen = {name: _ever(run, name) for name in SIZES}
+    steps = []
+    for name, (known, _) in sized.items():
+        row = _first(run, name, lambda bins, name=name: (bins.nonfinite > 0) & seen[name])
+        steps += [int(known[row])] if row is not None else []
+    if not steps:
+        return []
+    places = []
+    for name, (known, values) in sized.items():
+        at = nearest(known, min(steps))
+        there = at is not None and known[at] == min(steps)
+        places.append(not_finite(values[at], seen[name]) if there else np.zeros_like(seen[name]))
+    return [(min(steps), first_place(run.layout, *places))]
+
+
+def _ever(run: Run, name: str) -> np.ndarray:
+    """bool: which places have a finite value at any step."""
+    return np.isfinite(run.series(name).bins(1).high[0])
+
+
+def _first(run: Run, name: str, test: Callable[[Binned], np.ndarray]) -> int | None:
+    """The number of the first row of a metric for which `test` is true, of its bins by those of many rows; None if none."""
+    return run.series(name).first(test) if name in run else None
 
 
 def _loss(run: Run) -> str:
@@ -82,14 +105,15 @@ def _identity(run: Run) -> str:
     steps, errors = series(run, "identity_error")
     if "depth_weight" in run or not len(steps):
         return ""
-    broken = errors > _ROUNDING.get(str(run.manifest.versions.get("dtype")), _EXACT)
-    if not broken.any():
+    limit = _ROUNDING.get(str(run.manifest.versions.get("dtype")), _EXACT)
+    row = _first(run, "identity_error", lambda bins: bins.high > limit)
+    if row is None:
         return ""
-    row = int(np.argmax(broken.any(axis=1)))
-    state = int(np.argmax(broken[row]))
+    error = errors[row]
+    state = int(np.argmax(error > limit))
     return (
         f"The {_state(run, state)} is not the embedding plus the outputs before it: it is off by "
-        f"{100 * errors[row, state]:.2g}% of its size at step {words.step(int(steps[row]))}. The model changes its "
+        f"{100 * error[state]:.2g}% of its size at step {words.step(int(steps[row]))}. The model changes its "
         "stream in other ways too, so its outputs tell only a part."
     )
 
@@ -98,9 +122,8 @@ def _weighed(run: Run) -> str:
     """Where the outputs do explain every state, but not with weight one: the stream is rescaled or normed on its way."""
     if not _identity(run):
         return ""
-    _, explained = series(run, "mixing_r2")
-    explained = explained[np.isfinite(explained)]
-    if not len(explained) or explained.min() < _EXPLAINED:
+    least = np.nanmin(run.series("mixing_r2").bins(1).low, initial=np.inf) if "mixing_r2" in run else np.inf
+    if not _EXPLAINED <= least < np.inf:
         return ""
     return (
         "This residual rescales its stream: its states are sums of its outputs with weights other than one, which Depth "

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from app import cells, draw, findings, frames, room, view, words
+from app import cells, draw, findings, frames, reading, room, view, words
 from app.charts.profile import profile
 from app.charts.training import over_training
 from app.derived import FINAL_SHARE, metric
@@ -53,10 +53,8 @@ def _not_finite(lost: list[room.Shown], name: str, step: int) -> None:
     for one in lost:
         what = words.small(metric(name).title)
         st.caption(f"**{words.plain(one.name)}** has no finite {what} at step {words.step(step)}.")
-        steps, values = frames.series(one.run, name)
-        alive = steps[np.isfinite(values).all(axis=1) & (steps <= step)]
-        if len(alive):
-            last = int(alive[-1])
+        last = frames.last_finite(one.run, name, step)
+        if last is not None:
             st.button(
                 f"Go to step {words.step(last)}, the last at which all is finite",
                 key=f"alive {name} {one.name}",
@@ -116,7 +114,7 @@ def heatmaps(shown: Sequence[room.Shown], name: str) -> None:
             strict=False,
         ):
             with column:
-                steps = frames.series(one.run, name)[0]
+                steps = reading.steps(one.run, name)
                 first, last = (frames.profile(one.run, one.name, name, int(steps[end])) for end in (0, -1))
                 chart = over_training(grid, name, findings.grid(first, last, one.name, name), domain)
                 draw.show(chart, key=f"training {name} {one.name}", data=grid)

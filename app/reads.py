@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from app import cells, gaps, words
-from app.frames import nearest, series
+from app import cells, reading, words
+from app.frames import nearest
+from app.reading import series
 from probes import Run
 
 MEASURES = {
@@ -33,21 +34,38 @@ MEANING = (
     "even share from every reader. Both need three readers for whom the source is not the newest."
 )
 SHARES = ("depth_weight", "mixing_share")  # each read's values sum to one: even shares have a meaning
+MATRICES = 250  # looked at over training, at most
 READERS, SINK, MOST, BALLAST = 3, 1.5, 0.75, 0.5
 
 
-def over_training(run: Run, label: str, kind: str = "all", name: str = "depth_weight") -> pd.DataFrame:
-    """run, step, newest, embedding, embedding_even (in even shares), distance, entropy, segment: one row a recorded matrix.
+def over_training(
+    run: Run, label: str, kind: str = "all", name: str = "depth_weight", index: np.ndarray | None = None
+) -> pd.DataFrame:
+    """run, step, newest, embedding, embedding_even (in even shares), distance, entropy, segment: one row a recorded matrix,
+    of very many for even ones, or for those of the numbers `index`.
 
     `kind` keeps those reads. What was not measured (blank cells) is left out of the mean; a distance needs a whole row.
     """
     steps, values = series(run, name)
     counts = cells.exists(run, name).sum(axis=1)
-    rows = [row for row in cells.rows(run, kind) if counts[row] > 2]
-    if not len(steps) or not rows:
+    chosen = [row for row in cells.rows(run, kind) if counts[row] > 2]
+    index = reading.even(len(steps), MATRICES) if index is None else index
+    if not len(index) or not chosen:
         return pd.DataFrame(columns=["run", "step", "embedding_even", *MEASURES, "segment"])
-    weight = values[:, rows].astype(np.float64)
-    count = counts[rows]
+    # Some at a time: of a deep model a thousand matrices take a hundred megabytes.
+    parts = [
+        _told(values[some][:, chosen], counts[chosen])
+        for some in np.array_split(index, -(-len(index) // 100))
+    ]
+    told = {measure: np.concatenate([part[measure] for part in parts]) for measure in parts[0]}
+    steps = steps[index]
+    told |= {"entropy": _entropy(run, steps, chosen), "segment": reading.segments(run, name, index)}
+    return pd.DataFrame({"run": label, "step": steps, **told})
+
+
+def _told(weight: np.ndarray, count: np.ndarray) -> dict[str, np.ndarray]:
+    """The measures of some matrices [n, reads, S]; the reads have so many sources."""
+    weight = weight.astype(np.float64)
     real = np.arange(weight.shape[2])[None, :] < count[:, None]
     whole = np.isfinite(np.where(real, weight, 0)).all(axis=2)
     back = np.maximum(count[:, None] - 1 - np.arange(weight.shape[2])[None, :], 0)
@@ -57,9 +75,7 @@ def over_training(run: Run, label: str, kind: str = "all", name: str = "depth_we
         "embedding_even": weight[:, :, 0] * count,
         "distance": np.where(whole, np.nansum(np.where(real, weight * back, 0), axis=2), np.nan),
     }
-    told = {measure: _mean(part) for measure, part in told.items()}
-    told |= {"entropy": _entropy(run, steps, rows), "segment": gaps.segments(run, steps)}
-    return pd.DataFrame({"run": label, "step": steps, **told})
+    return {measure: _mean(part) for measure, part in told.items()}
 
 
 @dataclass(frozen=True)
@@ -93,12 +109,12 @@ def readership(run: Run, step: int, kind: str = "all", name: str = "depth_weight
     fields = ["source", "from", "readers", "least", "mean", "most", "role"]
     if index is None:
         return pd.DataFrame(columns=fields)
-    counts = cells.exists(run, name).sum(axis=1)
-    rows = np.array([row for row in cells.rows(run, kind) if counts[row] > 2], int)
+    weight, counts = values[index], cells.exists(run, name).sum(axis=1)
+    able = np.array([row for row in cells.rows(run, kind) if counts[row] > 2], int)
     found = []
     for column, label in enumerate(cells.columns(run, name)):
-        readers = rows[column < counts[rows] - 1]
-        shares = values[index, readers, column] * counts[readers]
+        readers = able[column < counts[able] - 1]
+        shares = weight[readers, column] * counts[readers]
         shares = shares[np.isfinite(shares)]
         if not len(shares):
             continue
@@ -156,12 +172,12 @@ def _mean(part: np.ndarray) -> np.ndarray:
     return np.nansum(part, axis=1) / np.where(known, known, np.nan)
 
 
-def _entropy(run: Run, steps: np.ndarray, rows: list[int]) -> np.ndarray:
-    """Mean depth entropy of the rows at exactly these steps, blank where it was not recorded."""
+def _entropy(run: Run, steps: np.ndarray, chosen: list[int]) -> np.ndarray:
+    """Mean depth entropy of the chosen reads at exactly these steps, blank where it was not recorded."""
     known, values = series(run, "depth_entropy")
     found = np.full(len(steps), np.nan)
     if len(known):
         at = np.minimum(np.searchsorted(known, steps), len(known) - 1)
         same = known[at] == steps
-        found[same] = values[at[same]][:, rows].mean(axis=1)
+        found[same] = values[at[same]][:, chosen].mean(axis=1)
     return found

@@ -5,6 +5,7 @@ import threading
 from datetime import datetime
 from pathlib import Path
 
+from app import cache
 from probes import Run
 from probes.attempts import Attempt
 
@@ -42,7 +43,7 @@ class Followed:
 
     def __init__(self, path: Path):
         self._turn = threading.Lock()
-        self._run = Run(path)
+        self._run = Run(path, cache=cache.folder(path))
 
     def look(self) -> Snapshot:
         """What is there now; between two looks without a new shard nothing is read."""
@@ -56,6 +57,7 @@ class Followed:
 def _as_it_is(attempt: Attempt) -> Attempt:
     """The attempt, untouched by what is read later; the arrays in common."""
     kept = copy.copy(attempt)
-    kept.parts = {name: list(parts) for name, parts in attempt.parts.items()}
+    kept.parts = {name: dict(parts) for name, parts in attempt.parts.items()}
+    kept.digests = list(attempt.digests)
     kept.sealed, kept.broken = dict(attempt.sealed), dict(attempt.broken)
     return kept

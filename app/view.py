@@ -46,6 +46,11 @@ class View:
     other: int | None = None
     sequence: int | None = None
     token: int | None = None
+    caused: str = ""
+    attribution: str = ""
+    cause: str = "ablation"
+    cause_layers: str = "removal"
+    cause_read: int | None = None
 
     @classmethod
     def parse(cls, params: Mapping[str, Sequence[str]]) -> "View":

@@ -70,6 +70,14 @@ def the(label: str) -> str:
     return f"the {label}" if label in ("embedding", "final read", "final state") else label
 
 
+def short(label: str) -> str:
+    """ "emb.", "final", "12" and, for a depth block, "b3"."""
+    if label in ("embedding", "final read"):
+        return {"embedding": "emb.", "final read": "final"}[label]
+    number = next((word for word in label.split() if word.isdecimal()), label)
+    return f"b{number}" if label.startswith("depth block") else number
+
+
 def plain(text: str) -> str:
     """Text that markdown shows as it is written."""
     return re.sub(r"([\\`*_{}\[\]<>#$~|:])", r"\\\1", text)

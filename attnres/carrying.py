@@ -161,6 +161,7 @@ class Read:
         plan, progress = self.plan, self.plan.progress()
         if torch.compiler.is_compiling():
             # The compiler traces a checkpointed block once, and lets it change nothing outside.
+            plan.note_compiled()
             return progress.depth[0]
         if self.index == 0:
             # Those of Enter, but where the block's own code checkpoints itself.

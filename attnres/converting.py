@@ -27,14 +27,16 @@ def convert(
     """Give a PreNorm model the residual "full" or "block", in place; returns the model.
 
     Its depth reads are then `model.attnres.reads`, one for each layer and the final one: parameters for the optimizer,
-    and part of the state dict; `model.attnres.outputs` are for hooks (docs/attnres.md). A layer is a sublayer, so `layers_per_block` is usually even. `example` is an input to
-    try the model on, as one argument, a tuple of them or keywords; transformers' language models bring their own.
-    `eps` is that of the key norms: 1e-6, or what the `weights` were saved with. `weights` is a folder that `save_pretrained` made of a converted model, to take
-    the reads' parameters from.
+    and part of the state dict; `model.attnres.outputs` are for hooks (docs/attnres.md). A layer is a sublayer, so
+    `layers_per_block` is usually even. `example` is an input to try the model on, as one argument, a tuple of them or
+    keywords; transformers' language models bring their own. `eps` is that of the key norms: 1e-6, or what the `weights`
+    were saved with. `weights` is a folder that `save_pretrained` made of a converted model, to take the reads' parameters
+    from.
 
     Before anything is changed three forward passes, in training mode but without a trace, find the layers, check that
-    they run one after the other, and that every state is the embedding plus the sum of the outputs so far. ValueError (ConversionError) naming the first
-    layer where it is not, or the argument that cannot be.
+    they run one after the other, and that every state is the embedding plus the sum of the outputs so far. ValueError
+    (ConversionError) naming the first layer where it is not, or the argument that cannot be. Code that torch.compile made
+    before is compiled again.
     """
     check_is("model", model, nn.Module)
     if isinstance(model, torch._dynamo.OptimizedModule):

@@ -54,6 +54,8 @@ class Plan:
         self.slots = self.slot[-1] + 1
         self.layer_names = [layer.name for layer in block.layers]
         self.threads: dict[int, Progress] = {}
+        self.was_compiled = False
+        """Whether a layer's read was ever traced: compiled code does not count, so nothing is known of what was left out."""
         self.counts = self.slots > 1 and any(layer.tail_calls > 1 for layer in block.layers)
         """Whether a module that ends a layer is called more than once, so that calls have to be told apart."""
         self.parts = {layer.norm_name: layer.norm for layer in block.layers}
@@ -68,10 +70,15 @@ class Plan:
             self.threads[thread] = Progress()
         return self.threads[thread]
 
+    @torch.compiler.assume_constant_result
+    def note_compiled(self) -> bool:
+        """Done while the compiler traces, not by the code that it makes."""
+        self.was_compiled = True
+        return True
+
     def check_read(self, read: list[int], count: int) -> None:
         """RuntimeError where the layers that have read are not the first `count`."""
-        # Where the compiler takes part, layers that it compiled are not counted.
-        if read != [*range(count)] and torch._C._dynamo.eval_frame.get_eval_frame_callback() is None:
+        if read != [*range(count)] and not self.was_compiled:
             missing = [index for index in range(count) if index not in read]
             raise RuntimeError(SKIPPED.format(self.layer_names[(missing or read)[0]]))
 

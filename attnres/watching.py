@@ -104,13 +104,11 @@ def with_first(output: Tensor | tuple | list, tensor: Tensor) -> Tensor | tuple 
 @contextmanager
 def forked_random_numbers(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Draws on the CPU and on the devices of these tensors leave their generators as they were."""
-    kinds: dict[str, set[torch.device]] = {}
-    for tensor in tensors:
-        kinds.setdefault(tensor.device.type, set()).add(tensor.device)
+    devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
     with ExitStack() as stack:
-        for kind, devices in ({"cpu": set()} | kinds).items():
-            each = [] if kind == "cpu" else sorted(devices, key=str)
-            stack.enter_context(torch.random.fork_rng(each, device_type=kind))
+        stack.enter_context(torch.random.fork_rng([], device_type="cpu"))
+        for device in devices:
+            stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
         yield
 
 
@@ -120,8 +118,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     tensors = itertools.chain(model.parameters(), model.buffers())
-    eagerly = torch.compiler.set_stance("force_eager")
-    with forked_random_numbers(tensors), torch.no_grad(), eagerly:
+    with forked_random_numbers(tensors), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         # On the CPU, where layers are dropped; elsewhere one pass draws what the others do as it is.
         torch.default_generator.manual_seed(0)
         model.train()

@@ -1,8 +1,8 @@
 """How quick the dashboard feels: `python benchmarks/dashboard.py [FOLDER]`; needs Chromium and Playwright.
 
-Prints medians: opening each page on a warm server until its first chart, and turning to it by its link in an open
-dashboard; a frame of playback while the slider is dragged, with 24, 64 and 200 layers; and, for a run that grows, the
-time from a sealed shard to its step on screen.
+Prints medians: from the command to the first chart in an open browser; opening each page on a warm server until its
+first chart, and turning to it by its link in an open dashboard; a frame of playback while the slider is dragged, with
+24, 64 and 200 layers; and, for a run that grows, the time from a sealed shard to its step on screen.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from probes.writer import RunWriter  # noqa: E402
 from tests.app import made  # noqa: E402
 
-PAGES = ("", "dilution", "gradients", "depth_attention", "compare")
+PAGES = ("", "dilution", "gradients", "depth_attention", "tokens", "attribution", "compare")
 TITLES = {"": "Runs", "depth_attention": "Depth attention"}
 DEPTHS = (12, 32, 100)  # transformer blocks whose triangles are played
 CHART = ".depthscope-chart :is(canvas, svg)"
@@ -38,23 +39,36 @@ LIVE = "Number(document.body.innerText.match(/live, step ([\\d,]+)/)?.[1].replac
 
 
 @contextlib.contextmanager
-def served(*folders: Path):
-    """The address of the real command's server on some folders."""
+def served(*folders: Path, tell: Callable[[int], object] = lambda pid: None):
+    """The address of the real command's server on some folders; `tell` hears its process id."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "app", "dash", *map(str, folders), "--port", str(port), "--no-browser"]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    tell(server.pid)
     try:
         for _ in range(600):
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=1)
                 break
-            time.sleep(0.1)
+            time.sleep(0.05)
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
         server.wait(20)
+
+
+def starting(page: Page, folder: Path) -> float:
+    """Seconds from the command, on a server that is not there yet, to the first chart; median of three."""
+    took = []
+    for _ in range(3):
+        start = time.monotonic()
+        with served(folder) as address:
+            page.goto(address)
+            page.wait_for_selector(CHART, timeout=60_000)
+            took.append(time.monotonic() - start)
+    return statistics.median(took)
 
 
 def opening(page: Page, address: str, name: str) -> float:
@@ -160,9 +174,12 @@ def main() -> None:
             given = Path(made_runs)
             for variant in ("prenorm", "full", "block"):
                 made.run(given / variant, variant, blocks=12, steps=51)
+                if variant != "prenorm":
+                    made.follow(given / variant, range(0, 510, 50))
             print("Made runs of 24 layers, 51 recorded steps.")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1280, "height": 800})
+        print(f"command to chart     {starting(page, given):.2f} s")
         with served(given) as address:
             for name in PAGES:
                 print(f"open {name or 'runs':<16} {opening(page, address, name):.2f} s", end="")

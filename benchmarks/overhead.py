@@ -5,7 +5,7 @@ once, in an order drawn anew, and a ratio to the unwatched step is taken within 
 machine does falls on all alike (a rival whose step takes three times as long sits out all but the first five rounds);
 "none, again" shows what the machine's noise alone makes of nothing. Then
 `probes.bench` compares recorded with unrecorded steps of one and the same model, and amortises them at the default
-schedule. wandb (offline) and TorchInstruments take part where they are installed:
+schedule; with `--attribution` once more without live attribution, which shows what that adds to a step with matrices. wandb (offline) and TorchInstruments take part where they are installed:
 
     pip install wandb torchinstruments
 
@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -40,6 +41,7 @@ try:
     from benchmarks.contenders import OWN, WAYS, compiled, decoder, loss_of, nothing, ours, tokens_for
     from probes.benching import machine
     from probes.cost import Cost, Spread
+    from probes.edge_taps import EdgeTaps
     from probes.provenance import processor
     from probes.stopwatch import timed
 except ImportError as error:
@@ -73,9 +75,12 @@ def main(arguments: list[str] | None = None) -> None:
         report["modes"][mode] = watched(mode, options)
         say(table(mode, report["modes"][mode]))
         for residual in options.residuals:
-            cost = own(mode, residual, options)
-            report["bench"].append({"mode": mode, "residual": residual, "printed": str(cost)} | figures(cost))
-            say(f"\n{residual} residual\n{cost}")
+            for without in (False, True) if options.attribution else (False,):
+                with no_attribution() if without else contextlib.nullcontext():
+                    cost = own(mode, residual, options)
+                name = f"{residual}, without live attribution" if without else residual
+                report["bench"].append({"mode": mode, "residual": name, "printed": str(cost)} | figures(cost))
+                say(f"\n{name} residual\n{cost}")
     report["seconds"] = round(time.monotonic() - started)
     say(f"\nall of it took {report['seconds']} s")
     if options.out:
@@ -112,6 +117,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--attribution", action="store_true", help="measure recorded steps without live attribution as well"
+    )
     parser.add_argument("--check-sync", action="store_true", help="on CUDA: recorded steps must not wait")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file, and a page beside it")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and two rounds")
@@ -205,6 +213,15 @@ def own(mode: str, residual: str, options: argparse.Namespace) -> Cost:
     torch._dynamo.reset()
     run = compiled(model, mode)
     return probes.bench(run, tokens, loss=lambda logits: loss_of(logits, tokens), pairs=options.pairs)
+
+
+@contextlib.contextmanager
+def no_attribution() -> Iterator[None]:
+    """Recorders that begin here leave live attribution out."""
+    with contextlib.ExitStack() as stack:
+        for name in ("attach", "read", "output"):
+            stack.enter_context(mock.patch.object(EdgeTaps, name, lambda self, *given: None))
+        yield
 
 
 # Reporting

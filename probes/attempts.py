@@ -9,15 +9,18 @@ import os
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 from probes.careful import is_folder, printable
+from probes.digest import FOLDER, Digest, DigestError, digest_names
 from probes.layout import Layout
 from probes.life import Life
 from probes.manifest import Manifest
 from probes.ranks import rank_folder
+from probes.series import Held, Stored, Stretch
 from probes.shard import SUFFIX, Shard, ShardError, UnreadableShard, read_shard, shard_steps
 from probes.statuses import Statuses
 from probes.vocabulary import METRICS, MOST_STEP, TRIANGLES, metric
@@ -34,7 +37,8 @@ Part = tuple[np.ndarray, np.ndarray]  # steps int64 [n], values [n, ...]
 class Attempt:
     """One recording of a run, from `step` on: its state, and the rows it sealed, those hidden by later ones too.
 
-    `number` counts from 0; the rows are those of one `rank`, which as a rule is 0 and stands for all. `hidden_from` is the step at which a later attempt began, None if none did.
+    `number` counts from 0; the rows are those of one `rank`, which as a rule is 0 and stands for all. `hidden_from` is the
+    step at which a later attempt began, None if none did.
     """
 
     def __init__(self, run: Path, number: int, manifest: Manifest, rank: int = 0):
@@ -45,8 +49,10 @@ class Attempt:
         self.hidden_from: int | None = None
         self.size = 0  # bytes on the disk
         self.held = 0  # and in memory
-        self.parts: dict[str, list[Part]] = {}
+        self.parts: dict[str, dict[str, Part]] = {}  # rows in memory, by metric and shard
+        self.digests: list[Digest] = []  # of shards whose rows are not in memory
         self.sealed: dict[str, tuple[int | None, int, int]] = {}  # sound shards: number, first and last step
+        self.sums: dict[str, str] = {}  # checksums of those that were only checked
         self.broken: dict[str, tuple[int, int, str]] = {}  # first and last step, and what is wrong
         self.unreadable: set[str] = set()  # those of them that may be sound
         self.quarantined: dict[str, tuple[int, int]] = {}
@@ -55,11 +61,18 @@ class Attempt:
         self._life = Life(self.shards if rank else self.folder, manifest.created)
         self.ranks = Statuses(self.folder, manifest.ranks, manifest.created)
         self._run = run
+        self._layout: Layout | None = None
+        self._looked_at: set[Path] = set()  # digests
         self._last: tuple[object, int] = None, -1
 
     def __repr__(self) -> str:
         hidden = "" if self.hidden_from is None else f", hidden from step {self.hidden_from}"
         return f"<Attempt {self.number} from step {self.step}: {self.status}{hidden}>"
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What a digest of its shards says it is of."""
+        return {"created": repr(self.manifest.created), "attempt": str(self.number), "rank": str(self.rank)}
 
     @property
     def created(self) -> datetime:
@@ -91,60 +104,135 @@ class Attempt:
             return max((last for _, _, last in self.sealed.values()), default=-1)
         known = self.hidden_from, len(self.sealed)
         if self._last[0] != known:
-            visible = [steps[-1] for name in list(self.parts) for steps, _ in self.visible(name)]
-            self._last = known, int(max(visible, default=-1))
+            visible = [stretch.last for name in self.metrics for stretch in self.visible(name)]
+            self._last = known, max(visible, default=-1)
         return self._last[1]
 
-    def visible(self, name: str) -> Iterator[Part]:
-        """The rows of a metric that no later attempt hides."""
-        for steps, values in self.parts.get(name, ()):
-            shown = len(steps) if self.hidden_from is None else np.searchsorted(steps, self.hidden_from)
-            if shown:
-                yield steps[:shown], values[:shown]
+    @property
+    def metrics(self) -> set[str]:
+        """Names of what it recorded, hidden or not."""
+        return {*list(self.parts), *(name for digest in list(self.digests) for name in digest.metrics)}
 
-    def refresh(self, layout: Layout, room: int | None) -> bool:
+    def visible(self, name: str) -> Iterator[Stretch]:
+        """The rows of a metric that no later attempt hides, in the order of their shards."""
+        found: list[tuple[str, Stretch]] = [
+            (shard, Held(*part)) for shard, part in list(self.parts.get(name, {}).items())
+        ]
+        if self.digests:
+            found += [
+                (digest.names[0], Stored(digest, name, direct=self._direct))
+                for digest in list(self.digests)
+                if name in digest.metrics
+            ]
+            found.sort(key=itemgetter(0))
+        for _, stretch in found:
+            shown = stretch if self.hidden_from is None else stretch.cut(self.hidden_from)
+            if shown.rows:
+                yield shown
+
+    def refresh(self, layout: Layout, room: int | None, digests: Path | None = None) -> bool:
         """Read the shards sealed since the last look, as far as there is `room` [bytes] in memory for their rows.
 
-        With `room` None they are checked, and nothing is kept.
+        Those that a digest covers are not read; there may be some in the folder `digests` too. With `room` None all are
+        read and checked, and nothing is kept.
         """
         # What it says first, and then what is there: in the other order a shard sealed between would be missed.
         self.ended, self.told = self._life.look()
-        folder, new = self.shards, False
-        for name in shard_names(folder):
+        self._layout, folder = layout, self.shards
+        names, new = shard_names(folder), False
+        for place in (folder / FOLDER, digests) if room is not None else ():
+            new |= place is not None and self.rely(names, place, layout)
+        for name in names:
             if name in self.sealed or (name in self.broken and name not in self.unreadable):
                 continue
             try:
                 shard = read_shard(folder / name)
-                rows = self._rows(name, shard, layout)
-                held = sum(steps.nbytes + _unpacked(each, v, layout) for each, (steps, v) in rows.items())
+                rows = self.rows(name, shard, layout)
+                held = sum(_unpacked(each, *part, layout) for each, part in rows.items())
                 if room is not None and held > room:
                     raise UnreadableShard("is left out, for the run would not fit into this machine's memory")
             except FileNotFoundError:
                 continue
             except ShardError as error:
                 new |= name not in self.broken
-                self.broken[name] = *shard_steps(name), str(error)
-                if isinstance(error, UnreadableShard):
-                    self.unreadable.add(name)  # it may be read the next time
+                self._break(name, error)
                 continue
             self.broken.pop(name, None)
-            number = shard.metadata.get("shard", "")
-            self.sealed[name] = (
-                int(number) if re.fullmatch("[0-9]{1,9}", number) else None,
-                *shard_steps(name),
-            )
+            number = None if shard.number < 0 else shard.number
+            self.sealed[name] = number, *shard_steps(name)
             self.size += shard.size
-            if room is not None:
+            if room is None:
+                self.sums[name] = shard.crc32
+            else:
                 room -= held
                 self.held += held
                 for each, part in rows.items():
-                    self.parts.setdefault(each, []).append(part)
+                    self.parts.setdefault(each, {})[name] = part
             new = True
         kept = quarantine_folder(self._run, self.number, self.rank)
         self.quarantined = {name: shard_steps(name) for name in shard_names(kept)}
         return new
 
-    def _rows(self, name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
+    def rely(self, names: list[str], folder: Path, layout: Layout) -> bool:
+        """Take the digests in a folder whose shards are all among these; their rows leave the memory. Whether there were any."""
+        self._layout = layout
+        unseen = [path for name in digest_names(folder) if (path := folder / name) not in self._looked_at]
+        if not unseen:
+            return False
+        there, new = set(names), False
+        taken = {name for digest in self.digests for name in digest.names}
+        for path in unseen:
+            self._looked_at.add(path)
+            try:
+                digest = Digest(path, self.shards)
+            except (DigestError, FileNotFoundError):
+                continue
+            covered = set(digest.names)
+            if covered - there:
+                self._looked_at.discard(path)  # a shard may have been sealed since the folder was listed
+                continue
+            if covered & taken or digest.misfit(self.about) or not self._fits(digest):
+                continue
+            self.digests.append(digest)
+            taken |= covered
+            for shard, name in zip(digest.shards, digest.names, strict=True):
+                if name not in self.sealed:
+                    self.size += shard.size
+                self.broken.pop(name, None)
+                number = None if shard.number < 0 else shard.number
+                self.sealed[name] = number, shard.first, shard.last
+                for each, parts in self.parts.items():
+                    if (part := parts.pop(name, None)) is not None:
+                        self.held -= _unpacked(each, *part, self._layout)
+            new = True
+        self.parts = {name: parts for name, parts in self.parts.items() if parts} if new else self.parts
+        return new
+
+    def _fits(self, digest: Digest) -> bool:
+        """Whether its metrics are as wide as this model has them."""
+        return all(
+            (name in METRICS or told.width == 1) and told.width == math.prod(row_shape(name, self._layout))
+            for name, told in digest.metrics.items()
+        )
+
+    def _direct(self, name: str, wanted: str) -> Part | None:
+        """Rows of a metric in a shard whose digest does not do; None where it cannot be read either."""
+        try:
+            return self.rows(name, read_shard(self.shards / name), self._layout).get(wanted)
+        except FileNotFoundError:
+            return None
+        except ShardError as error:
+            self._break(name, error)
+            return None
+
+    def _break(self, name: str, error: ShardError) -> None:
+        self.sealed.pop(name, None)
+        self.broken[name] = *shard_steps(name), str(error)
+        if isinstance(error, UnreadableShard):
+            self.unreadable.add(name)  # it may be read the next time
+
+    def rows(self, name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
+        """The rows in a shard of this name, by metric. Raises ShardError when it does not belong here."""
         place = {"rank": self.rank, "attempt": self.number}
         for what, number in place.items():
             if shard.metadata.get(what, str(number)) != str(number):
@@ -226,8 +314,8 @@ def row_shape(name: str, layout: Layout) -> tuple[int, ...]:
     return tuple(layout.length(axis) for axis in axes)
 
 
-def _unpacked(name: str, values: np.ndarray, layout: Layout) -> int:
-    """Bytes of the rows of a metric as the reader gives them."""
+def _unpacked(name: str, steps: np.ndarray, values: np.ndarray, layout: Layout) -> int:
+    """Bytes of the rows of a metric as the reader gives them, and of their steps."""
     axes = metric(name).axes
     count = math.prod(map(layout.length, axes)) if axes in TRIANGLES else 1
-    return 4 * max(values.size, len(values) * count)
+    return steps.nbytes + 4 * max(values.size, len(values) * count)

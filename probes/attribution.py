@@ -101,7 +101,7 @@ def attribute(
         _check_stream(whole.part(0, 1))
         _check_reach(gates, methods, root)
         work = _Work(whole, other, jobs(gates, methods, steps, samples, seed), gates, parts, seed)
-        work.plan(memory)
+        work.plan(memory, timed=progress or announce is not None)
         if announce is not None:
             announce(work.estimate)
         with tqdm(total=work.estimate.seconds, disable=not progress, bar_format=_BAR) as bar:
@@ -209,21 +209,21 @@ class _Work:
         self._whole, self._other, self._todo, self._gates, self._parts = whole, other, todo, gates, parts
         self._seed = seed
 
-    def plan(self, memory: float | None) -> None:
-        """How many sequences at once, and what that will cost."""
+    def plan(self, memory: float | None, timed: bool) -> None:
+        """How many sequences at once, and what that will cost, if somebody wants to know the time."""
         one = self._whole.part(0, 1)
         each = bytes_of_one(one)
         most = max(self._whole.sequences, self._other.sequences if self._other else 0)
         at_once = sequences_that_fit(each, most, memory, one.edges.device)
         # Parts that were done with so many at once fit no others.
-        before = int(self._parts.get("at once", np.array(0)))
+        before = int(self._parts.get("at once", np.zeros(1))[0])
         if before > at_once:
             self._parts.clear()
         self._at_once = before if 0 < before <= at_once else at_once
-        self._parts["at once"] = np.array(self._at_once)
-        timed = self._whole.part(0, min(self._at_once, self._whole.sequences))
-        self._seconds = seconds_of(timed)
-        self._timed = timed.sequences
+        self._parts["at once"] = np.array([self._at_once])
+        some = self._whole.part(0, min(self._at_once, self._whole.sequences))
+        self._seconds = seconds_of(some) if timed else (1.0, 3.0)
+        self._timed = some.sequences
         cost = [(key, self._cost(job.forwards, job.backwards, size)) for key, job, size in self._units()]
         forwards = sum(job.forwards for _, job, _ in self._units())
         backwards = sum(job.backwards for _, job, _ in self._units())
@@ -294,7 +294,7 @@ class _Work:
             layout, about, weight=routed.weight, share=routed.share, final_share=routed.final_share
         )
         shapes = {EDGES: layout.triangle().shape, LAYERS: (len(layout.layers),)}
-        exists = {EDGES: layout.triangle(), LAYERS: np.array(gates.gated)}
+        exists = {EDGES: layout.triangle() & np.array(gates.reached)[:, None], LAYERS: np.array(gates.gated)}
         kinds: dict[tuple[str, str], None] = {}
         for job in self._todo:
             for kind in (EDGES, LAYERS) if job.method == GRADIENT and not gates.no_edges else (job.kind,):

@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -12,6 +13,21 @@ def read_bytes(path: Path, most: int) -> bytes:
     Raises FileNotFoundError when it is gone, ValueError for a link, a pipe, a device, a folder or a file too large,
     OSError when it cannot be read.
     """
+    with open_file(path, most) as file:
+        return file.read(os.fstat(file.fileno()).st_size)
+
+
+def read_at(file: BinaryIO, start: int, size: int) -> bytes:
+    """Bytes of an open file. Raises ValueError when it ends before."""
+    file.seek(start)
+    content = file.read(size)
+    if len(content) != size:
+        raise ValueError("it ends too early")
+    return content
+
+
+def open_file(path: Path, most: int) -> BinaryIO:
+    """A regular file of at most `most` bytes, open for reading; raises as `read_bytes` does."""
     # A pipe would keep us waiting for its writer, a device for ever.
     careful = os.O_NONBLOCK | os.O_NOFOLLOW if os.name == "posix" else os.O_BINARY
     try:
@@ -20,13 +36,16 @@ def read_bytes(path: Path, most: int) -> bytes:
         if error.errno in (errno.ELOOP, errno.EMLINK):
             raise ValueError("is a link to somewhere else") from None
         raise
-    with open(descriptor, "rb") as file:
-        about = os.fstat(file.fileno())
+    try:
+        about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
             raise ValueError("is not a regular file")
         if about.st_size > most:
             raise ValueError(f"is larger than the {most >> 20} MiB that belong there")
-        return file.read(about.st_size)
+        return open(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def is_folder(path: Path) -> bool:

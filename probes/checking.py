@@ -8,6 +8,7 @@ from probes import attributed
 from probes import manifest as files
 from probes.attempts import QUARANTINE, Attempt, attempt_folder, claimed, hide, quarantine_folder
 from probes.careful import is_folder, printable, read_bytes
+from probes.digest import FOLDER, Digest, DigestError, digest_names
 from probes.gaps import gaps_of, vanished
 from probes.jsonfile import MOST_BYTES, intact, parse_json
 from probes.layout import difference
@@ -20,11 +21,13 @@ from probes.tokens import read_tokens, token_path, token_steps
 
 @dataclass(frozen=True)
 class Defect:
-    """What is wrong with one file of a run, in a sentence. `damaged`: it is a shard that can be put aside."""
+    """What is wrong with one file of a run, in a sentence. `damaged`: it is a shard that can be put aside; `spare`: it can be
+    deleted, for it is made anew from the shards."""
 
     path: Path
     sentence: str
     damaged: bool = False
+    spare: bool = False
 
     def __str__(self) -> str:
         return self.sentence
@@ -94,7 +97,8 @@ def check(path: Path) -> Checked:
 
 
 def repair(found: Checked) -> list[str]:
-    """Move the damaged shards of a checked run into its quarantine, which readers pass over; a sentence for each.
+    """Move the damaged shards of a checked run into its quarantine, which readers pass over, and delete digests that do not
+    fit the shards; a sentence for each.
 
     No other file is touched. Raises OSError when the disk refuses.
     """
@@ -113,6 +117,12 @@ def repair(found: Checked) -> list[str]:
                     target = target.with_name(f"again-{target.name}")
                 os.rename(defect.path, target)
                 done.append(f"{defect.path.name} was put aside: {target.relative_to(found.path)}.")
+    for defect in found.defects:
+        if defect.spare:
+            defect.path.unlink(missing_ok=True)
+            done.append(
+                f"{defect.path.relative_to(found.path)} was deleted: depthscope compact makes it anew."
+            )
     return done
 
 
@@ -148,6 +158,7 @@ def _attempt(found: Checked, attempt: Attempt) -> None:
         except ShardError as error:
             sentence = f"The token snapshot of step {step} is missing: {path.name} {error}."
             found.defects.append(Defect(path, sentence, not isinstance(error, UnreadableShard)))
+    _digests(found, attempt)
     found.defects += [Defect(attempt.folder, str(gap)) for gap in vanished(attempt)]
     signs = attempt.shards if attempt.rank else attempt.folder
     for name in (files.HEARTBEAT, files.END):
@@ -195,6 +206,30 @@ def _attributions(found: Checked) -> None:
         except ShardError as error:
             sentence = f"The attribution {name} {error}."
             found.defects.append(Defect(path, sentence, not isinstance(error, UnreadableShard)))
+
+
+def _digests(found: Checked, attempt: Attempt) -> None:
+    """Every byte of the digests, and whether they are of these shards."""
+    folder = attempt.shards / FOLDER
+    for name in digest_names(folder):
+        try:
+            digest = Digest(folder / name, attempt.shards)
+            digest.verify()
+            wrong = digest.misfit(attempt.about)
+            broken = [each for each in digest.names if each not in attempt.sealed]
+            if not wrong and broken:
+                wrong = f"covers shard {broken[0]}, which is damaged"
+            for shard in digest.shards if not wrong else ():
+                if attempt.sums[shard.name] != f"{shard.crc32:08x}":
+                    wrong = f"covers another shard {shard.name} than the one that is there"
+        except FileNotFoundError:
+            continue
+        except DigestError as error:
+            wrong = str(error)
+        if wrong:
+            where = (folder / name).relative_to(found.path)
+            sentence = f"The digest {where} {wrong}. Nothing is lost: the shards are read instead."
+            found.defects.append(Defect(folder / name, sentence, spare=True))
 
 
 def _manifest(found: Checked, folder: Path, name: str) -> Manifest | None:

@@ -114,7 +114,7 @@ def jobs(gates: Gates, methods: Sequence[str], steps: int, samples: int, seed: i
     """The jobs of some methods, in an order that begins with the cheapest; edges only where they can be gated."""
     layout, with_edges = gates.layout, not gates.no_edges
     made: list[Job] = []
-    reads = [(row, read.sources) for row, read in enumerate(layout.reads)]
+    reads = [(row, read.sources) for row, read in enumerate(layout.reads) if gates.reached[row]]
     layers = [row for row, able in enumerate(gates.gated) if able]
     for method in sorted(methods, key=list((GRADIENT, REMOVAL, ABLATION, INTEGRATED, SHAPLEY)).index):
         if method == GRADIENT:

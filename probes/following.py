@@ -142,7 +142,13 @@ class Following:
             met(values)
 
     def _computed(
-        self, row: int, weight: Tensor, sources: list[Tensor], error: Tensor, allowed: float
+        self,
+        row: int,
+        weight: Tensor,
+        sources: list[Tensor],
+        state: Tensor | None,
+        error: Tensor,
+        allowed: float,
     ) -> None:
         self._caught[row] = weight.where(error <= allowed, torch.nan)
 

@@ -327,8 +327,12 @@ class _Finding:
     def _query(self, mix: Mix) -> tuple[tuple[nn.Module, str], ...]:
         """The parameters whose product is the query: a vector, and perhaps the gain of the keys. Empty where the
         weights are made otherwise."""
-        names = [name for name, p in self._parameters(mix.node, self._stops).items()]
         root = self._tape.root
+        if mix.law is not None:
+            vectors = [mix.node.slots[slot] for slot in mix.law.query]
+            names = [name for each in vectors for name in self._parameters(each, self._stops)]
+        else:
+            names = list(self._parameters(mix.node, self._stops))
         if any(root.get_parameter(name).numel() != self._mixes.width for name in names):
             return ()
         parts = (name.rpartition(".") for name in names)
@@ -338,7 +342,10 @@ class _Finding:
         around = self._around(mix.node)
         names = {getattr(node.func, "__name__", "") for node in mix.steps}
         kernel = " by an attention kernel" if "scaled_dot_product_attention" in names else ""
-        if mix.node.opaque:
+        if mix.law is not None:
+            kernel = ", a kernel that shows nothing but follows the definition"
+            kernel += ", with the norm after it" if mix.law.gain is not None else ""
+        elif mix.node.opaque:
             kernel = ", a kernel that shows nothing: least squares over its sources"
         values = ", normalised values" if mix.normalised else ""
         made = any(not spot.before and spot.name == around for spot in self._tape.spots.get(mix.node, ()))
@@ -433,6 +440,8 @@ class _Finding:
         ]
         if silent:
             notes.append(f"never called, only what is in it: {', '.join(silent[:4])}")
+        if any(mix.law is not None and mix.law.gain is not None for mix in self._reads):
+            notes.append("reads fused with the norm after them: the states are those behind it")
         if any(mix.normalised for mix in self._reads):
             notes.append("normalised values: the weights are those of the normalised sources")
         return notes

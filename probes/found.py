@@ -36,7 +36,7 @@ class Moment:
 class Replay:
     """`run(*values)` gives (weights [S, B, T], sources S times [B, T, D], the mix [B, T, D]). The values are those of
     `spots`, then the tensors that `held` names by module and attribute (or are themselves). `normalised`: the weights
-    are those of the normalised sources."""
+    are those of the normalised sources, or the mix comes out normalised."""
 
     run: Callable
     spots: tuple[Spot, ...]

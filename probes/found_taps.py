@@ -43,10 +43,17 @@ class FoundTaps:
                 self._taps.eagerly(lambda: met(values), *DEPTH_METRICS, "read_error")
 
     def _computed(
-        self, row: int, weights: Tensor, sources: list[Tensor], error: Tensor, allowed: float
+        self,
+        row: int,
+        weights: Tensor,
+        sources: list[Tensor],
+        state: Tensor | None,
+        error: Tensor,
+        allowed: float,
     ) -> None:
         self._taps.depth(row, weights, sources)
         self._taps.read_errors.add(row, error, allowed)
+        self._taps.edge_taps.read(row, state, weights, sources)
 
     def _part(self, x: Tensor, part: int) -> None:
         """One of several tensors that are summed to the embedding where no hook sees it. What has its full shape has

@@ -28,8 +28,8 @@ class Gates:
     output, for all that read it. None leaves all as they are; with `only` a read, the edges of the others are. `mass`
     says what becomes of the weight of a gated source in a softmax (`MASS`). `watch` is told what each read makes.
 
-    `no_edges` says why the edges of this model cannot be gated, in a sentence, and is empty where they can; `gated` bool
-    [L] tells the layers that can.
+    `no_edges` says why the edges of this model cannot be gated, in a sentence, and is empty where they can; `reached` bool
+    [R] tells the reads whose edges can, `gated` bool [L] the layers that can.
     """
 
     def __init__(self, sites: Sites, mass: str = KEPT):
@@ -42,6 +42,8 @@ class Gates:
         self.layout = sites.layout
         self.gated = [site.output is not None for site in sites.layers]
         self.no_edges = _no_edges(sites)
+        found = sites.found.reads if sites.found is not None else ()
+        self.reached = [read.state is not None for read in found] or [True] * len(self.layout.reads)
         self._sites, self._mass = sites, mass
         self._outputs: dict[int, Tensor] = {}
         self._turns: Counter = Counter()
@@ -76,6 +78,10 @@ class Gates:
         for row, site in enumerate(sites.layers):
             if site.output is not None:
                 yield self._at(site.output, lambda x, row=row: self._output(x, row))
+        for module in sites.outputs:
+            yield module.register_forward_pre_hook(
+                lambda module, args: (self._output(args[0], module.depth_output - 1), *args[1:])
+            )
         if self._found is not None:
             yield from self._found.hang()  # after the outputs, so that what it keeps is gated
         elif sites.reads:
@@ -93,6 +99,8 @@ class Gates:
             yield self._at(sites.final, lambda x: self._state(x, last, last + 1))
 
     def _output(self, x: Tensor, row: int) -> Tensor:
+        if self._sites.reads and x.ndim > 3:
+            return x  # a stack that holds the output among other things; `sites.outputs` has it plain
         if self.layers is not None:
             x = x * _column(self.layers[..., row], x)
         self._outputs[row + 1] = x

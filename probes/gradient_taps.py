@@ -55,9 +55,24 @@ class GradientTaps:
     ) -> None:
         """Add the moments of the gradient of `x` to `sums` [2] when it comes, of the tokens in `mask`.
 
-        `row` says which (place, row) that is; `metrics` are lost where it fails. With `streams`, `x` [..., n, D] are
-        copies of a tensor whose gradient is meant: the sum of theirs.
+        With `streams`, `x` [..., n, D] are copies of a tensor whose gradient is meant: the sum of theirs.
         """
+
+        def add(gradient: Tensor) -> None:
+            sums.add_(self._moments_of(gradient.sum(-2) if streams else gradient, mask))
+
+        self.watch(x, passes, row, metrics, add)
+
+    def watch(
+        self,
+        x: Tensor,
+        passes: Passes,
+        row: tuple[str, int],
+        metrics: Sequence[str],
+        action: Callable[[Tensor], None],
+    ) -> None:
+        """Hand the gradient of `x` to `action` when it comes. `row` says which (place, row) that is; `metrics` are lost
+        where it fails."""
         if not x.requires_grad:
             if not torch.is_grad_enabled():
                 self._owed.add(row)
@@ -71,7 +86,7 @@ class GradientTaps:
             # A recomputation that follows is this pass's.
             passes.now, this.reached = this, True
             with self._faults.guard(*metrics):
-                sums.add_(self._moments_of(gradient.sum(-2) if streams else gradient, mask))
+                action(gradient)
             self.seconds += time.perf_counter() - started
 
         x.register_hook(arrived)

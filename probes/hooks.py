@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from probes.edges import add_edges, few, taken
 from probes.statistics import add_moments
 
 
@@ -16,6 +17,24 @@ def tap_gradient_in_graph(x: Tensor, row: Tensor, mask: Tensor | None = None, st
         add_moments(gradient.sum(-2) if streams else gradient, row[0], row[1], mask)
 
     x.register_hook(tap)
+
+
+@torch._dynamo.allow_in_graph
+def tap_edges_in_graph(
+    mix: Tensor, row: Tensor, mask: Tensor | None, offset: Tensor, weight: Tensor, *sources: Tensor
+) -> None:
+    """The same for a depth read, its sources S times [B, T, D] and their weights [S, B, T] (edges.py)."""
+    tokens, scale = few(mix, offset), 1.0
+    parts = [taken(source, tokens) for source in sources]
+    weight, mask = weight.detach().flatten(1), None if mask is None else mask.flatten()
+    if tokens is not None:
+        weight, mask = weight[:, tokens], None if mask is None else mask[tokens]
+        scale = mix.shape[:-1].numel() / len(tokens)
+
+    def tap(gradient: Tensor) -> None:
+        add_edges(row, taken(gradient, tokens), parts, weight, mask, scale)
+
+    mix.register_hook(tap)
 
 
 class Hook:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from probes.kernels import Law, law_of, solved
 from probes.tape import Node, Tape
 
-_AT_ONCE = 1024  # tokens that are solved in float64 at a time
 SHARE_OF_WIDTH = 4  # with more sources than this share of the channels, any weights explain a mix
 _TOLERANCE = 2e-2  # operations that cast to bfloat16 are linear to 4e-3
 _MIXING_CHANNELS = {
@@ -47,6 +47,7 @@ class Mix:
     steps: dict[Node, list[tuple[int, int]]]
     edges: list[Edge]
     passed: set[Node] = field(default_factory=set)  # norms on the way, of many sources at once
+    law: Law | None = None  # of a kernel
 
     @property
     def normalised(self) -> bool:
@@ -151,8 +152,13 @@ class Mixes:
             for place in range(max(len(candidates[slot]) for slot in slots)):
                 operands = [(s, candidates[s][min(place, len(candidates[s]) - 1)]) for s in slots]
                 if self._is_linear(node, axis, operands):
-                    return operands
+                    return [each for each in operands if len(operands) == 1 or self._has_part(node, each[0])]
         return None
+
+    def _has_part(self, node: Node, slot: int) -> bool:
+        """Whether the values of an operand matter, as those that only lend their shape do not."""
+        values = torch.randn(node.slots[slot].tensor.shape, dtype=torch.float64)
+        return not torch.equal(*(_tried(node, {slot: each}) for each in (values, 1 - values)))
 
     def _is_linear(self, node: Node, axis: int, operands: list[tuple[int, int]]) -> bool:
         mixing = torch.randn(self.width, self.width, dtype=torch.float64) / self.width**0.5
@@ -220,7 +226,8 @@ class Mixes:
     # The sources of a mix
 
     def _behind_kernel(self, node: Node) -> Mix | None:
-        """The mix that a kernel makes of the sources it is given, where least squares can tell their weights."""
+        """The mix that a kernel makes of the sources it is given, where its law is known or least squares can tell their
+        weights."""
         mix = Mix(node, {}, [])
         for slot, each in enumerate(node.slots):
             if (
@@ -234,7 +241,14 @@ class Mixes:
                 mix.edges.append(Edge(node, slot, axis, source))
             elif each.tensor.numel() > self._size and self.linear(each, axis) is not None:
                 self._walk(mix, each, axis)
-        if not _chained(self.tape, mix) or len(mix.edges) * SHARE_OF_WIDTH > self.width:
+        if not _chained(self.tape, mix) and len(mix.edges) != 1:
+            return None
+        mix.law = law_of(node, mix.sources, self.width)
+        if mix.law is not None:
+            return mix
+        if len(mix.edges) == 1:
+            return mix if _trivial(mix) else None
+        if len(mix.edges) * SHARE_OF_WIDTH > self.width:
             return None
         weights = solved(mix_values := [edge.source.value for edge in mix.edges], node.value)
         made = sum(weight.unsqueeze(-1) * value for weight, value in zip(weights, mix_values, strict=True))
@@ -265,11 +279,21 @@ class Mixes:
             if child in mix.steps:
                 continue
             source = self.bare(child)
+            if not source.value.any() and self._adds_as_is(node, slot):
+                continue  # zeros that a sum begins with
             if child.tensor.numel() <= self._size and self.plain(source):
                 mix.edges.append(Edge(node, slot, at, source))
                 continue
             if not self._is_blank(child):
                 self._walk(mix, child, at)
+
+    def _adds_as_is(self, node: Node, slot: int) -> bool:
+        """Whether an operand is added to the rest without a weight."""
+        if node.slots[slot].tensor.shape != node.tensor.shape:
+            return False
+        values = torch.randn(node.tensor.shape, dtype=torch.float64)
+        with_it, without = (_tried(node, {slot: each}) for each in (values, torch.zeros_like(values)))
+        return torch.allclose((with_it - without).cpu().double(), values, atol=1e-6)
 
     def _is_blank(self, node: Node) -> bool:
         """An empty store that sources are written to."""
@@ -372,21 +396,6 @@ class Mixes:
             return [node]  # scaled or dropped out: what is added is this
         found = [term for slot, _ in operands for term in self.terms(node.slots[slot], stop)]
         return list(dict.fromkeys(found)) or [node]
-
-
-def solved(sources: list[Tensor], mix: Tensor) -> Tensor:
-    """The weights [S, B, T] that bring the sum of sources nearest to a mix [B, T, D], for each token by itself."""
-    weights = []
-    flat = [source.reshape(-1, mix.shape[-1]) for source in sources]
-    for at in range(0, flat[0].shape[0], _AT_ONCE):
-        values = torch.stack([source[at : at + _AT_ONCE] for source in flat], 1).double()  # [N, S, D]
-        size = values.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        values = values / size
-        target = mix.reshape(-1, mix.shape[-1])[at : at + _AT_ONCE].double().unsqueeze(-1)
-        # Without a check of the result, which would wait for the device: what fails does not give the mix back.
-        found = torch.linalg.solve_ex(values @ values.mT, values @ target)[0]
-        weights.append((found / size).squeeze(-1))
-    return torch.cat(weights).T.reshape(len(sources), *mix.shape[:-1]).float()
 
 
 class _Lost(Exception):

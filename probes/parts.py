@@ -26,7 +26,7 @@ class Parts(MutableMapping[str, np.ndarray]):
         return self
 
     def __exit__(self, *error) -> None:
-        if self._held:
+        if len(self._held) > 1:  # more than the plan
             self._write()
 
     def __getitem__(self, name: str) -> np.ndarray:

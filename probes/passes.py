@@ -14,12 +14,14 @@ from probes.statistics import Tables, clear, merge
 
 @dataclass
 class Pass:
-    """One eager forward: how often each row was tapped in it, and whether a gradient came back to it."""
+    """One eager forward: how often each row was tapped in it, whether a gradient came back to it, and what waits for
+    one (edge_taps.py)."""
 
     watched: bool = False
     reached: bool = False
     mask: Tensor | None = None
     calls: Counter = field(default_factory=Counter)
+    edges: object = None
 
     @property
     def counts(self) -> bool:

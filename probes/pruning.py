@@ -85,12 +85,16 @@ def plans(found: Attribution, gates: Gates, seed: int) -> list[Plan]:
 def scores(found: Attribution, kind: str) -> dict[str, np.ndarray]:
     """Importance of layers [L] or edges [R, S], by ranking; without those that are not known.
 
-    Layers by weight are known where every column is one layer's: its mean over the reads of it, in even shares.
+    Weights and shares of edges are in even shares of their read (times the number of its sources): else the reads of many
+    sources would lose all they have first. Layers by weight are known where every column is one layer's: the mean over the
+    reads of it, in even shares.
     Attribution is that of the method nearest to removing: of layers their removal, of edges their ablation.
     """
     layout, made = found.layout, {}
+    counts = np.array([read.sources for read in layout.reads])[:, None]
     if kind == EDGES:
-        made = {WEIGHT: found.weight, SHARE: None if found.share is None else np.abs(found.share)}
+        for name, values in ((WEIGHT, found.weight), (SHARE, found.share)):
+            made[name] = None if values is None or not _tells(values) else np.abs(values) * counts
     else:
         single = [source.first == source.last == n for n, source in enumerate(layout.sources)]
         if (
@@ -99,7 +103,7 @@ def scores(found: Attribution, kind: str) -> dict[str, np.ndarray]:
             and all(single)
             and len(single) == len(layout.layers) + 1
         ):
-            even = found.weight * np.array([read.sources for read in layout.reads])[:, None]
+            even = found.weight * counts
             there = np.isfinite(even)
             made[WEIGHT] = (np.where(there, even, 0).sum(0) / np.maximum(there.sum(0), 1))[1:]
         made[SHARE] = None if found.final_share is None else np.abs(found.final_share[1:])
@@ -134,7 +138,8 @@ def _kinds(gates: Gates) -> list[str]:
 
 def _able(kind: str, gates: Gates) -> np.ndarray:
     """Flat indices of what can be removed."""
-    there = np.array(gates.gated) if kind == LAYERS else gates.layout.triangle()
+    edges = gates.layout.triangle() & np.array(gates.reached)[:, None]
+    there = np.array(gates.gated) if kind == LAYERS else edges
     return np.flatnonzero(there.ravel())
 
 

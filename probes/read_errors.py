@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from probes.edges import EDGE_METRICS
 from probes.statistics import DEPTH_METRICS
 
 
@@ -31,7 +32,7 @@ class ReadErrors:
         wrong = ~(self._errors <= self._allowed)
         found = {"read_error": self._errors.where(seen > 0, torch.nan)}
         for name, values in metrics.items():
-            if name in DEPTH_METRICS:
+            if name in (*DEPTH_METRICS, *EDGE_METRICS):
                 rows = wrong if len(values) == len(wrong) and "entropy" in name else wrong[self._row_of_cell]
                 values = values.masked_fill(rows, torch.nan)
             found[name] = values

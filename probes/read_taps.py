@@ -25,8 +25,9 @@ class _Here:
 class ReadTaps:
     """`places` says where hooks are wanted and what to call there; `forget` ends a forward.
 
-    Each read is handed to `computed(row, weights [S, B, T], sources, error, allowed)`: how far weights times sources
-    are from the state, relative, on a few tokens, and how far they may be.
+    Each read is handed to `computed(row, weights [S, B, T], sources, state, error, allowed)`: `state` is the model's own
+    mix of those sources, None where it is not seen or the mix is of others; then how far weights times sources are from
+    the state, relative, on a few tokens, and how far they may be.
     """
 
     def __init__(self, found: FoundReads, computed: Callable):
@@ -74,14 +75,15 @@ class ReadTaps:
             if wanted == turn:
                 self._compute(row, tree)
 
-    @torch.no_grad()
     def _compute(self, row: int, tree: object) -> None:
         read = self._reads[row]
         if all(number in self._kept for number in self._needs[row]):
-            weights, sources, mix = read.replay.weights([self._kept[number] for number in self._needs[row]])
-            state = reached(tree, read.state.path) if read.state is not None else mix
-            error, allowed = _error(read, weights, sources, mix, state.detach())
-            self._computed(row, weights, sources, error, allowed)
+            with torch.no_grad():
+                seen = [self._kept[number] for number in self._needs[row]]
+                weights, sources, mix = read.replay.weights(seen)
+                state = reached(tree, read.state.path) if read.state is not None else None
+                error, allowed = _error(read, weights, sources, mix, mix if state is None else state.detach())
+            self._computed(row, weights, sources, None if read.replay.normalised else state, error, allowed)
         for number in self._done_after[row]:
             self._kept.pop(number, None)
 

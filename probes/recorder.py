@@ -22,6 +22,7 @@ from torch import nn
 from probes.backwards import Backwards
 from probes.clock import Clock, Moment
 from probes.compiled import prepare_compiler
+from probes.edges import EDGE_METRICS
 from probes.ending import Ending, describe
 from probes.faults import Faults
 from probes.finding import find_sites
@@ -383,7 +384,7 @@ class Recorder:
         self._taps.gradients.arrives = self._backwards.arrives
 
     def _backward_ended(self, counts: bool) -> None:
-        with self._faults.guard(*ACTIVATIONS, *DEPTH_METRICS):
+        with self._faults.guard(*ACTIVATIONS, *DEPTH_METRICS, *EDGE_METRICS):
             if not counts:
                 self._taps.drop()
                 return
@@ -433,9 +434,8 @@ class Recorder:
         with self._faults.guard(UPDATE_RATIO):
             metrics |= self._updates.after(self._clock.now.attempt)
         if self._scale.value is not None:
-            metrics |= {
-                name: v / self._scale.value for name, v in metrics.items() if name.endswith("_grad_rms")
-            }
+            scaled = {name for name in metrics if name.endswith("_grad_rms")} | set(EDGE_METRICS)
+            metrics |= {name: metrics[name] / self._scale.value for name in scaled & set(metrics)}
         if self._scale.given or self._clock.vain() is not None:
             metrics["skipped"] = torch.zeros(()) if self._skipped is None else self._skipped
         left_out = self._scalars.logged | self._faults.now | (set() if known else set(GRADIENTS))

@@ -4,11 +4,14 @@ The operations from the sources to the mix are linear in the sources, so that wi
 everything else as it was, they return the weights: channel s of the result is the weight of source s.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx, nn
 
 from probes.found import Moment, Replay, Spot
-from probes.mixes import Mix, solved
+from probes.kernels import by_definition, solved
+from probes.mixes import Mix
 from probes.tape import Node, Tape
 
 _DRAWING = {
@@ -65,17 +68,27 @@ class _Cutting:
         spots = tuple(self._spot(node) for node in self._inputs if self._spot(node) is not None)
         held = tuple(self._holder(node) for node in self._inputs if self._spot(node) is None)
         sources = [self._emit(edge.source) for edge in self._mix.edges]
-        if self._mix.node.opaque:
-            weights = self._graph.call_function(solved, (sources, self._emit(self._mix.node)))
+        law = self._mix.law
+        if law is not None:
+            vectors = [self._emit(self._mix.node.slots[slot]) for slot in law.slots]
+            both = self._graph.call_function(by_definition, (law, sources, vectors))
+            weights, mix = (self._graph.call_function(_item, (both, place)) for place in (0, 1))
+        elif self._mix.node.opaque:
+            mix = self._emit(self._mix.node)
+            weights = self._graph.call_function(solved, (sources, mix))
         else:
-            weights = self._weights()
-        self._graph.output((weights, sources, self._emit(self._mix.node)))
+            weights, mix = self._weights(), self._emit(self._mix.node)
+        self._graph.output((weights, sources, mix))
         module = fx.GraphModule(nn.Module(), self._graph)
-        return Replay(module.forward, spots, held, self._mix.normalised)
+        by_mix = self._mix.normalised or (law is not None and law.gain is not None)
+        return Replay(module.forward, spots, held, by_mix)
 
     def _collect(self) -> None:
         """What the program starts from: tensors that hooks see first, then those that are held."""
-        found, waiting, done = [], [self._mix.node, *(edge.source for edge in self._mix.edges)], set()
+        node, law = self._mix.node, self._mix.law
+        found, done = [], set()
+        waiting = [edge.source for edge in self._mix.edges]
+        waiting += [node] if law is None else [node.slots[slot] for slot in law.slots]
         while waiting:
             node = waiting.pop()
             if node in done:
@@ -130,7 +143,9 @@ class _Cutting:
             copy = graph.call_method("clone", args[:1])
             graph.call_method(name or node.func.__name__, (copy, *args[1:]), kwargs)
             return copy
-        if name is not None:
+        if node.cast is not None:
+            made = graph.call_function(_within(node.cast, node.func), args, kwargs)
+        elif name is not None:
             made = graph.call_method(name, args, kwargs)
         else:
             made = graph.call_function(node.func, args, kwargs)
@@ -215,6 +230,17 @@ class _Cutting:
 
     def _is_edge(self, node: Node, slot: int) -> bool:
         return any(edge.user is node and edge.slot == slot for edge in self._mix.edges)
+
+
+def _within(cast: tuple, func: Callable) -> Callable:
+    """`func` in an autocast region, as where a read is computed in float32 whatever is around it."""
+    device, dtype, enabled = cast
+
+    def within(*args, **kwargs):
+        with torch.autocast(device, dtype, enabled):
+            return func(*args, **kwargs)
+
+    return within
 
 
 def _with_item(x: Tensor, key: object, value: object) -> Tensor:

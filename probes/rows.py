@@ -54,3 +54,12 @@ def unhooked_rows(sites: Sites) -> dict[str, set[int]]:
         outputs.add(0)
     reads = set(range(len(sites.layers) + 1)) if sites.is_marked else set()
     return {"state": states, "output": outputs, "read": reads}
+
+
+def edge_sources(sites: Sites) -> list[int]:
+    """How many sources each read or branch takes, where depth edges can be told; else nothing."""
+    if sites.has_reads:
+        return sites.depth_sources
+    if sites.is_plain and not sites.is_marked:
+        return [*(site.given for site in sites.layers), len(sites.layers) + 1]
+    return []

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from probes import compacting
 from probes import manifest as files
-from probes.attempts import Attempt, attempt_folder, claimed, hide
+from probes.attempts import Attempt, attempt_folder, claimed, hide, row_shape
 from probes.attributed import Attribution, attribution_names, read_attribution
 from probes.careful import is_folder, printable
 from probes.gaps import Gap, gaps_of
@@ -17,9 +18,9 @@ from probes.layout import Layout, difference
 from probes.manifest import Manifest, RunError
 from probes.ranks import MANIFEST as RANK
 from probes.ranks import VALUES, rank_folder
+from probes.series import Series
 from probes.shard import ShardError
 from probes.tokens import Tokens, read_tokens, token_steps
-from probes.vocabulary import TRIANGLES, metric
 
 _MOST_PROBLEMS = 30
 
@@ -41,12 +42,15 @@ class Run:
     stand for. `run.gaps` are the steps that are missing, and why; `run.problems` says all that in sentences.
     """
 
-    def __init__(self, path: str | os.PathLike, rank: int = 0):
-        self.path, self.rank = Path(path), rank
+    def __init__(self, path: str | os.PathLike, rank: int = 0, cache: Path | None = None):
+        """With a folder for a `cache`, a long run without a digest gets one there."""
+        self.path, self.rank, self._cache = Path(path), rank, cache
         self.manifest = _manifest(self.path, files.MANIFEST, rank)
         self.attempts: list[Attempt] = [Attempt(self.path, 0, self.manifest, rank)]
         self._left_out: dict[int, str] = {}
-        self._whole: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._series: dict[str, Series] = {}
+        self._whole: dict[str, np.ndarray] = {}
+        self.kept: dict = {}  # what others made of its rows; emptied when there are more
         self._attributed: dict[str, Attribution | str] = {}
         self.refresh()
 
@@ -155,38 +159,48 @@ class Run:
 
     @property
     def metrics(self) -> list[str]:
-        names = {name for attempt in self.attempts for name in list(attempt.parts)}
+        names = {name for attempt in self.attempts for name in attempt.metrics}
         return sorted(name for name in names if name in self)
 
     def __contains__(self, name: str) -> bool:
-        return any(True for attempt in self.attempts for _ in attempt.visible(name))
+        return name in self._series or any(True for attempt in self.attempts for _ in attempt.visible(name))
 
     def steps(self, name: str) -> np.ndarray:
         """Steps at which `name` was recorded, int64 [N], ascending; a scalar logged twice has its step twice.
 
         Raises KeyError for what was not recorded.
         """
-        return self._series(name)[0]
+        return self.series(name).steps
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Values of `name`, float32 [N, ...]. Raises KeyError for what was not recorded."""
-        return self._series(name)[1]
-
-    def _series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Values of `name`, float32 [N, ...]. Raises KeyError for what was not recorded, RunError for more than fits into
+        this machine's memory; `series` reads a part of them."""
         if name not in self._whole:
+            series = self.series(name)
+            if series.nbytes > _MOST_MEMORY:
+                raise RunError(
+                    f"All {len(series):,} rows of {name} do not fit into this machine's memory: read some of them, with "
+                    f"run.series({name!r})."
+                )
+            values = series.whole()
+            values.flags.writeable = False
+            self._whole[name] = values
+        return self._whole[name]
+
+    def series(self, name: str) -> Series:
+        """The rows of `name`, to read some of them, or bins: `run.series("hidden_rms").bins(2000)`. Raises KeyError for what
+        was not recorded."""
+        table = self._series
+        if name not in table:
             parts = [part for attempt in self.attempts for part in attempt.visible(name)]
             if not parts:
                 recorded = ", ".join(self.metrics) or "nothing yet"
                 raise KeyError(f"{self.name} did not record {name!r}; it has: {recorded}")
-            steps = np.concatenate([part[0] for part in parts])
-            values = np.concatenate([part[1] for part in parts]).astype(np.float32, copy=False)
-            if (axes := metric(name).axes) in TRIANGLES:
-                values = self.layout.unpack(values, axes)
-            order = np.argsort(steps, kind="stable")
-            steps, values = steps[order], values[order]
-            steps.flags.writeable = values.flags.writeable = False
-            self._whole[name] = steps, values
-        return self._whole[name]
+            found = Series(name, parts, self.layout, row_shape(name, self.layout))
+            for other in list(table.values()):
+                found.share(other)
+            table[name] = found
+        return table[name]
 
     @property
     def token_steps(self) -> np.ndarray:
@@ -243,9 +257,11 @@ class Run:
         """Read the shards sealed since the last look. True if any is new. What cannot be read leaves a gap."""
         new = self._look_for_attempts()
         for attempt in self.attempts:
-            new |= attempt.refresh(self.layout, _MOST_MEMORY - sum(each.held for each in self.attempts))
+            room = _MOST_MEMORY - sum(each.held for each in self.attempts)
+            digests = compacting.kept(attempt, self.layout, self._cache) if self._cache else None
+            new |= attempt.refresh(self.layout, room, digests)
         if new:
-            self._whole = {}
+            self._series, self._whole, self.kept = {}, {}, {}
         return new
 
     def _look_for_attempts(self) -> bool:

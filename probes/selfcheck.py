@@ -37,6 +37,14 @@ class SelfCheck:
             self._say(f"depthscope saw no forward of {self._name} in training mode before a step. {BEFORE}")
         if taps.masks.odd:
             self._say("depthscope takes masks of [B, T] only; here every token counts: pass mask=.")
+        if taps.matrices and taps.edge_taps.unknown:
+            text = (
+                "depthscope leaves the depth attribution blank of what no RMSNorm or LayerNorm of its own feeds: "
+                f"{', '.join(taps.edge_taps.unknown)}."
+            )
+            if text not in self._said:
+                self._said.add(text)
+                log.info("%s", text)  # nothing is wrong with that
         if taps.repeated:
             names = ", ".join(taps.repeated)
             self._say(

@@ -22,7 +22,7 @@ from probes.whole import write_whole
 
 SUFFIX = ".safetensors"
 MOST_BYTES = 1 << 30  # a writer seals far less at once
-_MOST_HEADER = 16 << 20
+MOST_HEADER = 16 << 20
 
 _NAME = re.compile(r"([0-9]{12,16})-([0-9]{12,16})\.safetensors")
 _TYPES = {
@@ -51,15 +51,24 @@ def shard_steps(name: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Shard:
-    """What a shard holds, checked: tensors by name, and the metadata without the checksum."""
+    """What a shard holds, checked: tensors by name, and the metadata without the checksum, which is `crc32`."""
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, str]
     size: int
+    crc32: str = ""
+
+    @property
+    def number(self) -> int:
+        """Which shard of its attempt it is, -1 where it does not say."""
+        number = self.metadata.get("shard", "")
+        return int(number) if re.fullmatch("[0-9]{1,9}", number) else -1
 
 
-def write_shard(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> int:
-    """Seal `tensors` at `path`: temporary file, fsync, rename, fsync of the folder. Returns its size.
+def write_shard(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], durable: bool = True
+) -> int:
+    """Seal `tensors` at `path`: temporary file, fsync, rename, fsync of the folder (not `durable`: no fsync). Returns its size.
 
     Raises OSError when the disk refuses, FileExistsError when the shard is there already (a shard is never
     rewritten).
@@ -68,8 +77,9 @@ def write_shard(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping
         raise FileExistsError(f"shard {path} exists already")
     content = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     data = safetensors_numpy.save(content, {**metadata, "crc32": checksum(content, metadata)})
-    write_whole(path, data)
-    sync_folder(path.parent)
+    write_whole(path, data, durable)
+    if durable:
+        sync_folder(path.parent)
     return len(data)
 
 
@@ -98,15 +108,41 @@ def parse_shard(data: bytes) -> Shard:
         raise ShardError("has no checksum, so depthscope did not write it")
     if claimed != checksum(tensors, metadata):
         raise ShardError("does not match its checksum: its content changed after it was written")
-    return Shard(tensors, metadata, len(data))
+    return Shard(tensors, metadata, len(data), claimed)
 
 
 def _parse(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Tensors and metadata of a safetensors file, of which every byte must have its place."""
+    places, metadata = parse_header(data, len(data))
+    tensors = {
+        name: np.frombuffer(data, place.dtype, math.prod(place.shape), place.start).reshape(place.shape)
+        for name, place in places.items()
+    }
+    return tensors, metadata
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in its file: from byte `start` on."""
+
+    start: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def parse_header(data: bytes, size: int) -> tuple[dict[str, Place], dict[str, str]]:
+    """Places and metadata by the header of a safetensors file of `size` bytes, of which every byte must have its place.
+
+    `data` is the file's beginning, with all of the header. Raises ValueError, TypeError, KeyError or RecursionError.
+    """
     start = 8 + int.from_bytes(data[:8], "little")
     if len(data) < 8 or start > len(data):
         raise ValueError("it ends within its header")
-    if start > _MOST_HEADER or data[8:9] != b"{":
+    if start > MOST_HEADER or data[8:9] != b"{":
         raise ValueError("its header is not JSON")
     header = json.loads(data[8:start].decode(), object_pairs_hook=_distinct)
     metadata = header.pop("__metadata__", {})
@@ -114,21 +150,20 @@ def _parse(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise ValueError("its metadata are not strings")
     for text in (*metadata, *metadata.values(), *header):
         text.encode()  # half a character cannot be summed
-    tensors, place = {}, 0
+    places, at = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if set(entry) != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"its entry for {name!r} is another's")
         (first, last), shape, dtype = entry["data_offsets"], entry["shape"], np.dtype(_TYPES[entry["dtype"]])
         if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
             raise ValueError(f"its entry for {name!r} has other numbers than sizes")
-        count = math.prod(shape)
-        if first != place or last - first != count * dtype.itemsize or start + last > len(data):
+        if first != at or last - first != math.prod(shape) * dtype.itemsize or start + last > size:
             raise ValueError(f"it has no room for {name!r}")
-        tensors[name] = np.frombuffer(data, dtype, count, start + first).reshape(shape)
-        place = last
-    if start + place != len(data):
+        places[name] = Place(start + first, dtype, tuple(shape))
+        at = last
+    if start + at != size:
         raise ValueError("it holds more than its header says")
-    return tensors, metadata
+    return places, metadata
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> dict:

@@ -7,6 +7,7 @@ the whole. Nothing here reads a number back to the host.
 import torch
 from torch import Tensor
 
+from probes.edges import EdgeSums
 from probes.parallel import local
 
 
@@ -177,9 +178,17 @@ def token_mean_square(x: Tensor) -> Tensor:
 
 
 class Tables:
-    """All sums of one model, empty: moments by place, forward and backward, non-finite counts, depth sums."""
+    """All sums of one model, empty: moments by place, forward and backward, non-finite counts, depth sums, depth edges."""
 
-    def __init__(self, sizes: dict[str, int], sources: list[int], device: torch.device, experts: int = 0):
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        sources: list[int],
+        device: torch.device,
+        experts: int = 0,
+        edges: EdgeSums | None = None,
+    ):
+        self.edges = edges
         self.forward = {place: Moments(rows, device) for place, rows in sizes.items()}
         self.backward = {place: RowMoments(rows, device) for place, rows in sizes.items()}
         self.nonfinite = torch.zeros(sizes["state"], dtype=torch.int64, device=device)
@@ -193,7 +202,8 @@ class Tables:
         return [self.nonfinite, *depth, *(t for moments in self.forward.values() for t in moments.tensors())]
 
     def backward_tensors(self) -> list[Tensor]:
-        return [t for moments in self.backward.values() for t in moments.tensors()]
+        edges = self.edges.tensors() if self.edges is not None else []
+        return [*edges, *(t for moments in self.backward.values() for t in moments.tensors())]
 
     def tensors(self) -> list[Tensor]:
         return [*self.forward_tensors(), *self.backward_tensors()]

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from probes.edges import EdgeSums
 from probes.expert_taps import EXPERT_METRICS, Loads, most
-from probes.identity import identity_error
+from probes.identity import identity_error, tolerance
 from probes.passes import Passes
 from probes.read_errors import ReadErrors
-from probes.rows import block_rows, last_layers
+from probes.rows import block_rows, edge_sources, last_layers
 from probes.sample import Sample
 from probes.sites import Sites
 from probes.statistics import DEPTH_METRICS, Tables
@@ -25,9 +26,20 @@ class Tally:
         sizes = {"state": len(sites.layers) + 1, "output": len(sites.layers) + 1}
         if self._block_rows is None:
             sizes["block"] = len(last_layers(sites))
-        shape = sizes, sites.depth_sources, device, most(sites.experts)
-        self.live, self._counted = (Tables(*shape) for _ in range(2))
+        edges, exists = edge_sources(sites), torch.from_numpy(sites.layout.triangle())
+        self.live, self._counted = (
+            Tables(
+                sizes,
+                sites.depth_sources,
+                device,
+                most(sites.experts),
+                EdgeSums(edges, exists, device) if edges else None,
+            )
+            for _ in range(2)
+        )
         self._loads = Loads(sites.experts, device)
+        self._is_sum = sites.is_plain
+        self._allowed = tolerance(next(sites.root.parameters()).dtype)
         self.errors = ReadErrors(sites.depth_sources, device) if sites.found is not None else None
         rows = len(sites.layers) + 1
         self.sample = Sample(rows, device, share)
@@ -80,6 +92,8 @@ class Tally:
                 metrics |= self._loads.finish(self._counted.experts)[0]
             if self._counted.depth is not None:
                 metrics |= self._counted.depth.finish()
+            if self._counted.edges is not None:
+                metrics["depth_attribution"] = self._counted.edges.finish(self._edges_seen() > 0)
             if self.errors is not None:
                 metrics = self.errors.blanked(metrics, self._counted.depth.tokens)
         return metrics
@@ -114,9 +128,21 @@ class Tally:
                 counts |= dict.fromkeys(EXPERT_METRICS, assigned)
             if self._counted.depth is not None:
                 counts |= dict.fromkeys(DEPTH_METRICS, self._counted.depth.tokens)
+            if self._counted.edges is not None:
+                counts["depth_attribution"] = self._edges_seen()
             if self.errors is not None:
                 counts["read_error"] = self._counted.depth.tokens
         return counts
+
+    def _edges_seen(self) -> Tensor:
+        """Tokens of each read, [R]. That a state takes its sources as they are is known where all states are their
+        sums."""
+        count = self._counted.edges.count
+        if not self._is_sum:
+            return count
+        errors = identity_error(self.sample, self.given).masked_fill(self._mixed_up(), torch.nan)
+        known = ~errors.isnan() & ~(errors > self._allowed).any()
+        return count.where(known, 0)
 
     def _mixed_up(self) -> Tensor:
         """Whether the sample has the states of one run and the outputs of another; bool [] on the device."""

@@ -35,6 +35,9 @@ class Node:
     writes: bool = False
     kept: Tensor | None = None  # its values, where something overwrote them later
     opaque: bool = False  # a kernel made it that shows no operation
+    cast: tuple | None = (
+        None  # of the autocast region of the model's own that it was made in: device, type, enabled
+    )
 
     def __post_init__(self):
         self.slots: list[Node] = []
@@ -99,6 +102,8 @@ class _Running(TorchFunctionMode):
         self._names = names
         self._turns: dict[nn.Module, int] = {}
         self._newest: dict[int, Node] = {}
+        self.casts: list[tuple] = []  # autocast regions that the forward itself has entered
+        self._in_custom = False  # within a registered operator, whose own functions tell nothing more
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -108,7 +113,11 @@ class _Running(TorchFunctionMode):
         if writes:
             version = args[0]._version
             before = args[0].detach().clone() if id(args[0]) in self._newest else None
-        result = func(*args, **kwargs)
+        self._in_custom = _is_custom(func)
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self._in_custom = False
         if writes and args[0]._version != version:
             if before is not None:
                 self._newest[id(args[0])].kept = before
@@ -124,16 +133,17 @@ class _Running(TorchFunctionMode):
 
     def _add(self, tensor, func, args, kwargs, pick=None, writes=False) -> None:
         args, kwargs = mapped((tuple(args), kwargs), self.node_of, Tensor)
-        node = Node(len(self.nodes), tensor, func, args, kwargs, pick, writes)
+        node = Node(len(self.nodes), tensor, func, args, kwargs, pick, writes, opaque=_is_custom(func))
+        node.cast = self.casts[-1] if self.casts else None
         self.nodes.append(node)
         self._newest[id(tensor)] = node
 
     def applied(self, apply: Callable, args: tuple, result: object) -> None:
         """A function with a backward pass of its own has run. Where it filled an empty tensor and no operation was
         seen to do that, a kernel did."""
-        for path, tensor in leaves(result):
+        for path, tensor in leaves(result) if not self._in_custom else ():
             node = self._newest.get(id(tensor))
-            if len(path) < 2 and (node is None or "empty" in getattr(node.func, "__name__", "")):
+            if len(path) < 2 and (node is None or _is_empty(node)):
                 self._add(tensor, apply, args, {}, pick=path[0] if path else None)
                 self.nodes[-1].opaque = True
 
@@ -168,22 +178,44 @@ def record_tape(root: nn.Module, args: tuple, kwargs: dict, items: int, tokens: 
     with _as_before(root), torch.enable_grad():
         root.train()
         nn.Module.__call__ = lambda module, *args, **kwargs: running.visit(real, module, args, kwargs)
-        apply = vars(torch.autograd.Function)["apply"]
+        # Below `Function.apply`, which many keep under a name of their own.
+        base = torch.autograd.function._SingleLevelFunction
 
         def applied(function, *args, **kwargs):
-            result = apply.__func__(function, *args, **kwargs)
-            running.applied(partial(apply.__func__, function), args, result)
+            result = super(base, function).apply(*args, **kwargs)
+            running.applied(partial(function.apply), args, result)
             return result
 
-        torch.autograd.Function.apply = classmethod(applied)
+        base.apply = classmethod(applied)
         try:
-            with running, torch.compiler.set_stance("force_eager"):
+            with _told_of_casts(running.casts), running, torch.compiler.set_stance("force_eager"):
                 given = [running.node_of(tensor) for _, tensor in leaves((args, kwargs))]
                 root(*args, **kwargs)
         finally:
             nn.Module.__call__ = real
-            torch.autograd.Function.apply = apply
+            del base.apply
     return Tape(root, running.nodes, running.spots, running.moments, given, items, tokens)
+
+
+@contextmanager
+def _told_of_casts(casts: list[tuple]) -> Iterator[None]:
+    """While inside, `casts` are the autocast regions that have been entered."""
+    kind = torch.amp.autocast_mode.autocast
+    enter, leave = kind.__enter__, kind.__exit__
+
+    def entered(self):
+        casts.append((self.device, self.fast_dtype, self._enabled))
+        return enter(self)
+
+    def left(self, *error):
+        casts.pop()
+        return leave(self, *error)
+
+    kind.__enter__, kind.__exit__ = entered, left
+    try:
+        yield
+    finally:
+        kind.__enter__, kind.__exit__ = enter, leave
 
 
 @contextmanager
@@ -235,6 +267,23 @@ def leaves(tree: object, path: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
     elif isinstance(tree, dict):
         for key, each in tree.items():
             yield from leaves(each, (*path, key))
+
+
+def _is_empty(node: Node) -> bool:
+    """Whether nobody was seen to write to a tensor, or to what it is a view of."""
+    while "empty" not in getattr(node.func, "__name__", ""):
+        if len(node.slots) != 1 or node.slots[0].tensor.data_ptr() != node.tensor.data_ptr():
+            return False
+        node = node.slots[0]
+    return True
+
+
+def _is_custom(func: Callable) -> bool:
+    """Whether it is an operator that somebody has registered: torch sees no operation in it."""
+    if not isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return False
+    packet = getattr(func, "overloadpacket", func)
+    return packet._qualified_op_name.partition("::")[0] not in ("aten", "prims", "prim")
 
 
 def _may_write(func: Callable) -> bool:

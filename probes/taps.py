@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.backwards import in_backward
+from probes.edge_taps import EdgeTaps
 from probes.expert_taps import EXPERT_METRICS, Counts, ExpertTaps
 from probes.faults import Faults
 from probes.found_taps import FoundTaps
@@ -55,8 +56,9 @@ class Taps(Hanging):
         self._sites, self._share = sites, share
         self._copies = copies  # processes that see the same sequence
         self.masks = masks or Masks(None, sites)
-        self._mask: Tensor | None = None
+        self.mask: Tensor | None = None
         self._parameter = next(sites.root.parameters())
+        self.edge_taps = EdgeTaps(sites, self)
         self._tally_up()
         self._mean_squares: dict[int, tuple[Tensor, Tensor]] = {}
         self._summed_rows, self._kept_rows = rows_by_arithmetic(sites)
@@ -104,7 +106,9 @@ class Taps(Hanging):
         self._forward, self._backward = live.forward, live.backward
         self._nonfinite, self._depth, self._experts = live.nonfinite, live.depth, live.experts
         self.read_errors = self._tally.errors
-        self._sample, self._calls, self._passes = self._tally.sample, self._tally.calls, self._tally.passes
+        self.edges = live.edges.rows if live.edges is not None else []
+        self.edge_taps.follow(self._device)
+        self._sample, self._calls, self.passes = self._tally.sample, self._tally.calls, self._tally.passes
 
     def follow(self) -> None:
         """Go where the model went, with empty sums."""
@@ -114,29 +118,30 @@ class Taps(Hanging):
 
     def commit(self) -> None:
         self.gradients.forget_newest()
-        self._passes.commit()
+        self.passes.commit()
 
     def drop(self) -> None:
         self.gradients.forget_newest()
-        self._passes.drop()
+        self.passes.drop()
 
     def forget_gradients(self) -> None:
         self.gradients.forget_newest()
-        self._passes.forget_gradients()
+        self.passes.forget_gradients()
 
     def restart(self) -> None:
-        self._passes.restart()
+        self.passes.restart()
 
     @property
     def repeated(self) -> list[str]:
         """Names of layers that ran more than once in one forward."""
-        rows = {row for place, row in self._passes.repeated if place == "output"}
+        rows = {row for place, row in self.passes.repeated if place == "output"}
         return [site.layer.name for row, site in enumerate(self._sites.layers, 1) if row in rows]
 
     def reset(self) -> None:
         self._seconds = 0.0
         self.gradients.reset()
         self._tally.reset()
+        self.edge_taps.reset()
         if self.matrices:
             self._sample.reset()
 
@@ -174,11 +179,12 @@ class Taps(Hanging):
         if sites.final is not None:
             self.at(sites.final, lambda x: self._state(x, len(sites.layers)))
         for row, read in enumerate(sites.reads):
-            self.after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], output[1]))
+            self.after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], *output))
         if self._found is not None:
             self._found.attach()
         for module, count in ExpertTaps(sites.experts).places():
             self.before(module, lambda args, kwargs, count=count: self._routed(count, args, kwargs))
+        self.edge_taps.attach()
         if sites.norm is not None:
             self.before(sites.norm, lambda args, kwargs: self._passed())
         if "block" in self._forward and sites.reads:
@@ -192,9 +198,9 @@ class Taps(Hanging):
         if not self.matrices or self.recomputing:
             return
         if torch.compiler.is_compiling():
-            count(self._experts, args, kwargs, self._mask)
+            count(self._experts, args, kwargs, self.mask)
         else:
-            self.eagerly(lambda: count(self._experts, args, kwargs, self._mask), *EXPERT_METRICS)
+            self.eagerly(lambda: count(self._experts, args, kwargs, self.mask), *EXPERT_METRICS)
 
     def _passed(self) -> None:
         if torch.compiler.is_compiling():
@@ -221,27 +227,29 @@ class Taps(Hanging):
         elif self._parameter.device != self._device:
             self.live = False  # until `follow`
         if compiling:
-            self._mask = self._find_mask(args, kwargs)
+            self.mask = self._find_mask(args, kwargs)
             return
         try:
-            self._mask = self._find_mask(args, kwargs)
+            self.mask = self._find_mask(args, kwargs)
         except Exception as error:
             self.live = False  # rather nothing than padding
             self._faults.caught(error, *ACTIVATIONS, *DEPTH_METRICS, "nonfinite")
 
     def _begin_eagerly(self) -> None:
         self.follow()
-        self._passes.begin()
+        self.passes.begin()
         if self.matrices:
+            self.edge_taps.begin()
             self._sample.reset()
 
     def _end(self, root: nn.Module, args, output) -> None:
         self.live = False
-        self._mask = None
+        self.mask = None
         self._forget()
 
     def _forget(self) -> None:
         self._mean_squares.clear()
+        self.edge_taps.end()
         self._states.clear()
         self._turns.clear()
         self._marks.forget()
@@ -254,21 +262,23 @@ class Taps(Hanging):
         # The compiler may take this hook for a function of its own: no operation here, or it is one more graph.
         if mask is None or torch.compiler.is_compiling():
             return mask
-        self._passes.now.mask = mask != 0
-        return self._passes.now.mask
+        self.passes.now.mask = mask != 0
+        return self.passes.now.mask
 
     def _mask_inside(self, mask: object) -> None:
         """The mask given to a module between the model and its stack, as a decoder's beside that of its encoder. What
         models make of a mask of [B, T] for their own attention is none."""
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             return
-        self._mask = mask
+        self.mask = mask
         if not torch.compiler.is_compiling() and not self.recomputing:
-            self._passes.now.mask = None if mask is None else mask != 0
+            self.passes.now.mask = None if mask is None else mask != 0
 
     def _state(self, x: Tensor, row: int) -> None:
         """What layer row+1 receives, or the final state; the first one is the embedding too."""
         self.tap(x, "state", row)
+        if row == len(self._sites.layers) and self.matrices:
+            self.edge_taps.final(x)
         entered = self._sites.entry is not None and (torch.compiler.is_compiling() or self._embedded)
         if row == 0 and not self._sites.has_reads and not entered:
             # With its position and dropout, where a model has them.
@@ -311,13 +321,13 @@ class Taps(Hanging):
 
     def values(self, x: Tensor, place: str, row: int) -> None:
         if torch.compiler.is_compiling():
-            mask = fitting(self._mask, x)
+            mask = fitting(self.mask, x)
             self._add_values(x, place, row, mask)
             self._keep(x, place, row, mask)
         elif not self.recomputing:
-            self._passes.now.calls[place, row] += 1
-            mask = fitting(self._passes.now.mask, x)
-            if mask is None and self._passes.now.mask is not None and place == "state":
+            self.passes.now.calls[place, row] += 1
+            mask = fitting(self.passes.now.mask, x)
+            if mask is None and self.passes.now.mask is not None and place == "state":
                 # It may be that of another stack, or leave out tokens that the model adds.
                 self.masks.odd = True
             self.eagerly(lambda: self._add_values(x, place, row, mask), *self._tally.metrics_of(place, "rms"))
@@ -326,6 +336,8 @@ class Taps(Hanging):
     def _keep(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
         if self.matrices and place != "block":
             self._sample.keep(x, place, row, mask)
+            if place == "output":
+                self.edge_taps.output(x, row)
 
     def _add_values(self, x: Tensor, place: str, row: int, mask: Tensor | None) -> None:
         forward = self._forward[place]
@@ -339,13 +351,13 @@ class Taps(Hanging):
         sums = self._backward[place].rows[row]
         if torch.compiler.is_compiling():
             if x.requires_grad:
-                tap_gradient_in_graph(x, sums, fitting(self._mask, x), streams)
+                tap_gradient_in_graph(x, sums, fitting(self.mask, x), streams)
             return
         metrics = self._tally.metrics_of(place, "grad_rms")
         with self._faults.guard(*metrics):
-            mask = fitting(self._passes.now.mask, x)
+            mask = fitting(self.passes.now.mask, x)
             if not self.recomputing or self.gradients.owes(place, row):
-                self.gradients.tap(x, sums, mask, self._passes, (place, row), metrics, streams)
+                self.gradients.tap(x, sums, mask, self.passes, (place, row), metrics, streams)
 
     def tap_embedding(self, x: Tensor, streams: bool = False) -> None:
         # Where a stack is run through several times, only the first time starts at the embedding.
@@ -359,8 +371,11 @@ class Taps(Hanging):
         elif self.recomputing and self.gradients.owes("output", 0):
             self.tap(x, "output", 0, streams)
 
-    def _read(self, row: int, sources: list[Tensor], weight: Tensor) -> None:
-        if not self.matrices or self.recomputing:
+    def _read(self, row: int, sources: list[Tensor], mix: Tensor, weight: Tensor) -> None:
+        if not self.matrices:
+            return
+        self.edge_taps.read(row, mix, weight, sources)
+        if self.recomputing:
             return
         if torch.compiler.is_compiling():
             self.depth(row, weight, sources)
@@ -375,7 +390,7 @@ class Taps(Hanging):
             else self.mean_square(source)
             for source in sources
         ]
-        self._depth.add(row, weight, squares, fitting(self._mask, weight.movedim(0, -1)))
+        self._depth.add(row, weight, squares, fitting(self.mask, weight.movedim(0, -1)))
 
     def mean_square(self, source: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler removes the repeated computation by itself

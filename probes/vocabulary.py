@@ -134,6 +134,15 @@ _ROWS = [
         "RMS of weight times source: a large weight on a small source adds little.",
     ),
     Metric(
+        "depth_attribution",
+        TRIANGLE,
+        "Depth attribution",
+        "loss",
+        "First-order change of the loss without that source in that read: −⟨∂ℓ/∂h, w·v⟩ summed over tokens, the other "
+        "weights as they are. Above zero the source helps. In a plain residual the read is the layer's branch alone, "
+        "through its norm. Behind a norm a row sums to about zero.",
+    ),
+    Metric(
         "depth_entropy",
         READ,
         "Depth entropy",
@@ -319,6 +328,7 @@ GRADIENTS = (
     "other_grad_norm",
     "grad_norm",
     "clip_factor",
+    "depth_attribution",
 )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from probes import manifest as files
 from probes import place as places
 from probes.attempts import row_shape
+from probes.compacting import Behind
 from probes.disk import Disk
 from probes.jsonfile import write_json
 from probes.life import beat
@@ -68,6 +69,7 @@ class RunWriter:
         self._place = place or (places.resume if resume else places.begin)(path, manifest)
         self._beat_seconds = BEAT_SECONDS if self._place.rank else files.HEARTBEAT_SECONDS
         self._disk = Disk(self._place)
+        self._behind = Behind(path, self._place.number, manifest, self._place.rank)
         self._started = self._beaten = time.monotonic()
         self._seal_at = self._started + SEAL_SECONDS
         self._thread = threading.Thread(target=self._work, name=f"depthscope writer {path.name}", daemon=True)
@@ -150,11 +152,14 @@ class RunWriter:
                 self._beaten = now
                 if self._place.resumed:
                     self._warn("resumed", f"Another process has continued the run at {self.path} meanwhile.")
+            if self._queue.empty() and not self._disk.refused:
+                self._behind.work()
         self._seal(None)
         if self._open:
             self._shed(len(self._open))
         end = {"time": time.time(), **self._end, "step": self._last_step, **self._told()}
         self._disk.do(lambda: write_json(self._place.folder / files.END, end))
+        self._behind.work()
 
     def _told(self) -> dict:
         told = {"dropped": self.dropped, "shards": self._shards, "gaps": self._lost.gaps()}
@@ -211,6 +216,7 @@ class RunWriter:
             ):
                 break
             self._shards += 1
+            self._behind.sealed(piece)
             ready = ready[len(piece) :]
         self._open = ready + later
         self._bytes = sum(_size(value) for _, _, value in self._open)

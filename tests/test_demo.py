@@ -40,7 +40,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def demo_runs(tmp_path_factory) -> dict[str, probes.Run]:
     folder = tmp_path_factory.mktemp("demo") / "runs"
-    done = depthscope("demo", "--no-serve", "--runs", folder, "--steps", STEPS)
+    done = depthscope("demo", "--no-serve", "--runs", folder, "--steps", STEPS, "--checkpoint-every", STEPS)
     assert done.returncode == 0, done.stderr
     assert "loss: PreNorm" in done.stderr and "Full AttnRes" in done.stderr
     return {run.name: run for run in probes.list_runs(folder)}
@@ -66,6 +66,15 @@ def test_shown_numbers_are_the_models_numbers(demo_runs, name, step):
     differences = compare(demo_runs[name], step)
     assert len(differences) >= 6
     assert max(differences.values()) < 1e-4, differences
+
+
+def test_what_the_demo_saved_can_be_attributed(demo_runs):
+    run = demo_runs["block"]
+    done = depthscope("attribute", run.path, "--sequences", 1, "--context", 16, "--methods", "gradient")
+    assert done.returncode == 0, done.stderr
+    (found,) = run.attributions()
+    assert found.step == STEPS and found.about.data.startswith("validation part of Python")
+    assert "the loss is" in done.stdout
 
 
 def test_recomputation_can_fail(demo_runs, tmp_path):

@@ -32,8 +32,10 @@ def chart(
     frames: "Frames | None" = None,
     fields: Sequence[str] = (),
     on_click: Callable[[dict], None] | None = None,
+    on_zoom: Callable[[dict], None] | None = None,
 ) -> None:
-    """Draw a chart, without its title. `on_click` hears the `fields` of the clicked mark, {} for a click beside all marks."""
+    """Draw a chart, without its title. `on_click` hears the `fields` of the clicked mark, {} for a click beside all marks;
+    `on_zoom` the `first` and `last` step in sight, {} when all are again."""
     spec, signals, tables = separate(chart)
     data = {
         "spec": spec,
@@ -42,6 +44,7 @@ def chart(
         "alt": alt,
         "step": step,
         "fields": list(fields) if on_click else [],
+        "zoom": on_zoom is not None,
     }
     data |= {name: arrow(table) for name, table in tables.items()}
     if frames is not None and len(frames.steps) > 1:
@@ -51,6 +54,8 @@ def chart(
     callbacks = {}
     if on_click:
         callbacks["on_click_change"] = lambda: _heard(key, "click", on_click)
+    if on_zoom:
+        callbacks["on_zoom_change"] = lambda: _heard(key, "zoom", on_zoom)
     _component("chart", html=False)(key=key, data=data, **callbacks)
 
 

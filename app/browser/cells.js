@@ -109,10 +109,32 @@ class Cells {
     if (!this.view || !this.edges) return;
     const box = this.canvas.getBoundingClientRect();
     const [x, y] = [(event.clientX - box.left) * this.ratio, (event.clientY - box.top) * this.ratio];
+    const over = this.find(x, y);
+    if (over !== this.over) this.put(over);
+  }
+
+  // The cell beside the one under the pointer, in a direction; that itself where there is none, and the last to begin with.
+  beside([right, down]) {
+    const { edges, over, ratio } = this;
+    const at = over < 0 ? this.values.length - 1 : over;
+    if (over < 0) return at;
+    const next = (low, high, by) => (by < 0 ? low - 2 * ratio : by > 0 ? high + 2 * ratio : (low + high) / 2);
+    const [x, y] = [next(edges.left[at], edges.right[at], right), next(edges.top[at], edges.bottom[at], down)];
+    const found = this.find(x, y);
+    return found < 0 ? at : found;
+  }
+
+  // Where the middle of a cell is in the window.
+  middle(i) {
+    const box = this.canvas.getBoundingClientRect();
+    const { left, right, top, bottom } = this.edges;
+    return [box.left + (left[i] + right[i]) / 2 / this.ratio, box.top + (top[i] + bottom[i]) / 2 / this.ratio];
+  }
+
+  find(x, y) {
     const { left, right, top, bottom } = this.edges;
     const seam = this.ratio;
-    const over = left.findIndex((edge, i) => edge <= x && x < right[i] + seam && top[i] <= y && y < bottom[i] + seam);
-    if (over !== this.over) this.put(over);
+    return left.findIndex((edge, i) => edge <= x && x < right[i] + seam && top[i] <= y && y < bottom[i] + seam);
   }
 
   put(i) {

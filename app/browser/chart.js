@@ -28,6 +28,7 @@ class Chart {
     this.sizes.observe(this.home);
     this.onResize = () => this.fit();
     window.addEventListener("resize", this.onResize);
+    this.home.addEventListener("keydown", (event) => this.onKey(event));
     for (const move of ["pointermove", "pointerdown", "pointerleave"])
       this.home.addEventListener(move, (event) => this.cells?.hover(event), { capture: true });
   }
@@ -65,8 +66,10 @@ class Chart {
       await (turn = turn.catch(() => {}).then(() => this.embed(next, look, tables)));
       this.shape = shape;
     }
-    this.home.setAttribute("role", "img");
-    this.home.setAttribute("aria-label", next.alt);
+    const walked = this.cells && next.fields.length;
+    walked ? (this.home.tabIndex = 0) : this.home.removeAttribute("tabindex");
+    this.home.setAttribute("role", walked ? "application" : "img");
+    this.home.setAttribute("aria-label", walked ? `${next.alt}. Arrow keys move over the cells, Enter opens one.` : next.alt);
     this.home.dataset.step = next.step ?? "";
   }
 
@@ -86,6 +89,7 @@ class Chart {
     const { view } = await vegaEmbed(box, spec, options);
     if (this.view) await keep(this.view, view);
     if (next.fields.length) this.listen(view, next.fields);
+    if (next.zoom) this.watch(view);
     this.view?.finalize();
     this.box?.remove();
     this.cells?.close();
@@ -106,6 +110,27 @@ class Chart {
       const hit = fields.every((field) => field in datum);
       this.report("click", hit ? Object.fromEntries(fields.map((field) => [field, datum[field]])) : {});
     });
+  }
+
+  // The steps in sight, when a zoom has come to rest: there may be more of them than were sent.
+  watch(view) {
+    if (!("zoom_step" in view.getState({ signals: (name) => name === "zoom_step", data: () => false }).signals)) return;
+    view.addSignalListener("zoom_step", (_, seen) => {
+      clearTimeout(this.resting);
+      this.resting = setTimeout(() => this.report("zoom", seen ? { first: seen[0], last: seen[1] } : {}), 250);
+    });
+  }
+
+  // Arrow keys walk over the cells as a pointer would, Enter clicks.
+  onKey(event) {
+    const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], Enter: [0, 0] }[event.key];
+    if (!way || !this.cells?.edges || event.target !== this.home) return;
+    event.preventDefault();
+    const [clientX, clientY] = this.cells.middle(this.cells.beside(way));
+    const canvas = this.box.querySelector("canvas");
+    const told = { clientX, clientY, bubbles: true, pointerId: 1, pointerType: "mouse", view: window };
+    const kinds = event.key === "Enter" ? ["pointermove", "pointerdown", "pointerup", "click"] : ["pointermove"];
+    for (const kind of kinds) canvas.dispatchEvent(new (kind === "click" ? MouseEvent : PointerEvent)(kind, told));
   }
 
   // The frame of the held step, from numbers that are here already.
@@ -157,6 +182,7 @@ class Chart {
   }
 
   close() {
+    clearTimeout(this.resting);
     document.removeEventListener("depthscope-step", this.onStep);
     this.sizes.disconnect();
     window.removeEventListener("resize", this.onResize);

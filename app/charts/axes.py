@@ -125,3 +125,20 @@ def decades(low: float, high: float) -> list[float]:
     every = max(1, round(span / 8))
     found = [m * 10.0**p for p in powers if p % every == 0 for m in steps]
     return [float(f"{v:.1g}") for v in found if low <= v <= high]
+
+
+def signed(column: str, label: str, values: pd.Series, channel: type = alt.Y, **options) -> alt.Y | alt.X:
+    """Values of either sign: linear, or where a few are far larger than the others, logarithmic on both sides of zero."""
+    size = values.abs()
+    size = size[size > 0]
+    most, middle = (float(size.max()), float(size.median())) if len(size) else (1.0, 1.0)
+    if most <= 30 * middle:
+        axis = alt.Axis(title=label, tickCount=5, **options)
+        return channel(f"{column}:Q", axis=axis, scale=alt.Scale(zero=True))
+    powers = range(math.ceil(math.log10(middle)), math.floor(math.log10(most)) + 1)
+    ticks = [10.0**power for power in powers][-5:]
+    below = [-tick for tick in ticks if values.min() <= -tick]
+    shown = "datum.value === 0 ? '0' : abs(datum.value) < 0.001 ? format(datum.value, '.0e') : format(datum.value, '~g')"
+    axis = alt.Axis(title=label, values=[*below, 0, *ticks], labelExpr=shown, **options)
+    scale = alt.Scale(type="symlog", constant=float(f"{middle:.0e}"), nice=False)
+    return channel(f"{column}:Q", axis=axis, scale=scale)

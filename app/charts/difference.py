@@ -10,7 +10,7 @@ from app.charts.triangle import triangle
 
 # Below a tenth, percents say more than a factor.
 FACTORS = (
-    "abs(datum.value) < 0.137 ? format(100 * (pow(2, abs(datum.value)) - 1), '.2~g') + '%' + (SIGN) : "
+    "datum.value === 0 ? 'same' : abs(datum.value) < 0.137 ? format(100 * (pow(2, abs(datum.value)) - 1), '.2~g') + '%' + (SIGN) : "
     "format(pow(2, abs(datum.value)), abs(datum.value) > 3.3 ? ',.0f' : '.2~g') + '×' + (SIGN)"
 ).replace("SIGN", "datum.value < 0 ? ' less' : datum.value > 0 ? ' more' : ''")
 

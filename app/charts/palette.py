@@ -10,6 +10,7 @@ from app.charts import TURN, axes
 RUNS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
 
+_HUES = [0, 1, 2, 3, 1, 0, 4]  # of RUNS: two blues and two oranges are told apart less easily
 FOCUS = "#D55E00"  # what somebody clicked
 
 # Small to large, on paper; app/.streamlit/config.toml has the same for the light theme and one for the dark.
@@ -62,15 +63,27 @@ def filling(taken: int, least: int, most: int) -> dict:
 def assign(
     everyone: Sequence[str], selected: Sequence[str], before: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """A colour for each selected run: the one it had `before`, else by its place among all runs, else the next free one;
-    grey only where nothing else is free."""
+    """A colour for each selected run: the one it had `before`, else by its place among the first six of all runs, else a
+    free one, of another hue than those taken if there is any; grey only where nothing else is free."""
     before = before or {}
     place = {run: index for index, run in enumerate(everyone)}
     taken: dict[str, str] = {}
-    for run in sorted(selected, key=lambda run: run not in before):
-        want = RUNS.index(before[run]) if run in before else place.get(run, len(place)) % (len(RUNS) - 1)
-        order = [RUNS[(want + shift) % len(RUNS)] for shift in range(len(RUNS))]
-        taken[run] = next((colour for colour in order if colour not in taken.values()), order[0])
+
+    def own(run: str) -> int | None:
+        """Which colour is the run's by right."""
+        found = RUNS.index(before[run]) if run in before else place.get(run, len(RUNS))
+        return found if run in before or found < len(RUNS) - 1 else None
+
+    for run in sorted(selected, key=lambda run: (run not in before, own(run) is None)):
+        want = own(run)
+        hues = {_HUES[RUNS.index(colour)] for colour in taken.values()}
+        start = 0 if want is None else want
+        order = [(start + shift) % len(RUNS) for shift in range(len(RUNS))]
+        if want is None:
+            order.sort(key=lambda at: (at == len(RUNS) - 1, _HUES[at] in hues, at))
+        elif RUNS[want] in taken.values():
+            order.sort(key=lambda at: at == len(RUNS) - 1)  # grey last
+        taken[run] = next((RUNS[at] for at in order if RUNS[at] not in taken.values()), RUNS[order[0]])
     return {run: taken[run] for run in selected}
 
 

@@ -215,7 +215,7 @@ def _readership(drawn: dict[room.Shown, str | None], kind: str, step: int) -> No
     for (one, table), place in zip(
         tables.items(), st.columns(2 if len(tables) > 1 else 1, gap="medium"), strict=False
     ):
-        table = table.assign(short=table["from"].map(focus.short))
+        table = table.assign(short=table["from"].map(words.short))
         told = f"{one.name}: {reads.named(table).sentence()}"
         with place:
             draw.show(

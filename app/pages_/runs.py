@@ -1,9 +1,11 @@
 """Runs: which runs are here, and how do they learn?"""
 
+import math
+
 import pandas as pd
 import streamlit as st
 
-from app import draw, findings, frames, pick, room, settings, table
+from app import draw, findings, frames, pick, reading, room, settings, table
 from app.charts import axes, palette
 from app.charts.lines import lines
 from probes.vocabulary import metric
@@ -51,13 +53,16 @@ def _curves(shown: list[room.Shown], name: str, x: str, window: int | None, axis
         have = room.recorded(have, x)
     if window is None:
         window = frames.smoothing((one.run for one in have), name)
-    parts = [frames.scalar(one.run, one.name, name, x, window) for one in have]
+    key, zoom = f"runs {name}", None
+    binned = x == "step" and any(len(reading.steps(one.run, name)) > frames.POINTS for one in have)
+    if binned and (seen := st.session_state.get(f"zoomed {key}")):
+        zoom = math.floor(seen["first"]), math.ceil(seen["last"])
+    parts = [frames.scalar(one.run, one.name, name, x, window, zoom=zoom) for one in have]
     if not parts:
         return
     frame = pd.concat(parts, ignore_index=True)
     # The title tells of what was recorded, not of averages on the way to the screen.
-    recorded = [frames.scalar(one.run, one.name, name, x, most=len(one.run.steps(name))) for one in have]
-    title = findings.losses(pd.concat(recorded, ignore_index=True), name)
+    title = findings.losses(frames.latest({one.name: one.run for one in have}, name, x), name)
     y_scale, x_scale = ("log" if side in axis else "linear" for side in ("y", "x"))
     chart = lines(
         frame,
@@ -68,10 +73,25 @@ def _curves(shown: list[room.Shown], name: str, x: str, window: int | None, axis
         y_scale,
         x=x,
         x_scale=x_scale,
-        fill=palette.filling(420, 260, 560),
+        fill=palette.filling(500, 260, 440),
     )
-    draw.show(chart, key=f"runs {name}", data=frame)
-    st.caption("Ctrl and the mouse wheel zoom, dragging moves, a double click shows all again.")
+    # Fewer points than there is room for are all on the screen already.
+    on_zoom = (lambda seen: _zoomed(f"zoomed {key}", seen)) if binned else None
+    draw.show(chart, key=key, data=frame, on_zoom=on_zoom)
+    told = "Ctrl and the mouse wheel zoom, dragging moves, a double click shows all again."
+    if binned:
+        told += (
+            " A point stands for as many steps as there is room for: the band keeps their extremes, and zooming in shows "
+            "more of them."
+        )
+    st.caption(told)
+
+
+def _zoomed(key: str, seen: dict) -> None:
+    """Keep the steps in sight for the next drawing."""
+    ends = [seen.get(end) for end in ("first", "last")]
+    sound = all(isinstance(end, int | float) and math.isfinite(end) for end in ends)
+    st.session_state[key] = seen if sound and ends[0] < ends[1] else None
 
 
 def _settings(shown: list[room.Shown]) -> None:

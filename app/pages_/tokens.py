@@ -104,7 +104,9 @@ def _text(
     chart = charts.text(
         frame,
         _domain(course),
-        findings.tokens(frame, one.run.reads[read - 1].label, one.run.sources[source].label, told.step),
+        findings.tokens(
+            frame, one.name, one.run.reads[read - 1].label, one.run.sources[source].label, told.step
+        ),
         token,
     )
     draw.show(
@@ -203,8 +205,9 @@ def _without(shown: list[room.Shown], have: list[room.Shown]) -> None:
     if have or not lack:
         return
     able = any("depth_weight" in one.run for one in lack)
+    young = all(one.run.status == "running" for one in lack)
     st.info(
-        f"{words.joined(f'**{words.plain(one.name)}**' for one in lack)} recorded no single tokens."
+        f"{words.joined(f'**{words.plain(one.name)}**' for one in lack)} recorded no single tokens{' yet' * young}."
         + ("" if able else " Only models with depth reads have weights to record token by token."),
         icon=":material/info:",
     )

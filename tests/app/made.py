@@ -1,12 +1,16 @@
 """Made runs: small, deterministic, plausible, written with the real writer. Not measurements."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from probes import open_run
+from probes.attributed import About, Attribution, Curve, attribution_path, write_attribution
 from probes.layout import Layer, Layout
-from probes.manifest import Manifest
+from probes.manifest import RANK_FOLDER, Manifest
+from probes.tokens import write_tokens
 from probes.writer import RunWriter
 
 
@@ -111,3 +115,65 @@ def run(
             time.sleep(0.05)
     writer.close(status, reason)
     return path
+
+
+def follow(path: Path, steps: Sequence[int], tokens: int = 128) -> None:
+    """Snapshots of two sequences of single letters in the run at `path`, each token a little different from the others."""
+    shape = open_run(path).layout
+    texts = [[chr(97 + (7 * token) % 26) for token in range(tokens)]] * 2
+    for step in steps:
+        weight = triangle(shape, 1 - np.exp(-step / 400))[0]
+        turned = 0.3 * np.random.default_rng(step).random((2, tokens, 1, 1)) * shape.triangle()
+        weight = weight + turned * weight.max()
+        weight /= weight.sum(axis=-1, keepdims=True)
+        write_tokens(path / RANK_FOLDER, step, shape.pack(weight), np.zeros((2, tokens), np.int64), texts)
+
+
+def attribution(
+    path: Path, step: int = 200, with_edges: bool = True, digest: str = "0123456789ab", **about
+) -> Attribution:
+    """Written into a made run: in every read the newest source has the largest effect, and the embedding, however heavy, has
+    none; of the layers the third is ballast."""
+    run = open_run(path)
+    layout = run.layout
+    count = len(layout.layers)
+    weight = triangle(layout, 1 - np.exp(-step / 400))[0]
+    value = np.full(layout.triangle().shape, np.nan)
+    for row, read in enumerate(layout.reads):
+        value[row, : read.sources] = 0.02 * np.arange(read.sources) / max(1, read.sources - 1)
+    removal = np.linspace(0.5, 0.05, count)
+    removal[2] = -0.001
+    curve = Curve(
+        np.arange(count + 1),
+        {
+            "attribution": 3 + np.linspace(0, 1, count + 1) ** 3,
+            "share": 3 + np.linspace(0, 1, count + 1),
+            "random": 3 + np.linspace([0.0] * 3, [1.0] * 3, count + 1).T ** 0.5,
+        },
+    )
+    edges = (
+        {"edges": {"ablation": value, "gradient": 0.9 * value}, "weight": weight, "share": weight}
+        if with_edges
+        else {}
+    )
+    found = Attribution(
+        layout,
+        About(
+            value=3.0,
+            sequences=16,
+            tokens=128,
+            data="text.txt",
+            checkpoint="x.pt",
+            created=step + 1.0,
+            **about,
+        ),
+        layers={"removal": removal * step / 200, "gradient": removal},
+        layers_std={"removal": np.full(count, 0.004)},
+        final_share=np.linspace(0.02, 0.2, count + 1) if with_edges else None,
+        curves={"layers": curve},
+        edges_std={"ablation": np.full(value.shape, 0.002)} if with_edges else {},
+        step=step,
+        **edges,
+    )
+    write_attribution(attribution_path(path, step, digest), found)
+    return open_run(path).attributions()[-1]

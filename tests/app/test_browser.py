@@ -3,12 +3,13 @@
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from probes.writer import RunWriter
 from tests.app import made
 
-PAGES = ["", "dilution", "gradients", "depth_attention", "compare"]
+PAGES = ["", "dilution", "gradients", "depth_attention", "attribution", "compare"]
 CHART = ".depthscope-chart :is(canvas, svg)"
 PLAYER = ".depthscope-player input"
 
@@ -115,6 +116,29 @@ TICKS = "[...document.querySelectorAll('.role-axis-label text')].map(t => t.text
 LIVE = "Number(document.body.innerText.match(/live, step ([\\d,]+)/)?.[1].replace(/,/g, ''))"
 
 
+def test_zooming_into_a_long_run_shows_more_of_its_steps(serve, watched, tmp_path):
+    writer = RunWriter(tmp_path / "runs" / "long", made.manifest("full", blocks=1))
+    losses = np.sin(np.arange(20_000) / 900).astype(np.float32)
+    losses[12_345] = 50
+    writer.put(lambda: [("loss", step, value) for step, value in enumerate(losses)], 20_000)
+    writer.close("finished")
+    watched.goto(serve(tmp_path / "runs"))
+    watched.wait_for_selector(".mark-symbol path")
+    drawn = "document.querySelectorAll('.depthscope-chart .mark-symbol path').length"
+    before = watched.evaluate(drawn)
+    assert before <= 2000
+    box = watched.locator(".depthscope-chart").bounding_box()
+    watched.mouse.move(box["x"] + box["width"] * 0.62, box["y"] + box["height"] / 2)
+    watched.keyboard.down("Control")
+    for _ in range(6):
+        watched.mouse.wheel(0, -300)
+        watched.wait_for_timeout(50)
+    watched.keyboard.up("Control")
+    watched.wait_for_function(f"{drawn} > {before} + 500", timeout=15_000)
+    watched.locator(".depthscope-chart").dblclick()
+    watched.wait_for_function(f"{drawn} === {before}", timeout=15_000)
+
+
 def _live_step(page) -> int:
     return page.evaluate(f"() => {LIVE}")
 
@@ -173,6 +197,25 @@ def test_a_click_on_a_cell_shows_its_read(static, watched):
     watched.wait_for_selector("text=/reads give .* more than an even share/")
     watched.get_by_text("Let go of this read").click()
     watched.wait_for_function("() => !location.search.includes('focus')")
+
+
+def test_cells_are_walked_with_the_keyboard(static, watched):
+    watched.goto(f"{static}/depth_attention?runs=full")
+    watched.wait_for_selector("text=/full at step 200/")
+    watched.wait_for_timeout(1_000)
+    chart = watched.locator(".depthscope-chart[tabindex='0']").first
+    chart.focus()
+    for key in ("ArrowUp", "ArrowUp", "ArrowLeft"):  # from the final read and its newest source
+        chart.press(key)
+    tip = watched.locator("#vg-tooltip-element")
+    tip.wait_for(state="visible")
+    told = tip.inner_text()
+    chart.press("ArrowRight")
+    watched.wait_for_function(
+        "told => document.querySelector('#vg-tooltip-element').innerText !== told", arg=told
+    )
+    chart.press("Enter")
+    watched.wait_for_selector("text=Let go of this read")
 
 
 def test_a_tick_in_the_table_shows_a_run(static, watched):

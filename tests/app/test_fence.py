@@ -15,7 +15,7 @@ for module in pkgutil.walk_packages(app.__path__, "app."):
 from streamlit.testing.v1 import AppTest
 sys.argv = ["main.py", FOLDER]
 at = AppTest.from_file("app/main.py", default_timeout=60)
-for page in ("runs", "dilution", "gradients", "depth_attention", "attribution", "compare"):
+for page in ("runs", "dilution", "gradients", "depth_attention", "tokens", "attribution", "compare"):
     at.switch_page(f"pages_/{page}.py").run()
     assert not at.exception, at.exception
 """

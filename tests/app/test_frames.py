@@ -58,7 +58,7 @@ def test_long_lines_are_thinned_with_their_extremes_kept(tmp_path):
     writer.put(lambda: [("loss", step, value) for step, value in enumerate(values)], 9_000)
     writer.close("finished")
     frame = frames.scalar(open_run(tmp_path / "long"), "long", "loss")
-    assert len(frame) == frames.POINTS
+    assert frames.POINTS / 2 <= len(frame) <= frames.POINTS
     assert frame["high"].max() == 50
     assert frame["low"].min() == pytest.approx(-1, abs=1e-3)
     assert ((frame["low"] <= frame["value"]) & (frame["value"] <= frame["high"])).all()

@@ -75,6 +75,16 @@ def test_a_stream_that_does_not_add_up_is_told(tmp_path, dtype, error, told):
         assert "off by 2% of its size at step 0" in sentences[0]
 
 
+def test_a_stream_that_is_rescaled_is_remarked(tmp_path):
+    """DeepNorm and the like: the outputs explain every state, with other weights than one."""
+    off = ("identity_error", 0, [0, 1, 1, 1, 1])
+    run = recorded(tmp_path / "rescaled", off, ("mixing_r2", 0, [1, 0.98, np.nan, 1, 1]))
+    assert notices.warnings(run) == []
+    assert notices.remarks(run)[0].startswith("This residual rescales its stream")
+    run = recorded(tmp_path / "otherwise", off, ("mixing_r2", 0, [1, 0.5, 1, 1, 1]))
+    assert "is not the embedding plus" in notices.warnings(run)[0] and notices.remarks(run) == []
+
+
 def test_a_model_that_reads_its_sources_is_meant_not_to_add_up(tmp_path):
     weight = LAYOUT.pack(np.tril(np.ones((5, 5))))
     run = recorded(tmp_path / "run", ("identity_error", 0, [0, 1, 1, 1, 1]), ("depth_weight", 0, weight))

@@ -5,16 +5,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from streamlit.testing.v1 import AppTest
 
 import app
 from probes import open_run
+from probes.writer import RunWriter
 from tests.app import made
 
 MAIN = Path(app.__file__).with_name("main.py")
-PAGES = ["runs", "dilution", "gradients", "depth_attention", "tokens", "compare"]
+PAGES = ["runs", "dilution", "gradients", "depth_attention", "tokens", "attribution", "compare"]
+SAMPLE_RUNS = Path(__file__).resolve().parents[2] / "sample_runs"
+SAMPLES = sorted(path.parent.name for path in SAMPLE_RUNS.glob("*/run.json"))
 FOLDERS = [
     "prenorm", "full", "block", "empty", "missing metrics", "broken shard", "single step", "few steps",
     "nothing yet", "unreadable manifest",
@@ -90,6 +94,14 @@ def test_an_empty_folder_says_how_to_record(folders, page):
     at = opened(folders["empty"], f"pages_/{page}.py")
     assert "No run is here yet" in said(at)
     assert "probes.record(model" in at.code[0].value
+
+
+@pytest.mark.parametrize("run", SAMPLES)
+def test_every_page_opens_every_sample_run(run):
+    for page in PAGES:
+        at = opened(SAMPLE_RUNS / run, f"pages_/{page}.py")
+        assert not at.exception, page
+        assert mounted(at, "depthscope_chart") or at.info, page  # a picture, or why there is none
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path):
@@ -178,3 +190,21 @@ def test_every_chart_has_a_title_and_labelled_axes(folder):
         for spec, _ in plotted(at):
             layer = spec.get("layer", [spec])[0]["encoding"]
             assert all(layer[axis]["axis"]["title"] for axis in ("x", "y")), page
+
+
+def test_a_run_without_finite_states_leads_to_the_last_that_were(tiny):
+    at = opened(tiny.path, "pages_/dilution.py", step="10")
+    assert not at.exception and len(plotted(at)) > 0  # one state of five is not finite: the others are drawn
+
+
+def test_a_run_with_nothing_finite_left_leads_back(tmp_path):
+    told = made.manifest("full", blocks=2)
+    writer = RunWriter(tmp_path / "sick", told)
+    rows = [("hidden_rms", 0, np.ones(5)), ("hidden_rms", 10, np.full(5, np.nan))]
+    writer.put(lambda: rows, 10)
+    writer.close("finished")
+    at = opened(tmp_path, "pages_/dilution.py")
+    assert "sick has no finite hidden-state RMS at step 10" in said(at).replace("*", "")
+    at.button(key="alive hidden_rms sick").click().run()
+    assert at.session_state["view"].step == 0 and not at.exception
+    assert plotted(at)[0][1][0]["value"].tolist() == [1] * 5

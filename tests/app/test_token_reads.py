@@ -79,7 +79,7 @@ def test_the_page_shows_what_was_recorded_and_plays_it(followed):
         for at_step, step in enumerate(STEPS):
             shown = chart[chart["frames"]["fields"]["weight"]][f"s{at_step}"]
             assert shown.to_numpy() == pytest.approx(value(run.tokens(step).weight).ravel())
-    assert "What layer 4 (MLP) reads from layer 2 (MLP) at step 200" in text["alt"]
+    assert "What layer 4 (MLP) of full reads from layer 2 (MLP) at step 200" in text["alt"]
     assert "“<b>” (token 5)" in text["alt"] and "Layer 4 (MLP) reads layer 2 (MLP)" in str(
         [button.label for button in at.button]
     ).replace("\\", "")
@@ -93,7 +93,7 @@ def test_other_reads_and_the_second_sequence_are_a_choice_away(followed):
     at.selectbox(key="pick sequence").set_value(2).run()
     (_, (frame, _)), *_ = plotted(at)
     assert frame["weight"].to_numpy() == pytest.approx(open_run(followed).tokens(100).weight[1, :, 4, 1])
-    assert "What the final read reads from layer 1 (attention) at step 100" in str(
+    assert "What the final read of full reads from layer 1 (attention) at step 100" in str(
         [data["alt"] for data in mounted(at, "depthscope_chart")]
     )
     # The page of depth attention looks at the same read, and a link brings all of it back.
@@ -127,3 +127,15 @@ def test_a_run_that_follows_no_tokens_says_how(folder):
     assert (
         "full recorded no single tokens" in said(at).replace("*", "") and "tokens_every=" in at.code[0].value
     )
+
+
+def test_a_click_on_a_token_shows_what_every_layer_reads_for_it(followed, serve, watched):
+    watched.goto(f"{serve(followed)}/tokens?focus=full&read=4&source=2")
+    watched.wait_for_selector(".depthscope-chart >> nth=2 >> canvas", timeout=30_000)
+    watched.wait_for_timeout(1_000)
+    box = watched.locator(".depthscope-chart").first.bounding_box()
+    watched.mouse.click(box["x"] + 15, box["y"] + 20)  # the first token
+    watched.wait_for_selector("text=/“def”, token 1, at step 200/")
+    watched.wait_for_url("**token=1*")
+    watched.locator(".depthscope-player input").press("Home")
+    watched.wait_for_selector("text=/layer 2 .MLP. at step 0: 0.25 for every token/")

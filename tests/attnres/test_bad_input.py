@@ -87,6 +87,7 @@ WRONG = {
         ("context must", lambda: config(context=True)),
         ("norm_eps must", lambda: config(norm_eps="x")),
         ("norm_eps must", lambda: config(norm_eps=NAN)),
+        ("norm_eps must", lambda: config(norm_eps=0.0)),
         ("rope_base must", lambda: config(rope_base=INFINITE)),
         ("residual must", lambda: config(residual=["full"])),
         ("layers_per_block must", lambda: config(residual="block")),
@@ -98,6 +99,7 @@ WRONG = {
         ("tokens must be an integer tensor", lambda: decoder()(TOKENS[0])),
         ("tokens must be an integer tensor", lambda: decoder()(TOKENS.float())),
         ("tokens must be an integer tensor", lambda: decoder()([[1, 2]])),
+        ("The input has 17 tokens, and the context is 16", lambda: decoder()(TOKENS.new_zeros(1, 17))),
         ("tokens must be from 0 to 255", lambda: decoder()(TOKENS + 256)),
         ("tokens must be from 0 to 255", lambda: decoder()(TOKENS - 1)),
         ("residual is prenorm, and the state dict", lambda: loaded({}, {"residual": "full"})),
@@ -127,9 +129,18 @@ WRONG = {
         ("tokens must be an integer tensor", lambda: generate(decoder(), TOKENS.float(), 2)),
         ("tokens must be from 0 to 255", lambda: generate(decoder(), TOKENS + 300, 2)),
         ("new_tokens must", lambda: generate(decoder(), TOKENS, "5")),
+        ("new_tokens must", lambda: generate(decoder(), TOKENS, 0)),
         ("new_tokens: 3 tokens and 14 more", lambda: generate(decoder(), TOKENS, 14)),
-        ("temperature must", lambda: generate(decoder(), TOKENS, 2, temperature="hot")),
+        ("new_tokens: 0 tokens and 2 more", lambda: generate(decoder(), TOKENS[:, :0], 2)),
+        *(
+            (
+                "temperature must be a number of at least 0",
+                partial(generate, decoder(), TOKENS, 2, temperature=wrong),
+            )
+            for wrong in ("hot", -1.0, NAN)
+        ),
         ("top_k must", lambda: generate(decoder(), TOKENS, 2, top_k=2.0)),
+        ("top_k must", lambda: generate(decoder(), TOKENS, 2, top_k=0)),
         ("generator must", lambda: generate(decoder(), TOKENS, 2, temperature=1.0, generator=5)),
     ],
     DepthAttention: [
@@ -150,6 +161,9 @@ WRONG = {
         ("sources must hold", lambda: full_attn_res([], PROJ, NORM)),
         ("sources must be floating-point", lambda: full_attn_res(X, PROJ, NORM)),
         ("proj must be Linear", lambda: full_attn_res([X], PROJ.weight, NORM)),
+        ("proj must be Linear", lambda: full_attn_res([X], nn.Linear(4, 2, bias=False), NORM)),
+        ("proj must be Linear", lambda: full_attn_res([X], nn.Linear(4, 1), NORM)),
+        ("sources must have one shape", lambda: full_attn_res([X, X[:, :1]], PROJ, NORM)),
         ("norm must be a module", lambda: full_attn_res([X], PROJ, None)),
     ],
     block_attn_res: [
@@ -171,6 +185,7 @@ WRONG = {
         ("attention_norm must be a module", lambda: block("norm", SAME, SAME, SAME)),
         ("layers_per_block must", lambda: block(layers_per_block=0)),
         ("index must", lambda: block(index=True)),
+        ("index must", lambda: block(index=-1)),
         ("width must", lambda: block(width=0)),
         ("eps must", lambda: block(eps="x")),
         ("blocks must be a list", lambda: block()(None, X)),
@@ -228,10 +243,17 @@ WRONG = {
     convert: [
         ("model must be a Module", lambda: convert(None)),
         ("residual must", lambda: dit(["block"], 2)),
-        ("layers_per_block must", lambda: dit("block", 0)),
+        ('residual must be "full" or "block"', lambda: dit("prenorm")),
+        *(
+            ("layers_per_block must be a whole number", partial(dit, "block", wrong))
+            for wrong in (None, 0, 2.0)
+        ),
         ("layers_per_block must be at most 4", lambda: dit("block", 5)),
         ("layers_per_block is for", lambda: dit("full", 2)),
-        ("eps must", lambda: dit(eps=INFINITE)),
+        *(
+            ("eps must be a number of at least 0", partial(dit, eps=wrong))
+            for wrong in (INFINITE, -1e-6, "1e-6")
+        ),
         ("weights must be a folder", lambda: dit(weights=3)),
         ("weights: no safetensors file", lambda: dit(weights="/nowhere/at/all")),
         ("example must", lambda: dit(example=5)),

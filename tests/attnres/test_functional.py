@@ -86,21 +86,6 @@ def test_bfloat16_sources_have_logits_of_float32(any_norm):
     assert ((rounded - exact).norm() / exact.norm()).item() < 6 * 2**-8
 
 
-@pytest.mark.parametrize(
-    ("sources", "proj", "says"),
-    [
-        ([], nn.Linear(4, 1, bias=False), "sources must hold"),
-        ([torch.ones(1, 2, 4), torch.ones(1, 3, 4)], nn.Linear(4, 1, bias=False), "one shape"),
-        ([torch.ones(1, 2, 4)], nn.Linear(5, 1, bias=False), r"proj must be Linear\(4, 1"),
-        ([torch.ones(1, 2, 4)], nn.Linear(4, 2, bias=False), "proj must be"),
-        ([torch.ones(1, 2, 4)], nn.Linear(4, 1), "proj must be"),
-    ],
-)
-def test_what_does_not_fit_is_named(sources, proj, says):
-    with pytest.raises(ValueError, match=says):
-        full_attn_res(sources, proj, nn.RMSNorm(4))
-
-
 def test_a_read_on_its_own_is_the_definition():
     sources, proj, norm = made(4)
     read = DepthAttention(WIDTH, 4, eps=1e-3).double()
@@ -147,30 +132,6 @@ def test_blocks_swapped_into_a_model_of_ones_own(size, checkpointed):
     ours = torch.autograd.grad(loss_of(logits, inputs), list(model.parameters()))
     theirs = torch.autograd.grad(loss_of(expected, inputs), list(model.parameters()))
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("changes", [{"layers_per_block": 0}, {"index": -1}, {"index": None}, {"width": 0}])
-def test_a_block_that_cannot_be_is_named(changes):
-    (field,) = changes
-    fields = {"width": 4, "index": 0, "layers_per_block": 2} | changes
-    with pytest.raises(ValueError, match=f"^{field} must be"):
-        AttnResBlock(nn.Identity(), nn.Identity(), nn.Identity(), nn.Identity(), **fields)
-
-
-def test_a_block_that_is_not_given_the_finished_ones_says_so():
-    identity = nn.Identity()
-    block = AttnResBlock(identity, identity, identity, identity, width=4, index=2, layers_per_block=2)
-    x = torch.ones(1, 2, 4)
-    assert len(block([x, x], x)[0]) == 3
-    with pytest.raises(ValueError, match=r"AttnResBlock 2 reads 2 finished depth blocks .* was given 0"):
-        block([], x)
-
-
-def test_a_state_dict_of_another_residual_is_refused():
-    full = lively_decoder(residual="full")
-    block = lively_decoder(residual="block", layers_per_block=2)
-    with pytest.raises(ValueError, match="another residual or layers_per_block"):
-        block.load_state_dict(full.state_dict())
 
 
 def test_the_extra_state_is_a_tensor_that_safetensors_can_keep():

@@ -71,22 +71,6 @@ def test_the_mode_is_as_before():
     assert model.training
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"new_tokens": 0}, "^new_tokens must be"),
-        ({"new_tokens": 6}, "^new_tokens: 3 tokens and 6 more do not fit in the context of 8"),
-        ({"temperature": -1.0}, "^temperature must be a number of at least 0"),
-        ({"temperature": float("nan")}, "^temperature must be"),
-        ({"top_k": 0}, "^top_k must be"),
-        ({"tokens": torch.zeros(1, 0, dtype=torch.long)}, "0 tokens"),
-    ],
-)
-def test_what_cannot_be_generated_is_named(changes, says):
-    with pytest.raises(ValueError, match=says):
-        generate(seeded_decoder(), **{"tokens": tokens(length=3), "new_tokens": 2} | changes)
-
-
 @pytest.mark.parametrize("kind", ["full", "block of 4, ragged"])
 def test_the_step_compiles_once_for_all_positions(kind):
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -57,6 +57,15 @@ def test_the_code_of_a_model_that_is_not_converted_is_not_taken_for_one_that_is(
     assert not torch.allclose(model(example()), before)
 
 
+@pytest.mark.parametrize("part", ["norm1", pytest.param("norm2", marks=pytest.mark.long)])
+def test_parts_may_be_compiled_by_themselves(compiled, part):
+    model = converted()
+    expected = model(example())
+    for block in model.blocks:
+        getattr(block, part).compile(backend="eager")
+    torch.testing.assert_close(model(example()), expected)
+
+
 @pytest.mark.parametrize("in_place", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_model_that_ran_compiled_may_be_converted_and_reverted(compiled, in_place):
     model = stack(Block, Block)

@@ -53,10 +53,14 @@ def eager_run(kind, steps, path, **options):
 
 
 def assert_same_run(found, expected, tolerance):
-    assert found.metrics == expected.metrics or set(expected.metrics) ^ set(found.metrics) <= CLOCKS
-    for name in set(expected.metrics) - CLOCKS:
+    # A compiled plain residual has no attribution.
+    other = CLOCKS if "depth_weight" in expected else CLOCKS | {"depth_attribution"}
+    assert set(expected.metrics) ^ set(found.metrics) <= other
+    for name in set(expected.metrics) - other:
         assert found.steps(name).tolist() == expected.steps(name).tolist(), name
-        np.testing.assert_allclose(found[name], expected[name], rtol=tolerance, atol=1e-7, err_msg=name)
+        # Of large parts of either sign, nearly nothing may be left.
+        least = tolerance * np.nanmax(np.abs(expected[name])) if name == "depth_attribution" else 1e-7
+        np.testing.assert_allclose(found[name], expected[name], rtol=tolerance, atol=least, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["prenorm", "full", pytest.param("block of 1", marks=pytest.mark.long)])

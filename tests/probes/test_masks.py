@@ -182,7 +182,7 @@ def test_compiled_with_a_mask(tmp_path):
                 optimizer.step()
         runs[way] = probes.open_run(tmp_path / way)
     assert counter.frame_count == 1
-    assert_same(runs["compiled"], runs["eager"], 1e-5)
+    assert_same(runs["compiled"], runs["eager"], 1e-5, UNLIKE | {"depth_attribution"})
 
 
 def test_depth_weights_of_padded_batches(tmp_path):

@@ -24,7 +24,7 @@ def agree(path: Path) -> None:
     for name, rows in found.items():
         assert [step for step, _ in rows] == run.steps(name).tolist()
         values = [row for _, row in rows]
-        if name in ("depth_weight", "depth_weight_std", "contribution_rms"):
+        if name in ("depth_weight", "depth_weight_std", "contribution_rms", "depth_attribution"):
             values = [unpacked(cells, manifest) for cells in values]
         if name in ("mixing_weight", "mixing_share"):
             states = range(1, len(manifest["layout"]["layers"]) + 2)

@@ -17,7 +17,7 @@ from tests.probes.models import KINDS, batches, decoder, loss_of, sgd, train
 
 CLIP = 0.05
 DEPTH = {"depth_weight", "depth_weight_std", "contribution_rms", "depth_entropy", "depth_entropy_of_mean"}
-MATRICES = DEPTH | {"nonfinite", "param_norm"}
+MATRICES = DEPTH | {"nonfinite", "param_norm", "depth_attribution"}
 HOST = {"wall_time", "step_time", "probe_time"}  # clocks have no twin
 MATRICES_EVERY = 2
 
@@ -30,6 +30,7 @@ def expected_of(model, micro_batches) -> dict[str, np.ndarray]:
     return (
         activations(twin, passes)
         | gradient_norms(twin)
+        | {"depth_attribution": attribution(twin, passes)}
         | (depth(twin, passes) if twin.config.residual != "prenorm" else {})
     )
 
@@ -49,6 +50,7 @@ class Pass:
         loss.backward()
         self.state_gradients = list(gradients[: len(self.states)])
         self.output_gradients = list(gradients[len(self.states) :])
+        self.mix_gradients = self.state_gradients  # of a plain residual those of the branches
         if twin.config.residual == "prenorm":
             # The definition sums each state anew; a running sum carries every later path too.
             paths = itertools.accumulate(reversed(self.state_gradients))
@@ -104,6 +106,21 @@ def depth(twin, passes) -> dict[str, np.ndarray]:
             out["depth_entropy"][row] = entropy(weight).mean() / math.log(sources)
             out["depth_entropy_of_mean"][row] = entropy(weight.mean(1)) / math.log(sources)
     out["query_norm"] = np.array([(read.query * read.gain).norm().item() for read in twin.residual.reads])
+    return out
+
+
+@torch.no_grad()
+def attribution(twin, passes) -> np.ndarray:
+    """−⟨∂L/∂h, w·v⟩ of each source in each read, summed over tokens and micro-batches."""
+    rows, columns = len(passes[0].states), len(sources_of(twin, passes[0].outputs))
+    out = np.full((rows, columns), np.nan)
+    for row in range(rows):
+        total = 0
+        for p in passes:
+            values = torch.stack(sources_of(twin, p.outputs[: row + 1]))
+            weight = p.weights[row].unsqueeze(-1) if p.weights else 1
+            total = total - (p.mix_gradients[row] * weight * values).sum((1, 2, 3))
+        out[row, : len(total)] = total
     return out
 
 
@@ -170,7 +187,10 @@ def test_every_metric_has_its_twin(kind, tmp_path):
         steps = range(0, 4, MATRICES_EVERY if name in MATRICES else 1)
         assert run.steps(name).tolist() == list(steps)
         for found, step in zip(run[name], steps, strict=True):
-            np.testing.assert_allclose(found, expected[step][name], rtol=1e-5, atol=1e-7, err_msg=name)
+            true = expected[step][name]
+            # Of large parts of either sign, nearly nothing may be left.
+            least = 1e-5 * np.nanmax(np.abs(true)) if name == "depth_attribution" else 1e-7
+            np.testing.assert_allclose(found, true, rtol=1e-5, atol=least, err_msg=name)
     np.testing.assert_array_equal(run["loss"], np.float32(logged))
     np.testing.assert_allclose(run["lr"], 0.01)
     squares = run["other_grad_norm"] ** 2 + (run["param_grad_norm"] ** 2).sum(1)

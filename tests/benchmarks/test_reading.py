@@ -1,0 +1,30 @@
+"""The benchmarks of writing and reading run, at sizes that prove nothing."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from app.cli import main
+from benchmarks import long_run, reader, rivals, writer
+
+
+def test_the_reader_finds_the_spike_in_every_picture(tmp_path):
+    path = tmp_path / "run"
+    size = long_run.make(path, 400, 4)
+    assert CliRunner().invoke(main, ["compact", str(path)]).exit_code == 0
+    reader.forget(path)
+    found = reader.measure(path)  # it refuses to go on where the spike is missing
+    assert set(found) == set(reader.TOLD)
+    one = {"steps": 400, "bytes": size, "digest": 1, "warm": found, "cold": found, "direct": found}
+    assert sum(line.startswith("| 400 |") for line in reader.table([one])) == 3
+
+
+def test_the_writer_compares_what_can_be_read_back(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    writer.main(["--smoke", "--save", "--out", str(tmp_path / "writer.json")])
+    told = json.loads((tmp_path / "writer.json").read_text())
+    assert set(told["against"]) == {"depthscope", "TensorBoard"}
+    assert told["rows"][0]["dropped"] == 0
+    assert "| TensorBoard |" in capsys.readouterr().out
+    assert rivals.size(tmp_path) == sum(path.stat().st_size for path in tmp_path.iterdir())

@@ -1,0 +1,351 @@
+"""A digest says what its shards say, at every zoom; where it does not do, the shards are read and nothing is lost."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import probes
+from app.cli import main
+from benchmarks import long_run
+from probes import compacting, series
+from probes import manifest as files
+from probes.attempts import row_shape
+from probes.digest import FOLDER, Digest, DigestError
+from probes.jsonfile import write_json
+from probes.manifest import Manifest
+from probes.run import Run
+from probes.shard import shard_name, write_shard
+from probes.writer import RunWriter
+
+LAYOUT = long_run.layout(4)
+NAMES = ("hidden_rms", "output_rms", "depth_weight", "mixing_weight", "loss")
+
+
+def begin(path: Path, step: int = 0, number: int = 0, created: float = 1000.0) -> Path:
+    """An attempt's folder, with its manifest and an end."""
+    folder = path / f"attempt-{number:05d}" if number else path
+    (folder / files.RANK_FOLDER).mkdir(parents=True)
+    manifest = Manifest(LAYOUT, created + number, 1, 3, step=step)
+    write_json(folder / (files.ATTEMPT if number else files.MANIFEST), manifest.to_json())
+    write_json(folder / files.END, {"time": 2000.0, "status": "finished", "reason": "", "step": 0})
+    return folder / files.RANK_FOLDER
+
+
+def seal(folder: Path, steps, number: int, attempt: int = 0, seed: int = 0, blanks: bool = True) -> Path:
+    """A shard of these steps: vectors at each, matrices at every third, the loss twice a step."""
+    random = np.random.default_rng([seed, number, attempt])
+    steps, tensors = np.array(steps, np.int64), {}
+    for name in NAMES:
+        when = steps[steps % 3 == 0] if "weight" in name else np.repeat(steps, 2 if name == "loss" else 1)
+        if not len(when):
+            continue
+        values = random.normal(0, 1, (len(when), *row_shape(name, LAYOUT))).astype(np.float32)
+        if blanks:
+            values[random.random(values.shape) < 0.05] = np.nan
+            values[random.random(values.shape) < 0.02] = np.inf
+        tensors |= {name: values, f"{name}.step": when}
+    about = {"rank": "0", "attempt": str(attempt), "shard": str(number), "format": "2"}
+    path = folder / shard_name(int(steps[0]), int(steps[-1]))
+    write_shard(path, tensors, about, durable=False)
+    return path
+
+
+def compacted(path: Path, whole: bool = True) -> int:
+    """Make the digests of a run; how many files."""
+    run = Run(path)
+    made = [
+        list(compacting.compact(attempt, run.layout, attempt.shards / FOLDER, whole))
+        for attempt in run.attempts
+    ]
+    return sum(map(len, made))
+
+
+def values(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {name: (run.steps(name), run[name]) for name in run.metrics}
+
+
+def same(found: Run, wanted: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    assert found.metrics == sorted(wanted)
+    for name, (steps, numbers) in wanted.items():
+        np.testing.assert_array_equal(found.steps(name), steps)
+        np.testing.assert_array_equal(found[name], numbers)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A file of a digest is full with 100 rows of one metric."""
+    monkeypatch.setattr(compacting, "ROWS", 100)
+
+
+@pytest.fixture
+def believed(monkeypatch):
+    """Nothing falls back on reading shards."""
+
+    def never(self):
+        raise AssertionError(f"the digest of {self._name} did not do")
+
+    monkeypatch.setattr(series.Stored, "_read", never)
+
+
+@pytest.fixture
+def run(tmp_path, few):
+    """Two attempts, the second from step 200 on; nine shards of 30 steps each in the first, some in the second."""
+    first = begin(tmp_path / "run")
+    for number in range(9):
+        seal(first, range(30 * number, 30 * number + 30), number)
+    second = begin(tmp_path / "run", 200, 1)
+    for number in range(4):
+        seal(second, range(200 + 25 * number, 225 + 25 * number), number, 1)
+    return tmp_path / "run"
+
+
+def test_it_gives_every_row_of_every_metric_and_attempt(run, believed):
+    wanted = values(Run(run))
+    assert compacted(run, whole=False) > 4
+    found = Run(run)
+    assert any(attempt.parts for attempt in found.attempts), "the last shards fill no file: they are read"
+    assert all(attempt.digests for attempt in found.attempts)
+    same(found, wanted)
+    assert (found.last_step, found.size, found.problems) == (299, Run(run).size, [])
+    assert compacted(run) > 0
+    found = Run(run)
+    assert not any(attempt.parts for attempt in found.attempts)
+    same(found, wanted)
+    for name, (steps, numbers) in wanted.items():
+        index = np.random.default_rng(0).integers(0, len(steps), 40)
+        np.testing.assert_array_equal(found.series(name).at(index), numbers[index])
+    assert CliRunner().invoke(main, ["check", str(run)]).exit_code == 0
+
+
+def binned(numbers: np.ndarray, start: int, count: int) -> tuple[np.ndarray, ...]:
+    part = numbers[start : start + count].astype(np.float64)
+    part = np.where(np.isfinite(part), part, np.nan)
+    known = np.isfinite(part).sum(axis=0)
+    mean = np.where(known, np.nansum(part, axis=0) / np.maximum(known, 1), np.nan)
+    return np.fmin.reduce(part, axis=0), mean, np.fmax.reduce(part, axis=0), count - known
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 40, 1000])
+def test_bins_are_of_the_rows_they_say(run, believed, most):
+    wanted = values(Run(run))
+    compacted(run, whole=False)
+    found = Run(run)
+    for name, (steps, numbers) in wanted.items():
+        for first, last in ((None, None), (17, 251), (100, 101), (290, 999), (400, 500)):
+            bins = found.series(name).bins(most, first, last)
+            inside = steps[(steps >= (first or 0)) & (steps <= (last or 10**9))]
+            assert len(bins) <= most and bins.count.sum() == len(inside)
+            for i in range(len(bins)):
+                start, count = int(bins.start[i]), int(bins.count[i])
+                assert (bins.first[i], bins.last[i]) == (steps[start], steps[start + count - 1])
+                low, mean, high, bad = binned(numbers, start, count)
+                np.testing.assert_array_equal(bins.low[i], low.astype(np.float32))
+                np.testing.assert_array_equal(bins.high[i], high.astype(np.float32))
+                np.testing.assert_allclose(bins.mean[i], mean, rtol=1e-4, atol=1e-6)
+                there = ~np.isnan(bins.nonfinite[i])
+                np.testing.assert_array_equal(bins.nonfinite[i][there], bad[there])
+
+
+@given(
+    rows=st.integers(2, 3000),
+    at=st.floats(0, 1, exclude_max=True),
+    most=st.integers(1, 300),
+    span=st.integers(1, 3000),
+    group=st.integers(9, 700),
+)
+@settings(deadline=None, max_examples=20)
+def test_a_spike_of_one_step_is_in_the_bins_at_every_zoom(rows, at, most, span, group):
+    spike = int(at * rows)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compacting, "ROWS", group)
+        shards = begin(Path(folder) / "run")
+        for number, start in enumerate(range(0, rows, 100)):
+            steps = np.arange(start, min(start + 100, rows))
+            tensors = {"hidden_rms": np.ones((len(steps), 5), np.float32), "hidden_rms.step": steps}
+            tensors["hidden_rms"][steps == spike, 2] = 1e6
+            tensors["hidden_rms"][steps == spike, 3] = np.nan
+            about = {"rank": "0", "attempt": "0", "shard": str(number)}
+            write_shard(shards / shard_name(int(steps[0]), int(steps[-1])), tensors, about, durable=False)
+        compacted(Path(folder) / "run", whole=False)
+        found = Run(Path(folder) / "run").series("hidden_rms")
+        for first in {0, max(0, spike - span), spike}:
+            for columns, place in ((None, 2), ([2, 3], 0)):
+                bins = found.bins(most, first, spike + span, columns)
+                (hit,) = np.flatnonzero((bins.first <= spike) & (bins.last >= spike))
+                assert bins.high[hit, place] == 1e6 and bins.nonfinite[hit, place + 1] == 1
+                assert (np.delete(bins.high[:, place], hit) == 1).all()
+
+
+# What cannot be trusted
+
+
+def test_a_damaged_digest_is_passed_over(run):
+    wanted = values(Run(run))
+    compacted(run)
+    digest = sorted((run / files.RANK_FOLDER / FOLDER).iterdir())[0]
+    content = digest.read_bytes()
+    places = np.linspace(0, len(content) - 1, 60).astype(int)
+    unseen = 0
+    for place in places:
+        digest.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+        found = Run(run)
+        for name in ("hidden_rms", "loss"):  # a pyramid is not read by this
+            np.testing.assert_array_equal(found.steps(name), wanted[name][0])
+            np.testing.assert_array_equal(found[name], wanted[name][1])
+            bins = found.series(name).bins(3)
+            flat = wanted[name][1].reshape(len(wanted[name][1]), -1)
+            assert np.nanmax(bins.high) == np.nanmax(flat[np.isfinite(flat)])
+        try:
+            Digest(digest, run / files.RANK_FOLDER).verify()
+            unseen += 1
+        except DigestError as error:
+            assert "\n" not in str(error)
+    assert unseen == 0
+    for length in (0, 7, 100, len(content) // 2, len(content) - 1):
+        digest.write_bytes(content[:length])
+        same(Run(run), wanted)
+
+
+def test_a_digest_of_other_shards_is_passed_over_and_made_anew(run, tmp_path):
+    wanted = values(Run(run))
+    compacted(run)
+    other = begin(tmp_path / "other", created=5.0)
+    for number in range(9):
+        seal(other, range(30 * number, 30 * number + 30), number, seed=1, blanks=False)
+    shutil.copytree(run / files.RANK_FOLDER / FOLDER, other / FOLDER)
+    found = Run(tmp_path / "other")
+    assert not found.attempts[0].digests and np.isfinite(found["hidden_rms"]).all()
+    done = CliRunner().invoke(main, ["check", str(tmp_path / "other")])
+    assert done.exit_code == 1 and "is of another created" in done.output
+    done = CliRunner().invoke(main, ["compact", str(tmp_path / "other"), str(run)])
+    assert (
+        done.exit_code == 0 and "that did not fit deleted" in done.output and "nothing to do" in done.output
+    )
+    assert CliRunner().invoke(main, ["check", str(tmp_path / "other")]).exit_code == 0
+    same(Run(run), wanted)
+
+
+def test_a_shard_that_is_gone_or_damaged_takes_its_digest_with_it(run):
+    compacted(run)
+    shards = sorted((run / files.RANK_FOLDER).glob("*.safetensors"))
+    opened = Run(run)
+    content = shards[1].read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    shards[1].write_bytes(content[:start] + bytes(len(content) - start))
+    # It was opened when all was well: what is there no more is blank, and the rest is not.
+    found = opened["hidden_rms"]
+    assert np.isnan(found[30:60]).all() and len(found) == len(opened.steps("hidden_rms"))
+    assert any("000000000030" in problem for problem in opened.problems)
+    done = CliRunner().invoke(main, ["check", str(run), "--repair"])
+    assert (
+        "which is damaged" in done.output and "was put aside" in done.output and "was deleted" in done.output
+    )
+    assert CliRunner().invoke(main, ["check", str(run)]).exit_code == 0  # the gap is a note
+    found = Run(run)
+    assert set(range(30, 60)).isdisjoint(found.steps("hidden_rms").tolist())
+    assert CliRunner().invoke(main, ["compact", str(run)]).exit_code == 0
+    same(Run(run), values(found))
+
+
+def test_links_and_pipes_in_the_place_of_a_digest_are_passed_over(run):
+    wanted = values(Run(run))
+    compacted(run)
+    folder = run / files.RANK_FOLDER / FOLDER
+    first, second, *_ = sorted(folder.iterdir())
+    elsewhere = run.parent / "elsewhere"
+    shutil.move(first, elsewhere)
+    first.symlink_to(elsewhere)
+    second.unlink()
+    os.mkfifo(second)
+    same(Run(run), wanted)
+    shutil.move(folder, run.parent / "digests")
+    folder.symlink_to(run.parent / "digests", target_is_directory=True)
+    found = Run(run)
+    assert not found.attempts[0].digests
+    same(found, wanted)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from probes import compacting
+from probes.digest import FOLDER
+from probes.run import Run
+compacting.ROWS = 50
+run = Run(Path(sys.argv[1]))
+print("ready", flush=True)
+while True:
+    for attempt in run.attempts:
+        into = attempt.shards / FOLDER
+        for path in compacting.compact(attempt, run.layout, into):
+            pass
+        for path in into.iterdir():
+            path.unlink()
+"""
+
+
+def test_a_compaction_that_is_killed_does_no_harm(run):
+    wanted = values(Run(run))
+    child = [sys.executable, "-c", KILLED, str(run)]
+    for moment in (0.0, 0.013, 0.031):
+        with subprocess.Popen(child, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(moment)
+            process.send_signal(signal.SIGKILL)
+        same(Run(run), wanted)
+        assert CliRunner().invoke(main, ["check", str(run)]).exit_code == 0
+    compacted(run)
+    same(Run(run), wanted)
+
+
+# Who makes it
+
+
+def test_a_writer_makes_its_own_and_a_reader_that_looks_on_lets_go_of_the_rows(tmp_path, monkeypatch, few):
+    monkeypatch.setattr("probes.writer.SEAL_SECONDS", 0.0)
+    writer = RunWriter(tmp_path / "run", Manifest(LAYOUT, time.time(), 1, 1))
+
+    def put(steps) -> None:
+        for step in steps:
+            writer.put(lambda step=step: [("hidden_rms", step, np.full(5, step, np.float32))], step)
+            while writer._queue.qsize() > 100:
+                time.sleep(0.001)
+
+    put(range(40))
+    while not list((tmp_path / "run" / files.RANK_FOLDER).glob("*.safetensors")):
+        time.sleep(0.01)
+    found = Run(tmp_path / "run")
+    put(range(40, 300))
+    folder = tmp_path / "run" / files.RANK_FOLDER / FOLDER
+    deadline = time.monotonic() + 30
+    while not (folder.is_dir() and len(list(folder.iterdir()))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    writer.close("finished")
+    found.refresh()
+    (attempt,) = found.attempts
+    assert attempt.digests
+    covered = sum(digest.metrics["hidden_rms"].rows for digest in attempt.digests)
+    assert covered >= 100 and attempt.held < 300 * 28
+    np.testing.assert_array_equal(found["hidden_rms"][:, 0], np.arange(300))
+    assert CliRunner().invoke(main, ["check", str(tmp_path / "run")]).exit_code == 0
+
+
+def test_a_disk_that_refuses_a_digest_is_no_matter(tmp_path, monkeypatch, few):
+    writer = RunWriter(tmp_path / "run", Manifest(LAYOUT, time.time(), 1, 1))
+    (tmp_path / "run" / files.RANK_FOLDER / FOLDER).write_text("in the way")
+    rows = [("loss", step, np.float32(step)) for step in range(200)]
+    writer.put(lambda: rows, 200)
+    writer.close("finished")
+    found = probes.open_run(tmp_path / "run")
+    assert found.status == "finished" and found["loss"].tolist() == list(range(200))

@@ -1,0 +1,225 @@
+"""Attribution a part at a time and in bounded memory; on foreign, converted and plain models; on models whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+
+import probes
+from probes.attributed import ABLATION, GRADIENT, METHODS, REMOVAL
+from probes.attribution import attribute
+from probes.parts import Parts
+from tests.attnres.models import RESIDUALS, lively_decoder, tokens
+from tests.probes.foreign import Foreign
+
+
+def test_a_difference_of_logits_is_the_difference():
+    from probes.objective import logit
+
+    model, batch = lively_decoder(blocks=2, **RESIDUALS["full"]), tokens()
+    one, two, both = (
+        attribute(model, batch, methods=[REMOVAL, GRADIENT], loss=loss).layers
+        for loss in (logit(3), logit(5), logit(3, minus=5))
+    )
+    for method in (REMOVAL, GRADIENT):
+        np.testing.assert_allclose(both[method], one[method] - two[method], atol=1e-9)
+
+
+# A part at a time
+
+
+def test_it_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "probes.attribution.seconds_of", lambda effects: (1.0, 1.0)
+    )  # its forwards are not counted here
+    model, batch = lively_decoder(blocks=2, **RESIDUALS["full"]), tokens()
+    whole = attribute(model, batch, methods=[ABLATION, REMOVAL])
+    path, calls = tmp_path / "parts" / "x", []
+    model.register_forward_hook(lambda *_: calls.append(len(calls)))
+
+    class Interrupting(Parts):
+        def __setitem__(self, name, value):
+            super().__setitem__(name, value)
+            if name.startswith("0.edges.ablation.2"):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Interrupting(path) as parts:
+        attribute(model, batch, methods=[ABLATION, REMOVAL], parts=parts)
+    first, told = len(calls), []
+    with Parts(path) as parts:
+        kept = [name for name in parts if name != "at once"]
+        found = attribute(model, batch, methods=[ABLATION, REMOVAL], parts=parts, announce=told.append)
+        parts.finish()
+    assert len(kept) > 4 and 0 < told[0].done < 1 and not list(path.parent.iterdir())
+    left = round(told[0].forwards * (1 - told[0].done))
+    assert left <= len(calls) - first <= left + 3  # a look at the stream, at the memory and at the weights
+    np.testing.assert_array_equal(found.edges[ABLATION], whole.edges[ABLATION])
+    np.testing.assert_array_equal(found.layers[REMOVAL], whole.layers[REMOVAL])
+
+
+def test_what_a_damaged_part_held_is_computed_again(tmp_path):
+    with Parts(tmp_path / "x") as parts:
+        parts["a"], parts["b"] = np.ones(3), np.ones(2)
+    data = bytearray((tmp_path / "x").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "x").write_bytes(data)
+    assert len(Parts(tmp_path / "x")) == 0
+
+
+def test_memory_bounds_what_goes_through_at_once(monkeypatch):
+    from probes import budget
+
+    model, batch, told = lively_decoder(blocks=2, **RESIDUALS["full"]), tokens(batch=5), []
+    whole = attribute(model, batch, methods=[GRADIENT, ABLATION], announce=told.append)
+    monkeypatch.setattr(budget, "resident", lambda: 0)
+    sizes = []
+    with pytest.raises(probes.RunError, match="Too little memory: one sequence takes") as refused:
+        attribute(model, batch, methods=[GRADIENT], memory=1000)
+    assert "Allow more, or take shorter sequences" in str(refused.value)
+    one = _bytes_of_one(model, batch)
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    parted = attribute(model, batch, methods=[GRADIENT, ABLATION], memory=2.5 * one, announce=told.append)
+    assert told[0].at_once == 5 and told[1].at_once == 2 and max(sizes) == 2
+    for method in (GRADIENT, ABLATION):
+        np.testing.assert_allclose(parted.edges[method], whole.edges[method], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(parted.edges_std[method], whole.edges_std[method], rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(parted.weight, whole.weight, rtol=1e-6)
+
+
+def _bytes_of_one(model, batch) -> int:
+    from probes.budget import bytes_of_one
+    from probes.effects import Effects
+    from probes.finding import find_sites
+    from probes.gates import Gates
+    from probes.objective import next_token_losses
+
+    gates = Gates(find_sites(model))
+    with gates.hung():
+        return bytes_of_one(Effects(model, (batch[:1],), {}, next_token_losses, gates))
+
+
+# Models nobody adapted, and baselines
+
+
+@pytest.mark.parametrize(
+    ("layout", "size"), [("inline", None), ("committed and partial", 2), ("attention kernel", 2)]
+)
+def test_the_edges_of_models_that_do_not_say_where_they_read(layout, size):
+    model = Foreign(layout, size=size).double()
+    batch = torch.randint(19, (2, 9), generator=torch.Generator().manual_seed(1))
+    found = attribute(model, batch, methods=[GRADIENT, ABLATION, REMOVAL])
+    for read in model.reads:
+        read.asked = True
+    model(batch)
+    for row, read in enumerate(model.reads):
+        weight = read.weight.flatten(1).mean(1)
+        if len(weight) == 1 and np.isnan(found.weight[row, 0]):
+            assert np.isnan(found.edges[ABLATION][row, 0])  # of one source, and its mix is not seen
+            continue
+        np.testing.assert_allclose(found.weight[row, : len(weight)], weight, atol=1e-6)
+    read = model.reads[-1]
+    # The last read without its source 1, by the model's own weights.
+    base = attribute(model, batch, methods=[REMOVAL]).loss
+    mix = read.mix
+
+    def without(sources):
+        made = mix(sources)
+        return made - read.weight[1].unsqueeze(-1) * sources[1]
+
+    read.mix = without
+    if layout == "committed and partial":
+        read.forward = lambda done, partial=None: without(
+            [*done.unbind(0), *([] if partial is None else [partial])]
+        )
+    with torch.no_grad():
+        logits = model(batch)
+        less = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).item()
+    assert found.edges[ABLATION][-1, 1] == pytest.approx(less - base, rel=1e-4, abs=1e-9)
+    assert found.loss == pytest.approx(base)
+
+
+@pytest.mark.parametrize("residual", [None, "full", "block"])
+def test_a_converted_model_has_edges(residual):
+    import attnres
+
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=17, num_hidden_layers=2, **shape)
+    )
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, 5:] = 0
+    batch = {"input_ids": tokens(), "attention_mask": mask}
+    if residual:
+        size = {"layers_per_block": 3} if residual == "block" else {}
+        attnres.convert(model, residual=residual, example={"input_ids": tokens()}, **size)
+    found = attribute(model, batch, methods=[GRADIENT, ABLATION, REMOVAL])
+    with torch.no_grad():
+        (mlp,) = [each for name, each in model.named_modules() if name.endswith("layers.0.mlp.down_proj")]
+        kept = mlp.weight.clone()
+        mlp.weight.zero_()
+        assert attribute(model, batch, methods=[REMOVAL]).loss - found.loss == pytest.approx(
+            found.layers[REMOVAL][1], abs=1e-6
+        )
+        mlp.weight.copy_(kept)
+    for method in (GRADIENT, ABLATION):
+        assert np.isfinite(found.edges[method][found.layout.triangle()]).all()
+    assert np.nansum(found.final_share) == pytest.approx(1, abs=1e-4)
+    with torch.no_grad():
+        short = model(input_ids=tokens()[1:, :5], labels=tokens()[1:, :5]).loss
+        long = model(input_ids=tokens()[:1], labels=tokens()[:1]).loss
+    assert found.loss == pytest.approx(((short + long) / 2).item(), rel=1e-4)  # padding does not count
+
+
+def test_a_baseline_whose_states_are_no_sums_has_layers_only():
+    model = lively_decoder(blocks=2, **RESIDUALS["deepnorm"])
+    found = attribute(model, tokens(), methods=list(METHODS), steps=2, samples=1)
+    assert not found.edges and set(found.layers) == set(METHODS) - {ABLATION}
+    assert "is not the weighted sum of the sources before it" in found.about.notes[0]
+    assert np.isnan(found.weight).all() and np.isnan(found.final_share).all()
+    with pytest.raises(probes.RunError, match="Its layers can: ask for removal"):
+        attribute(model, tokens(), methods=[ABLATION])
+
+
+class Deaf(torch.nn.Module):
+    """A layer whose output nobody hears."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *given):
+        return 0 * self.inner(*given)
+
+
+@pytest.mark.parametrize("kind", ["prenorm", "full"])
+def test_a_layer_that_adds_nothing_is_needed_by_nobody(kind):
+    model = lively_decoder(blocks=2, **RESIDUALS[kind])
+    model.blocks[0].mlp = Deaf(model.blocks[0].mlp)
+    found = attribute(model, tokens(), methods=list(METHODS), steps=2, samples=2)
+    for method, values in found.layers.items():
+        assert values[1] == pytest.approx(0, abs=1e-12), method
+        assert np.abs(values[[0, 2, 3]]).min() > 1e-7, method
+    for method, values in found.edges.items():
+        assert values[2:, 2] == pytest.approx(0, abs=1e-12), method
+
+
+def test_layers_sum_to_the_whole_by_every_method_that_promises_it():
+    # Of DeepNorm, which has no edges that would be attributed too.
+    model = lively_decoder(blocks=2, **RESIDUALS["deepnorm"])
+    found = attribute(
+        model, tokens(batch=1, length=4), methods=["integrated", "shapley"], steps=100, samples=2
+    )
+    gone = attribute(_without_layers(model), tokens(batch=1, length=4), methods=[GRADIENT])
+    whole = gone.loss - found.loss
+    assert found.layers["shapley"].sum() == pytest.approx(whole, rel=1e-9)
+    assert found.layers["integrated"].sum() == pytest.approx(whole, rel=0.02)
+
+
+def _without_layers(model):
+    import copy
+
+    twin = copy.deepcopy(model)
+    for block in twin.blocks:
+        block.attention, block.mlp = Deaf(block.attention), Deaf(block.mlp)
+    return twin
