@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Iterator
-from itertools import pairwise, takewhile
 
 import torch
 from torch import nn
@@ -10,6 +9,8 @@ from torch import nn
 from probes.found import FoundRead, FoundReads, Replay, Spot
 from probes.layout import Layer, Read, Source
 from probes.mixes import Mix, Mixes, widths
+from probes.naming import blocks_of, common_name
+from probes.oddities import oddities
 from probes.replay import Unreplayable, moment_of, replay_of
 from probes.sites import LayerSite, Place, Sites, place_of
 from probes.stacks import Stack, is_norm, kind_by_name
@@ -122,12 +123,19 @@ class _Finding:
         if not reads:
             raise Untraceable(f"its depth reads cannot be computed from what hooks see: {notes[0]}")
         columns = self._columns(layers)
+        odd = oddities(
+            self._tape,
+            self._reads,
+            self._final,
+            lambda node: self._mixes.terms(node, self._embedding),
+            self._members,
+        )
         found = FoundReads(
             tuple(reads),
             tuple(rows),
             columns,
-            self._embedding_places(),
-            tuple([*self._oddities(), *notes]),
+            tuple(map(self._as_place, self._embedding_spots())),
+            tuple([*odd, *notes]),
         )
         final = self._place(self._final) if self._final is not None else None
         return Sites(self._tape.root, layers, final, [], change="mixed by depth reads", found=found)
@@ -184,11 +192,11 @@ class _Finding:
             (each for each in candidates if self._tape.made_from(output, each)), key=lambda each: each.index
         )
 
-    def _embedding_places(self) -> tuple[Place, ...]:
+    def _embedding_spots(self) -> tuple[Spot, ...]:
         """Where the embedding is seen; where nowhere, the parts that it sums, in order."""
         spot = self._seen_at(self._embedding)
         if spot is not None:
-            return (self._as_place(spot),)
+            return (spot,)
         node = self._embedding
         parts = [node.slots[slot] for slot, _ in self._mixes.linear(node, node.value.ndim - 1) or ()]
         spots = [self._seen_at(part) for part in parts]
@@ -200,7 +208,7 @@ class _Finding:
             return ()
         if not any(p.tensor.shape == node.tensor.shape and len(self._tape.users[p]) == 1 for p in parts):
             return ()
-        return tuple(self._as_place(spot) for spot in sorted(spots, key=lambda spot: spot.moment))
+        return tuple(sorted(spots, key=lambda spot: spot.moment))
 
     # Layers
 
@@ -209,10 +217,10 @@ class _Finding:
         for index, (output, state) in enumerate(zip(self._outputs, self._states, strict=True), 1):
             everything = self._parameters(output, self._stops - {output})
             own = self._parameters(output, self._stops - {output} | {state})
-            name = _common(own) or f"layer {index}"
+            name = common_name(own) or f"layer {index}"
             kind = kind_by_name(name.rpartition(".")[2]) or self._kind(name) or "layer"
             made.append((name, kind, output, state, tuple(everything.values())))
-        blocks = _blocks([(name, kind) for name, kind, *_ in made])
+        blocks = blocks_of([(name, kind) for name, kind, *_ in made])
         return [
             LayerSite(
                 Layer(index, kind, block, name),
@@ -316,8 +324,10 @@ class _Finding:
         if not mix.edges:
             if spot is None:
                 raise Unreplayable("no hook sees the embedding")
-            replay = Replay(_of_one, (spot,), (), False)
-            return FoundRead("the embedding as it is", replay, self._tape.moments[spot.moment], None, ())
+            # The embedding where it is made, so that what the layer receives is compared with it.
+            made = [each for each in self._embedding_spots() if each.moment <= spot.moment]
+            replay = Replay(_of_one, tuple(made) or (spot,), (), False)
+            return FoundRead("the embedding as it is", replay, self._tape.moments[spot.moment], spot, ())
         place, when = (
             (spot.moment, self._tape.moments[spot.moment]) if spot else moment_of(self._tape, mix.node)
         )
@@ -397,88 +407,7 @@ class _Finding:
             ]
         return tuple(columns)
 
-    # What is odd
 
-    def _oddities(self) -> list[str]:
-        last = max(self._reads, key=lambda mix: len(mix.edges))
-        members = [self._members(source) for source in last.sources]
-        notes = []
-        twice = [mix for mix in self._reads if len(set(mix.sources)) < len(mix.sources)]
-        if twice:
-            notes.append(f"duplicate sources: {len(twice)} reads list the same tensor twice")
-        zero = [mix for mix in self._reads if any(not source.value.any() for source in mix.sources)]
-        if zero:
-            notes.append(f"zero sources: {len(zero)} reads weigh a tensor of zeros")
-        if any(set(a) < set(b) for a, b in pairwise(members) if a):
-            notes.append("cumulative sources: a later source sums an earlier one again")
-        detached = {
-            edge.source
-            for mix in self._reads
-            for edge in mix.edges
-            if not edge.user.slots[edge.slot].tensor.requires_grad
-            and edge.user.tensor.requires_grad
-            and edge.source.value.any()
-        }
-        if detached and any(p.requires_grad for p in self._tape.root.parameters()):
-            notes.append(f"detached sources: {len(detached)} sources let no gradient through")
-        if self._final is not None and self._final not in {mix.node for mix in self._reads}:
-            count = len(self._mixes.terms(self._final, self._embedding))
-            notes.append(f"no final read: the final state is a plain sum of {count}")
-        again = {
-            m.name for m in self._tape.moments if m.turn and any(p.ndim > 1 for p in m.module.parameters())
-        }
-        outer = [name for name in sorted(again) if not any(name.startswith(f"{other}.") for other in again)]
-        if outer:
-            notes.append(f"runs several times in one forward: {', '.join(outer[:4])}")
-        called = {moment.module for moment in self._tape.moments}
-        silent = [
-            name
-            for name, module in self._tape.root.named_modules()
-            if module not in called
-            and any(child in called for child in module.modules())
-            and not isinstance(module, nn.ModuleList | nn.ModuleDict)
-        ]
-        if silent:
-            notes.append(f"never called, only what is in it: {', '.join(silent[:4])}")
-        if any(mix.law is not None and mix.law.gain is not None for mix in self._reads):
-            notes.append("reads fused with the norm after them: the states are those behind it")
-        if any(mix.normalised for mix in self._reads):
-            notes.append("normalised values: the weights are those of the normalised sources")
-        return notes
-
-
-def _of_one(x: torch.Tensor) -> tuple:
+def _of_one(*parts: torch.Tensor) -> tuple:
+    x = sum(parts)
     return torch.ones_like(x[..., 0]).unsqueeze(0), [x], x
-
-
-def _common(parameters: dict[str, nn.Parameter]) -> str:
-    """The module that holds the matrices among `parameters`."""
-    matrices = [name for name, p in parameters.items() if p.ndim > 1 and min(p.shape) > 1]
-    names = [name.rpartition(".")[0] for name in matrices or parameters]
-    if not names:
-        return ""
-    levels = zip(*(name.split(".") for name in names), strict=False)
-    parts = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
-    return ".".join(parts) or names[0]
-
-
-def _blocks(layers: list[tuple[str, str]]) -> list[int]:
-    """The transformer block of each layer: by the first number in its name; where that is each layer's own, attention
-    and the MLP after it are one."""
-    groups = [_group(name) for name, _ in layers]
-    alone = len(set(groups)) == len(groups)
-    blocks: list[int] = []
-    for place, (_, kind) in enumerate(layers):
-        if place == 0:
-            blocks.append(1)
-            continue
-        before = layers[place - 1][1]
-        same = (before == "attention" and kind == "mlp") if alone else groups[place] == groups[place - 1]
-        blocks.append(blocks[-1] + (not same))
-    return blocks
-
-
-def _group(name: str) -> str:
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-    return ".".join(parts[: number + 1])

@@ -4,28 +4,17 @@ No operation is known by name. An operand is followed when the result is linear 
 which is decided by trying with random values; what stands beside it are the weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from probes.kernels import Law, law_of, solved
 from probes.tape import Node, Tape
+from probes.trials import Trials, axes_of, axis_of, tried
 
 SHARE_OF_WIDTH = 4  # with more sources than this share of the channels, any weights explain a mix
 _TOLERANCE = 2e-2  # operations that cast to bfloat16 are linear to 4e-3
-_MIXING_CHANNELS = {
-    "linear",
-    "softmax",
-    "layer_norm",
-    "rms_norm",
-    "embedding",
-    "silu",
-    "gelu",
-    "relu",
-    "conv1d",
-}
 
 
 @dataclass(frozen=True)
@@ -59,20 +48,13 @@ class Mix:
         return [edge.source for edge in self.edges]
 
 
-class Mixes:
+class Mixes(Trials):
     """All mixes of a tape of a model of this `width`, in order; `plain` says of any stream tensor whether it is a sum."""
 
     def __init__(self, tape: Tape, width: int):
-        self.tape, self.width = tape, width
+        super().__init__(tape, width)
         self._size = tape.items * tape.tokens * width
-        self._linear: dict[tuple[Node, int], list[tuple[int, int]] | None] = {}
-        self._weighted: dict[Node, bool] = {}
         self._plain: dict[Node, bool] = {}
-        own = {id(p) for p in tape.root.parameters()}
-        given = {id(each.tensor) for each in tape.given}
-        leaves = [each for each in tape.nodes if each.func is None]
-        self._parameters = sum(1 << each.index for each in leaves if id(each.tensor) in own)
-        self._sources = self._parameters | sum(1 << n.index for n in leaves if id(n.tensor) in given)
         self._whole: set[Node] = set()  # weighted sums that count as one: other mixes, experts of one layer
         self.found: dict[Node, Mix] = {}
         self.single: dict[
@@ -122,91 +104,12 @@ class Mixes:
     def plain(self, node: Node) -> bool:
         """Whether a tensor is a sum of others, each as it is, or no sum at all."""
         if node not in self._plain:
-            axis = _axis(node, self.width)
+            axis = axis_of(node, self.width)
             operands = None if node.func is None or axis is None else self.linear(node, axis)
             self._plain[node] = operands is None or (
                 not self.weighted(node) and all(self.plain(node.slots[slot]) for slot, _ in operands)
             )
         return self._plain[node]
-
-    def linear(self, node: Node, axis: int) -> list[tuple[int, int]] | None:
-        """The operands in which `node` is linear, leaving channels along `axis` alone: (slot, channel axis) of each."""
-        key = node, axis
-        if key not in self._linear:
-            self._linear[key] = self._find_linear(node, axis)
-        return self._linear[key]
-
-    def _find_linear(self, node: Node, axis: int) -> list[tuple[int, int]] | None:
-        if node.func is None or getattr(node.func, "__name__", "") in _MIXING_CHANNELS:
-            return None
-        from_end = axis - node.value.ndim
-        candidates = {
-            slot: sorted(_axes(each, self.width), key=lambda a, e=each: a - e.value.ndim != from_end)
-            for slot, each in enumerate(node.slots)
-            if each.tensor.is_floating_point() and self.width in each.tensor.shape
-        }
-        if not candidates:
-            return None
-        several = [tuple(candidates)] if len(candidates) > 1 else []
-        for slots in [*several, *((slot,) for slot in reversed(candidates))]:
-            for place in range(max(len(candidates[slot]) for slot in slots)):
-                operands = [(s, candidates[s][min(place, len(candidates[s]) - 1)]) for s in slots]
-                if self._is_linear(node, axis, operands):
-                    return [each for each in operands if len(operands) == 1 or self._has_part(node, each[0])]
-        return None
-
-    def _has_part(self, node: Node, slot: int) -> bool:
-        """Whether the values of an operand matter, as those that only lend their shape do not."""
-        values = torch.randn(node.slots[slot].tensor.shape, dtype=torch.float64)
-        return not torch.equal(*(_tried(node, {slot: each}) for each in (values, 1 - values)))
-
-    def _is_linear(self, node: Node, axis: int, operands: list[tuple[int, int]]) -> bool:
-        mixing = torch.randn(self.width, self.width, dtype=torch.float64) / self.width**0.5
-        one, two, both = {}, {}, {}
-        for slot, at in operands:
-            like = node.slots[slot].value
-            x, y = (torch.randn(like.shape, dtype=torch.float64) for _ in range(2))
-            one[slot], two[slot], both[slot] = x, y, _mixed(x, mixing, at) + y
-        try:
-            f_one, f_two, f_both = (_tried(node, each) for each in (one, two, both))
-        except Exception:  # double precision does not suit every operation
-            return False
-        if f_one.shape != node.tensor.shape or f_one.shape[axis] != self.width:
-            return False
-        expected = _mixed(f_one.cpu().double(), mixing, axis) + f_two.cpu().double()
-        size = expected.abs().max()
-        return bool(size > 0 and (f_both.cpu().double() - expected).abs().max() <= _TOLERANCE * size)
-
-    def weighted(self, node: Node) -> bool:
-        """Whether the values of its other operands matter, and are not constants."""
-        if node not in self._weighted:
-            axis = _axis(node, self.width)
-            operands = self.linear(node, axis) if axis is not None else None
-            self._weighted[node] = bool(operands) and any(
-                self._matters(node, slot) for slot, _ in self._others(node, operands)
-            )
-        return self._weighted[node]
-
-    def _others(self, node: Node, operands: Sequence[tuple[int, int]]) -> list[tuple[int, Node]]:
-        carrying = {slot for slot, _ in operands}
-        return [(slot, each) for slot, each in enumerate(node.slots) if slot not in carrying]
-
-    def _matters(self, node: Node, slot: int) -> bool:
-        other = node.slots[slot]
-        if not self._varies(other):
-            return False
-        if not other.tensor.is_floating_point():
-            return True
-        try:
-            before = _tried(node, {})
-            after = _tried(node, {slot: other.value.cpu().double() * 1.5 + 0.1})
-        except Exception:  # any operation may refuse in a way of its own; what cannot be tried counts
-            return True
-        return not torch.allclose(before, after, rtol=1e-6)
-
-    def _varies(self, node: Node) -> bool:
-        """Whether it was made from parameters or from what the model was given."""
-        return bool((self.tape.behind[node.index] | 1 << node.index) & self._sources)
 
     def _ends(self, node: Node) -> bool:
         """Whether the sum is complete here: something else is done with it than adding to it."""
@@ -217,7 +120,7 @@ class Mixes:
         )
 
     def _hands_on(self, user: Node, node: Node) -> bool:
-        for axis in _axes(user, self.width):
+        for axis in axes_of(user, self.width):
             operands = self.linear(user, axis)
             if operands and any(user.slots[slot] is node for slot, _ in operands):
                 return True
@@ -236,7 +139,7 @@ class Mixes:
                 or self.width not in each.tensor.shape
             ):
                 continue
-            source, axis = self.bare(each), _axis(each, self.width)
+            source, axis = self.bare(each), axis_of(each, self.width)
             if self.is_stream(source):
                 mix.edges.append(Edge(node, slot, axis, source))
             elif each.tensor.numel() > self._size and self.linear(each, axis) is not None:
@@ -287,14 +190,6 @@ class Mixes:
             if not self._is_blank(child):
                 self._walk(mix, child, at)
 
-    def _adds_as_is(self, node: Node, slot: int) -> bool:
-        """Whether an operand is added to the rest without a weight."""
-        if node.slots[slot].tensor.shape != node.tensor.shape:
-            return False
-        values = torch.randn(node.tensor.shape, dtype=torch.float64)
-        with_it, without = (_tried(node, {slot: each}) for each in (values, torch.zeros_like(values)))
-        return torch.allclose((with_it - without).cpu().double(), values, atol=1e-6)
-
     def _is_blank(self, node: Node) -> bool:
         """An empty store that sources are written to."""
         name = _name(node)
@@ -303,7 +198,7 @@ class Mixes:
     def bare(self, node: Node) -> Node:
         """What stands behind views and casts."""
         while node.func is not None and node not in self._whole:
-            axis = _axis(node, self.width)
+            axis = axis_of(node, self.width)
             operands = self.linear(node, axis) if axis is not None else None
             if operands and len(operands) > 1:  # written over a store for one
                 operands = [each for each in operands if "empty" not in _name(node.slots[each[0]])]
@@ -329,7 +224,7 @@ class Mixes:
                 if torch.equal(each.value.flatten(), node.value.flatten()):
                     return each
                 continue
-            axis = _axis(each, self.width)
+            axis = axis_of(each, self.width)
             operands = self.linear(each, axis) if each.func is not None and axis is not None else None
             if operands and not self.weighted(each):
                 waiting += [each.slots[slot] for slot, _ in operands]
@@ -343,7 +238,7 @@ class Mixes:
         others = [other for _, other in self._others(node, operands) if self.tape.made_from(other, values)]
         if not others or any(self._has_parameter(other, values) for other in others):
             return False
-        sizes = node.value.double().square().mean(_axis(node, self.width)).sqrt()
+        sizes = node.value.double().square().mean(axis_of(node, self.width)).sqrt()
         return bool(sizes.std() < 0.05 * sizes.mean())
 
     def _has_parameter(self, node: Node, beyond: Node) -> bool:
@@ -374,7 +269,7 @@ class Mixes:
                 return slot, axis
             values = each.value.cpu().double() * 100
             try:
-                one, two = (_tried(node, {slot: values * scale}) for scale in (1, 2))
+                one, two = (tried(node, {slot: values * scale}) for scale in (1, 2))
             except Exception:  # what cannot be tried is followed no further, and its read not recorded
                 continue
             if torch.allclose(one, two, rtol=1e-2, atol=1e-4) or self._normalises_by_itself(
@@ -386,7 +281,7 @@ class Mixes:
     def terms(self, node: Node, stop: Node | None = None) -> list[Node]:
         """What a plain sum adds up, taken apart down to what layers make; other mixes and `stop` stay whole."""
         node = self.bare(node)
-        axis = _axis(node, self.width)
+        axis = axis_of(node, self.width)
         if node is stop or node in self._whole or node.func is None or axis is None:
             return [node]
         operands = self.linear(node, axis)
@@ -430,29 +325,6 @@ def _same_values(one: Node, two: Node) -> bool:
 
 def _name(node: Node) -> str:
     return getattr(node.func, "__name__", "")
-
-
-def _axes(node: Node, width: int) -> list[int]:
-    return [axis for axis, size in enumerate(node.tensor.shape) if size == width]
-
-
-def _axis(node: Node, width: int) -> int | None:
-    axes = _axes(node, width)
-    return axes[-1] if axes else None
-
-
-def _mixed(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    return (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
-
-
-def _tried(node: Node, instead: dict[int, Tensor]) -> Tensor:
-    """The node's operation in double precision, with other values in some slots. Dropout drops the same each time."""
-    values = []
-    for slot, each in enumerate(node.slots):
-        value = instead.get(slot, each.value)
-        values.append(value.to(each.tensor.device, torch.float64) if value.is_floating_point() else value)
-    torch.manual_seed(0)
-    return node.call(values)
 
 
 def widths(tape: Tape) -> Iterator[int]:

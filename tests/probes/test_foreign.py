@@ -371,6 +371,32 @@ def test_every_family(family, tmp_path):
     assert np.isfinite(run["output_rms"][0]).all()
 
 
+class Scaled(ReadAfter):
+    scale = 1.0
+
+    def stream(self, x):
+        sources, state = [x], x * self.scale
+        for index, layer in enumerate(self.sublayers):
+            sources.append(layer(self.norms[index](state)))
+            state = self.mix(sources, index + 1)
+        return state
+
+
+def test_a_first_layer_that_receives_something_else_than_the_embedding_is_blank(tmp_path, caplog):
+    model, batch = Scaled(), tokens(3, 10)
+    optimizer = sgd(model)
+    with probes.record(model, tmp_path / "run", optimizer=optimizer, every=1, matrices_every=1):
+        step(model, optimizer, batch)
+        model.scale = 1.5
+        step(model, optimizer, batch)
+    run = probes.open_run(tmp_path / "run")
+    assert run["depth_weight"][0, 0, 0] == 1 and run["read_error"][0, 0] < 1e-6
+    assert np.isnan(run["depth_weight"][1, 0]).all() and run["read_error"][1, 0] == pytest.approx(
+        1 / 3, rel=1e-3
+    )
+    assert "do not give back the state, so those reads are blank: layer 1" in caplog.text
+
+
 def test_a_first_layer_that_reads_nothing_has_weight_one(tmp_path):
     run, own = family_run(ReadAfter(), tmp_path / "run")
     one = np.ones_like(own[0][:1])

@@ -1,0 +1,145 @@
+"""Try what an operation does to its operands: no operation is known by name, each is called with random values."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from probes.tape import Node, Tape
+
+_TOLERANCE = 2e-2  # operations that cast to bfloat16 are linear to 4e-3
+_MIXING_CHANNELS = {
+    "linear",
+    "softmax",
+    "layer_norm",
+    "rms_norm",
+    "embedding",
+    "silu",
+    "gelu",
+    "relu",
+    "conv1d",
+}
+
+
+class Trials:
+    """What the operations of a tape of a model of this `width` do, each found out once."""
+
+    def __init__(self, tape: Tape, width: int):
+        self.tape, self.width = tape, width
+        self._linear: dict[tuple[Node, int], list[tuple[int, int]] | None] = {}
+        self._weighted: dict[Node, bool] = {}
+        own = {id(p) for p in tape.root.parameters()}
+        given = {id(each.tensor) for each in tape.given}
+        leaves = [each for each in tape.nodes if each.func is None]
+        self._parameters = sum(1 << each.index for each in leaves if id(each.tensor) in own)
+        self._sources = self._parameters | sum(1 << n.index for n in leaves if id(n.tensor) in given)
+
+    def linear(self, node: Node, axis: int) -> list[tuple[int, int]] | None:
+        """The operands in which `node` is linear, leaving channels along `axis` alone: (slot, channel axis) of each."""
+        key = node, axis
+        if key not in self._linear:
+            self._linear[key] = self._find_linear(node, axis)
+        return self._linear[key]
+
+    def _find_linear(self, node: Node, axis: int) -> list[tuple[int, int]] | None:
+        if node.func is None or getattr(node.func, "__name__", "") in _MIXING_CHANNELS:
+            return None
+        from_end = axis - node.value.ndim
+        candidates = {
+            slot: sorted(axes_of(each, self.width), key=lambda a, e=each: a - e.value.ndim != from_end)
+            for slot, each in enumerate(node.slots)
+            if each.tensor.is_floating_point() and self.width in each.tensor.shape
+        }
+        if not candidates:
+            return None
+        several = [tuple(candidates)] if len(candidates) > 1 else []
+        for slots in [*several, *((slot,) for slot in reversed(candidates))]:
+            for place in range(max(len(candidates[slot]) for slot in slots)):
+                operands = [(s, candidates[s][min(place, len(candidates[s]) - 1)]) for s in slots]
+                if self._is_linear(node, axis, operands):
+                    return [each for each in operands if len(operands) == 1 or self._has_part(node, each[0])]
+        return None
+
+    def _has_part(self, node: Node, slot: int) -> bool:
+        """Whether the values of an operand matter, as those that only lend their shape do not."""
+        values = torch.randn(node.slots[slot].tensor.shape, dtype=torch.float64)
+        return not torch.equal(*(tried(node, {slot: each}) for each in (values, 1 - values)))
+
+    def _is_linear(self, node: Node, axis: int, operands: list[tuple[int, int]]) -> bool:
+        mixing = torch.randn(self.width, self.width, dtype=torch.float64) / self.width**0.5
+        one, two, both = {}, {}, {}
+        for slot, at in operands:
+            like = node.slots[slot].value
+            x, y = (torch.randn(like.shape, dtype=torch.float64) for _ in range(2))
+            one[slot], two[slot], both[slot] = x, y, _mixed(x, mixing, at) + y
+        try:
+            f_one, f_two, f_both = (tried(node, each) for each in (one, two, both))
+        except Exception:  # double precision does not suit every operation
+            return False
+        if f_one.shape != node.tensor.shape or f_one.shape[axis] != self.width:
+            return False
+        expected = _mixed(f_one.cpu().double(), mixing, axis) + f_two.cpu().double()
+        size = expected.abs().max()
+        return bool(size > 0 and (f_both.cpu().double() - expected).abs().max() <= _TOLERANCE * size)
+
+    def weighted(self, node: Node) -> bool:
+        """Whether the values of its other operands matter, and are not constants."""
+        if node not in self._weighted:
+            axis = axis_of(node, self.width)
+            operands = self.linear(node, axis) if axis is not None else None
+            self._weighted[node] = bool(operands) and any(
+                self._matters(node, slot) for slot, _ in self._others(node, operands)
+            )
+        return self._weighted[node]
+
+    def _others(self, node: Node, operands: Sequence[tuple[int, int]]) -> list[tuple[int, Node]]:
+        carrying = {slot for slot, _ in operands}
+        return [(slot, each) for slot, each in enumerate(node.slots) if slot not in carrying]
+
+    def _matters(self, node: Node, slot: int) -> bool:
+        other = node.slots[slot]
+        if not self._varies(other):
+            return False
+        if not other.tensor.is_floating_point():
+            return True
+        try:
+            before = tried(node, {})
+            after = tried(node, {slot: other.value.cpu().double() * 1.5 + 0.1})
+        except Exception:  # any operation may refuse in a way of its own; what cannot be tried counts
+            return True
+        return not torch.allclose(before, after, rtol=1e-6)
+
+    def _varies(self, node: Node) -> bool:
+        """Whether it was made from parameters or from what the model was given."""
+        return bool((self.tape.behind[node.index] | 1 << node.index) & self._sources)
+
+    def _adds_as_is(self, node: Node, slot: int) -> bool:
+        """Whether an operand is added to the rest without a weight."""
+        if node.slots[slot].tensor.shape != node.tensor.shape:
+            return False
+        values = torch.randn(node.tensor.shape, dtype=torch.float64)
+        with_it, without = (tried(node, {slot: each}) for each in (values, torch.zeros_like(values)))
+        return torch.allclose((with_it - without).cpu().double(), values, atol=1e-6)
+
+
+def axes_of(node: Node, width: int) -> list[int]:
+    return [axis for axis, size in enumerate(node.tensor.shape) if size == width]
+
+
+def axis_of(node: Node, width: int) -> int | None:
+    axes = axes_of(node, width)
+    return axes[-1] if axes else None
+
+
+def _mixed(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    return (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
+
+
+def tried(node: Node, instead: dict[int, Tensor]) -> Tensor:
+    """The node's operation in double precision, with other values in some slots. Dropout drops the same each time."""
+    values = []
+    for slot, each in enumerate(node.slots):
+        value = instead.get(slot, each.value)
+        values.append(value.to(each.tensor.device, torch.float64) if value.is_floating_point() else value)
+    torch.manual_seed(0)
+    return node.call(values)
