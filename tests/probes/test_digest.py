@@ -128,7 +128,8 @@ def test_it_gives_every_row_of_every_metric_and_attempt(run, believed):
     for name, (steps, numbers) in wanted.items():
         index = np.random.default_rng(0).integers(0, len(steps), 40)
         np.testing.assert_array_equal(found.series(name).at(index), numbers[index])
-    assert CliRunner().invoke(main, ["check", str(run)]).exit_code == 0
+    done = CliRunner().invoke(main, ["check", str(run)])
+    assert done.exit_code == 0 and "sound" in done.output and "Note" not in done.output
 
 
 def binned(numbers: np.ndarray, start: int, count: int) -> tuple[np.ndarray, ...]:
