@@ -109,8 +109,9 @@ TOLD: dict[str, tuple[str, str]] = {
         "Large where two sources look alike: their weights can then be exchanged without changing the state.",
     ),
     "depth_attribution": (
-        r"-\alpha_{l,i}\,\langle v_i, \partial \ell / \partial h_l \rangle",
-        "To first order: how the loss would change without that source in that read. Positive helps.",
+        r"-\textstyle\sum_t \alpha_{l,i}\,\langle v_i, \partial \ell / \partial h_l \rangle",
+        "To first order: how the loss would change without that source in that read. Positive helps. A source with much "
+        "weight and nothing here is read and not used. Behind a norm a row sums to about zero, so it has no shares.",
     ),
     "hidden_max": (
         r"\max_{t,d} \lvert h_{l,t,d} \rvert",

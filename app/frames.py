@@ -16,6 +16,7 @@ from probes.vocabulary import BLOCK, LAYER, OUTPUT, READ, STATE
 POINTS = 2_000  # a line's points at most
 COLUMNS = 200  # a heatmap's columns at most,
 CELLS = 16_000  # and its cells
+SPIKE = 10.0  # a step so many times the mean of a cell's steps is shown in its place
 STOPS = 400  # a step slider's stops at most
 PLAYED = 1_000_000  # numbers sent along for playback, at most
 
@@ -217,7 +218,7 @@ def _at_stops(run: Run, name: str, stops: list[int]) -> np.ndarray:
 def over_training(run: Run, name: str) -> pd.DataFrame:
     """step, until, depth, value, place: a layer × step grid of at most 200 columns.
 
-    A cell is the mean of its steps, or the greatest of them where that is three times as much: a spike of one step is seen.
+    A cell is the mean of its steps, or the greatest of them where that is ten times as much: a spike of one step is seen.
     """
     steps = reading.steps(run, name)
     if not len(steps):
@@ -225,7 +226,8 @@ def over_training(run: Run, name: str) -> pd.DataFrame:
     bins = reading.binned(
         run, name, min(COLUMNS, max(1, CELLS // len(places(run.layout, metric(name).axes))))
     )
-    grid = np.where(bins.high > reading.STANDS_OUT * np.abs(bins.mean), bins.high, bins.mean)
+    spike = (bins.low >= 0) & (bins.high > SPIKE * bins.mean)  # round zero a mean says nothing
+    grid = np.where(spike, bins.high, bins.mean)
     first, segment = bins.first, reading.segments(run, name, bins.start)
     spacing = int(np.median(np.diff(steps))) if len(steps) > 1 else max(1, run.manifest.every)
     until = np.append(first[1:], steps[-1] + spacing)

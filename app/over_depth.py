@@ -118,3 +118,8 @@ def heatmaps(shown: Sequence[room.Shown], name: str) -> None:
                 first, last = (frames.profile(one.run, one.name, name, int(steps[end])) for end in (0, -1))
                 chart = over_training(grid, name, findings.grid(first, last, one.name, name), domain)
                 draw.show(chart, key=f"training {name} {one.name}", data=grid)
+    longest = max(len(reading.steps(one.run, name)) for one in grids)
+    if longest > frames.COLUMNS:
+        st.caption(
+            f"A cell is the mean of its steps, or the greatest of them where that is {frames.SPIKE:.0f} times as much."
+        )

@@ -1,6 +1,6 @@
 """Rows: a metric's values as an array that is read as far as somebody asks, and the bins that a chart has room for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from probes.series import Binned, Series
 SMALL = 16 << 20  # bytes up to which a metric is read as a whole
 COURSE = 1_000  # points of an entry of a matrix over training
 FINE = 500  # bins looked through for one row
-STANDS_OUT = 3.0  # a value so many times the mean around it is a spike: it is shown in the place of the mean
+STANDS_OUT = 3.0  # a value so many times the mean around it is looked at
 LOOKED_AT = 16  # spikes looked for, at most
 
 
@@ -110,6 +110,13 @@ def telling(run: Run, name: str, most: int) -> np.ndarray:
         _highest(found, int(bins.start[at]), int(bins.count[at]), int(np.argmax(beyond[at]))) for at in best
     ]
     return np.union1d(even(len(found), most), np.array(spikes, np.int64))
+
+
+def looked_at(runs: Iterable[Run], name: str, most: int, standing_out: bool = True) -> str:
+    """ "Computed at 2,000 of 1,000,000 recorded steps, and at those that stand out." Empty where all are."""
+    longest = max((len(steps(run, name)) for run in runs), default=0)
+    more = ", and at those that stand out" if standing_out else ""
+    return f"Computed at {most:,} of {longest:,} recorded steps{more}." if longest > most else ""
 
 
 def course(

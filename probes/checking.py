@@ -166,6 +166,7 @@ def _attempt(found: Checked, attempt: Attempt) -> None:
             _small(found, signs / name, attempt.manifest.format)
     known = {token_path(folder, step).name for step in steps}
     known |= {files.HEARTBEAT, files.END, RANK} if attempt.rank else set()
+    known |= {FOLDER} if is_folder(folder / FOLDER) else set()
     for name in _names(folder):
         if name not in known and shard_steps(name) is None and not name.startswith("."):
             found.notes.append(f"{where / printable(name)} is no file of a run, and readers pass over it.")

@@ -141,7 +141,15 @@ class Following:
         if not torch.compiler.is_compiling() and self._caught is not None:
             met(values)
 
-    def _computed(self, row: int, weight: Tensor, sources, state, error: Tensor, allowed: float) -> None:
+    def _computed(
+        self,
+        row: int,
+        weight: Tensor,
+        sources: list[Tensor],
+        state: Tensor | None,
+        error: Tensor,
+        allowed: float,
+    ) -> None:
         self._caught[row] = weight.where(error <= allowed, torch.nan)
 
     # A snapshot

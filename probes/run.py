@@ -42,7 +42,7 @@ class Run:
     stand for. `run.gaps` are the steps that are missing, and why; `run.problems` says all that in sentences.
     """
 
-    def __init__(self, path: str | os.PathLike, rank: int = 0, cache: Path | None = None):
+    def __init__(self, path: str | os.PathLike, rank: int = 0, *, cache: Path | None = None):
         """With a folder for a `cache`, a long run without a digest gets one there."""
         self.path, self.rank, self._cache = Path(path), rank, cache
         self.manifest = _manifest(self.path, files.MANIFEST, rank)

@@ -26,7 +26,7 @@ class Statuses:
             if rank in there and is_folder(folder):
                 found[rank] = self._life(rank, folder).state()
             else:
-                found[rank] = "missing", "it has no folder here"
+                found[rank] = "missing", "no folder is here"
         return found
 
     def problems(self, status: str) -> list[str]:

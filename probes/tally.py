@@ -103,7 +103,13 @@ class Tally:
         counted = self._counted
         if matrices:
             depth = counted.depth.tensors() if counted.depth is not None else []
-            return [counted.nonfinite, *depth, *([] if counted.experts is None else [counted.experts])]
+            edges = counted.edges.tensors() if counted.edges is not None else []
+            return [
+                counted.nonfinite,
+                *depth,
+                *edges,
+                *([] if counted.experts is None else [counted.experts]),
+            ]
         alone = {id(tensor) for tensor in self.sums(True)}
         return [*(tensor for tensor in counted.tensors() if id(tensor) not in alone), self.calls]
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probes.edges import EDGE_METRICS
 from probes.flush import start_copy
 from probes.gradients import GradientNorms
 from probes.merging import Merging, Step, Sums, packed, together, unpack
@@ -127,8 +128,10 @@ class Together:
         scale = None if scale is None else torch.tensor(float(scale))
         metrics, counts = twin.finish(matrices), twin.counts(matrices)
         for name in metrics:
-            if name.endswith("_grad_rms"):
+            if name.endswith("_grad_rms") or name in EDGE_METRICS:
                 metrics[name] = metrics[name] / (divisor if scale is None else divisor * scale)
+            if name in EDGE_METRICS and not live.split:
+                metrics[name] = metrics[name] / self.parallel.copies  # a sum over tokens, each seen so often
         found = {
             name: part[1:].reshape(shape)
             for (name, shape), part in zip(shapes.items(), norms.values(), strict=True)

@@ -87,7 +87,7 @@ def grid(
     count = len(sources)
     every = next(step for step in (1, 2, 4, 5, 10, 20, 50, 100) if count / step <= 13 or step == 100)
     labels = [source for source in sources if source == 0 or source % every == 0]
-    height = max(150, min(460, 14 * count))
+    height = max(150, min(460, 12 * count))
     names = json.dumps(dict(zip(map(str, tokens), shown, strict=False)), ensure_ascii=False)
     base = alt.Chart(cells).transform_calculate(
         left="datum.token - 0.5",

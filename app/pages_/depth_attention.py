@@ -4,7 +4,21 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from app import cells, draw, findings, focus, frames, links, over_depth, pick, reads, room, view, words
+from app import (
+    cells,
+    draw,
+    findings,
+    focus,
+    frames,
+    links,
+    over_depth,
+    pick,
+    reading,
+    reads,
+    room,
+    view,
+    words,
+)
 from app.charts.lines import lines
 from app.charts.profile import profile
 from app.charts.readership import readership
@@ -237,6 +251,9 @@ def _routing(drawn: dict[room.Shown, str | None], kind: str) -> None:
         return
     frame = pd.concat(parts, ignore_index=True)
     st.subheader("How far back do they look?", anchor=False)
+    longest = max(have.items(), key=lambda pair: len(reading.steps(pair[0].run, pair[1])))
+    if told := reading.looked_at([longest[0].run], longest[1], reads.MATRICES, False):
+        st.caption(told)
     titles = reads.SHARED if "mixing_share" in have.values() else reads.MEASURES
     names = [name for name in reads.MEASURES if np.isfinite(frame[name].to_numpy(float)).any()]
     for start in range(0, len(names), 2):

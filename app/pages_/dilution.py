@@ -3,7 +3,7 @@
 import pandas as pd
 import streamlit as st
 
-from app import draw, findings, fits, frames, over_depth, pick, room, words
+from app import draw, findings, fits, frames, over_depth, pick, reading, room, words
 from app.charts import palette
 from app.charts.growth import growth
 from app.charts.lines import lines as curves
@@ -72,6 +72,8 @@ def _growth(shown: list[room.Shown], step: int | None) -> None:
             course, "exponent", "Growth exponent", room.colours(have), title, zero=True, height=300
         )
         draw.show(chart, key="growth course", data=course)
+        if told := reading.looked_at((one.run for one in have), HIDDEN, frames.POINTS):
+            st.caption(told)
 
 
 def _composition(shown: list[room.Shown], step: int | None) -> None:

@@ -3,7 +3,7 @@
 import pandas as pd
 import streamlit as st
 
-from app import draw, experts, findings, frames, over_depth, pick, room, words
+from app import draw, experts, findings, frames, over_depth, pick, reading, room, words
 from app.charts import axes, palette
 from app.charts.lines import lines
 from app.charts.profile import profile
@@ -70,6 +70,8 @@ def _evenness(have: list[room.Shown], name: str) -> None:
                 frame, column, label, room.colours(have), title, scale, zero=column != "ratio", height=290
             )
             draw.show(chart, key=f"{column} {name}", data=frame)
+    if told := reading.looked_at((one.run for one in have), name, frames.POINTS):
+        st.caption(told)
 
 
 def _updates(shown: list[room.Shown], step: int) -> None:

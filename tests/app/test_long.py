@@ -28,7 +28,7 @@ def lazy(long, tmp_path, monkeypatch):
     """The run read through a digest in a cache, however small it is."""
     monkeypatch.setattr(reading, "SMALL", 0)
     monkeypatch.setattr(compacting, "BYTES", 300_000)
-    run = Run(long, tmp_path / "cache")
+    run = Run(long, cache=tmp_path / "cache")
     assert len(run.attempts[0].digests) > 2 and run.attempts[0].parts
     return run
 

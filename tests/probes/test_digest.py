@@ -1,12 +1,15 @@
 """A digest says what its shards say, at every zoom; where it does not do, the shards are read and nothing is lost."""
 
+import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +128,8 @@ def test_it_gives_every_row_of_every_metric_and_attempt(run, believed):
     for name, (steps, numbers) in wanted.items():
         index = np.random.default_rng(0).integers(0, len(steps), 40)
         np.testing.assert_array_equal(found.series(name).at(index), numbers[index])
-    assert CliRunner().invoke(main, ["check", str(run)]).exit_code == 0
+    done = CliRunner().invoke(main, ["check", str(run)])
+    assert done.exit_code == 0 and "sound" in done.output and "Note" not in done.output
 
 
 def binned(numbers: np.ndarray, start: int, count: int) -> tuple[np.ndarray, ...]:
@@ -349,3 +353,59 @@ def test_a_disk_that_refuses_a_digest_is_no_matter(tmp_path, monkeypatch, few):
     writer.close("finished")
     found = probes.open_run(tmp_path / "run")
     assert found.status == "finished" and found["loss"].tolist() == list(range(200))
+
+
+# By its page alone
+
+
+def test_the_page_is_enough_to_read_one(run):
+    """docs/run-format.md with struct, json and zlib: sums, steps, a row from its shard, and the pyramid."""
+    compacted(run)
+    wanted = values(Run(run))
+    at = 0
+    for path in sorted((run / files.RANK_FOLDER / FOLDER).iterdir()):
+        data = path.read_bytes()
+        (length,) = struct.unpack_from("<Q", data)
+        header = json.loads(data[8 : 8 + length])
+        told = header.pop("__metadata__")
+        content = {}
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            content[name] = data[8 + length + first : 8 + length + last]
+        sums = []
+        for name in sorted(set(content) - {"crc"}, key=str.encode):
+            sums += [zlib.crc32(content[name][i : i + 65536]) for i in range(0, len(content[name]), 65536)]
+        assert list(struct.unpack(f"<{len(sums)}I", content["crc"])) == sums
+        crc = 0
+        for key in sorted(set(told) - {"crc32"}, key=str.encode):
+            crc = zlib.crc32(f"{key}={told[key]}\n".encode(), crc)
+        kinds = {"I64": "int64", "F32": "float32", "U32": "uint32", "I32": "int32"}
+        for name in sorted(header, key=str.encode):
+            shape = "x".join(map(str, header[name]["shape"]))
+            crc = zlib.crc32(f"{name} {kinds[header[name]['dtype']]} {shape}\n".encode(), crc)
+        assert f"{zlib.crc32(content['crc'], crc):08x}" == told["crc32"]
+        about = json.loads(told["metrics"])["hidden_rms"]
+        rows, width = about["rows"], about["width"]
+        steps = struct.unpack(f"<{rows}q", content[about["steps"]])
+        assert (steps[0], steps[-1]) == (about["first"], about["last"])
+        shards = list(struct.iter_unpack("<5q", content["shards"]))
+        pieces = list(struct.iter_unpack("<5q", content["pieces.hidden_rms"]))
+        found = b""
+        for shard, start, count, crc32, item in pieces:
+            name = "{:012d}-{:012d}.safetensors".format(*shards[shard][:2])
+            piece = (run / files.RANK_FOLDER / name).read_bytes()[start : start + count * width * item]
+            assert zlib.crc32(piece) == crc32
+            found += piece
+        shown = sum(step < 200 for step in steps)  # what the second attempt does not hide
+        numbers = np.array(struct.unpack(f"<{rows * width}f", found), np.float32).reshape(rows, width)
+        np.testing.assert_array_equal(numbers[:shown], wanted["hidden_rms"][1][at : at + shown])
+        at += shown
+        bins = -(-rows // 8)
+        level = struct.unpack(f"<{width * 3 * bins}f", content["level.1.hidden_rms"])
+        for column in range(width):
+            for each in range(bins):
+                part = numbers[8 * each : 8 * each + 8, column]
+                part = part[np.isfinite(part)]
+                low, _, high = (level[(column * 3 + which) * bins + each] for which in range(3))
+                assert (low, high) == (part.min(), part.max()) if len(part) else low != low
+    assert at == 200

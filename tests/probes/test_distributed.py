@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,9 @@ def told(folder: Path, scene: str) -> list[dict]:
 def assert_alike(folder: Path, case: str) -> None:
     run, alone = probes.open_run(folder / case), probes.open_run(folder / f"{case}-single")
     assert run.status == "finished" and not run.problems
-    assert run.metrics == alone.metrics
+    # The norm that feeds a branch is behind a DTensor there, where the edges are not looked for.
+    untold = {"depth_attribution"} if "sp" in case.replace("fsdp", "") else set()
+    assert set(run.metrics) == set(alone.metrics) - untold
     assert set(SAMPLED_METRICS) | {"grad_norm", "clip_factor", "param_norm", "update_ratio"} <= set(
         run.metrics
     )
@@ -71,7 +74,7 @@ def assert_alike(folder: Path, case: str) -> None:
     for name in set(run.metrics) - {"wall_time", "step_time", "probe_time"}:
         assert run.steps(name).tolist() == alone.steps(name).tolist()
         # What is zero but for rounding has no digits to compare.
-        atol = 1e-6 if name == "identity_error" else 1e-7
+        atol = 1e-6 if name in ("identity_error", "depth_attribution") else 1e-7
         np.testing.assert_allclose(run[name], alone[name], rtol=1e-5, atol=atol, err_msg=name)
     squares = run["other_grad_norm"] ** 2 + (run["param_grad_norm"] ** 2).sum(1)
     np.testing.assert_allclose(squares, run["grad_norm"] ** 2, rtol=1e-5)
@@ -203,7 +206,7 @@ def test_trainers_of_others_under_torchrun(tmp_path):
         assert run.metrics == alone.metrics and run.ranks[1] == ("finished", "") and not run.problems
         assert run.steps("hidden_rms").tolist() == [0, 1, 2]
         for metric in set(run.manifest.ranks.merged) & set(run.metrics):
-            atol = 1e-6 if metric == "identity_error" else 1e-7
+            atol = 1e-6 if metric in ("identity_error", "depth_attribution") else 1e-7
             np.testing.assert_allclose(run[metric], alone[metric], rtol=1e-5, atol=atol, err_msg=metric)
 
 
@@ -254,3 +257,75 @@ def test_packing_gives_back_what_was_packed():
     assert all(torch.equal(*pair) for pair in zip(tensors, into, strict=True))
     with pytest.raises(ValueError, match="4 numbers for 2 places"):
         unpack(packed(tensors).numpy(), into[:1])
+
+
+# Runs of several processes on the disk
+
+
+@pytest.fixture
+def stages(two, tmp_path):
+    """The run of two pipeline stages, to be damaged."""
+    return Path(shutil.copytree(two / "stages", tmp_path / "run"))
+
+
+def test_a_check_reads_the_files_of_every_rank(stages):
+    (bad,) = (stages / "rank-00001").glob("0*.safetensors")
+    content = bytearray(bad.read_bytes())
+    content[-1] ^= 1
+    bad.write_bytes(content)
+    (stages / "rank-00001" / "notes.txt").write_text("mine")
+    found = checking.check(stages)
+    (defect,) = found.defects
+    assert "does not match its checksum" in defect.sentence and defect.damaged
+    assert any("rank-00001/notes.txt is no file of a run" in note for note in found.notes)
+    assert checking.repair(found) == [f"{bad.name} was put aside: quarantine/rank-00001/{bad.name}."]
+    assert "in quarantine" in probes.open_run(stages, 1).problems[0]
+    assert not probes.open_run(stages).problems
+
+
+def test_a_sign_of_life_that_was_changed_is_named(stages):
+    end = stages / "rank-00001" / files.END
+    end.write_text(end.read_text().replace("finished", "Finished"))
+    assert "rank-00001/end.json does not match its checksum" in checking.check(stages).defects[0].sentence
+
+
+def test_a_rank_that_never_came_is_named(stages):
+    shutil.rmtree(stages / "rank-00001")
+    run = probes.open_run(stages)
+    assert run.ranks[1] == ("missing", "no folder is here")
+    assert run.problems == ["Rank 1 of 2 is missing: no folder is here."]
+    (stages / "rank-00001").symlink_to(stages / "rank-00000")
+    assert probes.open_run(stages).ranks[1][0] == "missing"
+    assert "is not a folder" in checking.check(stages).defects[0].sentence
+    with pytest.raises(probes.RunError, match="has no rank 1"):
+        probes.open_run(stages, 1)
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        [],
+        {"world": 10**9, "values": "merged"},
+        {"world": 0, "values": "merged"},
+        {"world": True, "values": "merged"},
+        {"world": 2},
+        {"world": 2, "values": "\x1b[2J"},
+        {"world": 2, "values": "merged", "merged": 3},
+        {"world": 2, "values": "merged", "merged": [["x"]]},
+        {"world": 2, "values": "merged", "parallel": 3},
+    ],
+)
+def test_ranks_that_nobody_wrote_are_refused(ranks, stages):
+    content = json.loads((stages / files.MANIFEST).read_text())
+    (stages / files.MANIFEST).write_text(json.dumps({**content, "ranks": ranks}))
+    with pytest.raises(probes.RunError, match="is not a depthscope manifest"):
+        probes.open_run(stages)
+
+
+def test_values_of_a_later_depthscope_are_shown_as_they_are(stages):
+    content = json.loads((stages / files.MANIFEST).read_text())
+    ranks = {"world": 100_000, "values": "of some", "new": 1}
+    (stages / files.MANIFEST).write_text(json.dumps({**content, "ranks": ranks}))
+    run = probes.open_run(stages)
+    assert run.manifest.ranks.values == "of some"
+    assert run.problems == ["Ranks 2, 3, 4, 5, 6 and 99993 more of 100000 are missing: no folder is here."]

@@ -25,7 +25,7 @@ from tests.probes.models import shards
 
 @pytest.mark.parametrize(
     ("first", "count"),
-    [(0, 1000), pytest.param(10_000, 100_000, marks=(pytest.mark.long, pytest.mark.timeout(7200)))],
+    [(0, 2000), pytest.param(10_000, 100_000, marks=(pytest.mark.long, pytest.mark.timeout(7200)))],
 )
 def test_changed_runs_get_sentences_within_little_memory(first, count, tmp_path):
     """No exception but RunError, no hang, and no more than 512 MiB more than an idle reader has."""
