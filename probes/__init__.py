@@ -27,7 +27,7 @@ __all__ = [
 _LAZY = {
     "attach": "attaching",
     "attribute": "attribution",
-    "record": "recorder",
+    "record": "recording",
     "Recorder": "recorder",
     "bench": "benching",
     "describe": "describing",

@@ -16,7 +16,8 @@ from torch import nn
 from probes.ending import describe
 from probes.manifest import RunError
 from probes.ranks import ONE
-from probes.recorder import Recorder, record
+from probes.recorder import Recorder
+from probes.recording import record
 from probes.scalars import is_free
 
 log = logging.getLogger("depthscope")

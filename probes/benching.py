@@ -16,7 +16,8 @@ from torch._dynamo import OptimizedModule
 
 from probes.cost import Cost
 from probes.manifest import RunError
-from probes.recorder import Recorder, record, schedule_of
+from probes.recorder import Recorder
+from probes.recording import record, schedule_of
 from probes.schedule import Steps
 from probes.stopwatch import timed
 from probes.target import arguments, said

@@ -24,7 +24,7 @@ import torch
 import torch._dynamo  # here once, not in each child
 
 import probes
-import probes.recorder
+import probes.recording
 from probes import manifest, writer
 from tests.probes.models import decoder, train, wait_for
 

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import probes
 from probes.manifest import MANIFEST
-from probes.recorder import record
+from probes.recording import record
 from probes.schedule import Schedule, log_spaced, schedule
 from tests.probes.models import decoder, sgd, train
 
