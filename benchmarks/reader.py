@@ -24,7 +24,6 @@ from pathlib import Path
 
 try:
     from benchmarks import long_run, provenance, rivals
-    from probes.provenance import processor
 except ImportError as error:
     raise SystemExit(
         f"Run this from the repository's root as `python -m benchmarks.reader` ({error})."
@@ -193,6 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
     if told.measure:
         print(json.dumps(measure(told.measure)))
         return
+    from probes.provenance import processor  # which imports torch: not into what is measured
+
     if told.smoke:
         told.steps, told.layers, told.rounds = [300], 4, 1
     with tempfile.TemporaryDirectory(dir=told.folder) as folder:
