@@ -119,7 +119,7 @@ def _measured(model: nn.Module, step: _Step, pairs: int, **options) -> tuple:
         times = timed([step] * len(kinds), _device(model))
         hooks = {key: hook for key, hook in _hooks(model).items() if key not in others}
         per_call = _seconds_per_hook(hooks, recorder)
-        held = recorder._taps.nbytes
+        held = recorder.nbytes
     seconds = {
         kind: [
             t for t, each in zip(times[len(_WARM_UP) :], kinds[len(_WARM_UP) :], strict=True) if each == kind

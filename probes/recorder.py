@@ -183,6 +183,11 @@ class Recorder:
         else:
             self.close("stopped", describe(error))
 
+    @property
+    def nbytes(self) -> int:
+        """Memory held on the model's device between steps, in bytes."""
+        return self._taps.nbytes + self._updates.nbytes
+
     # One step
 
     def _follow(self, steps: Schedule, decode: Decode | None) -> None:

@@ -124,13 +124,14 @@ def record(
         manifest = Manifest(
             sites.layout, created, vectors, matrices, described, tags, versions(sites.root), step=step
         )
+        # Others show nothing; and what cannot be shown is refused before anything is written.
+        shown = None if mirror is None or (meeting is not None and meeting.rank) else Mirror(mirror, path)
         # A bool is an int: step 0 is one to resume at, False is not.
         writer, together = _begin(meeting, path, manifest, resume is not False, sites, parallel)
-    mirror = None if mirror is None or writer.rank else Mirror(mirror, path)
     faults = Faults(strict)
     seconds = seconds_before(path, step)
     recorder = Recorder(
-        sites, writer, manifest, optimizers, scale, masks, faults, seconds, mirror, parallel, together
+        sites, writer, manifest, optimizers, scale, masks, faults, seconds, shown, parallel, together
     )
     if following is not None:
         recorder._follow(following, decode)
