@@ -12,7 +12,7 @@ import probes  # noqa: E402
 DECODERS = ("prenorm", "deepnorm", "full", "block")
 DEEP = ("deep-prenorm", "deep-block")
 KIMI = ("kimi-prenorm", "kimi-block")
-SCALE = 1.5  # pixels a point: sharp enough for a page, small enough for a repository
+SCALE = 1.25  # pixels a point: sharp enough for a page, small enough for a repository
 
 
 def main(runs: Path = HERE, into: Path = HERE.parent / "docs" / "images") -> None:

@@ -129,6 +129,7 @@ def test_a_run_that_follows_no_tokens_says_how(folder):
     )
 
 
+@pytest.mark.browser
 def test_a_click_on_a_token_shows_what_every_layer_reads_for_it(followed, serve, watched):
     watched.goto(f"{serve(followed)}/tokens?focus=full&read=4&source=2")
     watched.wait_for_selector(".depthscope-chart >> nth=2 >> canvas", timeout=30_000)
