@@ -171,11 +171,11 @@ def _kimi(gpu: bool, device: str) -> list[Plan]:
 
 
 def _unhealthy(gpu: bool, device: str) -> Plan:
-    """A learning rate a hundred times too high, in float16 without a loss scale."""
+    """A learning rate far too high, in float16 without a loss scale."""
     healthy = _decoders(gpu, device)[0]
     return Plan(
         "unhealthy",
-        "PreNorm, learning rate 0.1 (a hundred times too high) in float16 without a loss scale: spikes, then the first "
+        "PreNorm, learning rate 0.1, far too high, in float16 without a loss scale: spikes, then the first "
         "layer that is not finite",
         healthy.model,
         replace(healthy.training, steps=100, lr=0.1, dtype="float16"),
