@@ -115,7 +115,7 @@ TOLD: dict[str, tuple[str, str]] = {
     ),
     "hidden_max": (
         r"\max_{t,d} \lvert h_{l,t,d} \rvert",
-        "Massive activations show as one value far above the RMS. Of a sample of tokens: that of all is larger.",
+        "Massive activations show as one value far above the RMS. Of a sample of tokens: that of all may be larger.",
     ),
     "hidden_kurtosis": (
         r"\langle h_{l,d}^4 \rangle_{t,d} / \langle h_{l,d}^2 \rangle_{t,d}^2",

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from probes.layout import Layer, Read, Source
 from probes.mixes import Mix, Mixes, widths
 from probes.naming import blocks_of, common_name
 from probes.oddities import oddities
-from probes.replay import Unreplayable, moment_of, replay_of
+from probes.replay import Unreplayable, moment_of, replay_of, witness_of
 from probes.sites import LayerSite, Place, Sites, place_of
 from probes.stacks import Stack, is_norm, kind_by_name
 from probes.symbols import Untraceable
@@ -22,8 +23,10 @@ _SIZES = (((3, 11), (2, 7)), ((3, 16), (2, 8)), ((3, 64), (2, 32)))  # items and
 
 def foreign_sites(root: nn.Module) -> Sites:
     """The sites of `root`. Untraceable, with the reason, where it has no depth reads that can be seen."""
+    devices = sorted({p.device for p in root.parameters() if p.is_cuda}, key=str)
     try:
-        return _found(root)
+        with torch.random.fork_rng(devices), torch.no_grad():
+            return _found(root)
     except Untraceable:
         raise
     except Exception as error:
@@ -328,11 +331,17 @@ class _Finding:
             made = [each for each in self._embedding_spots() if each.moment <= spot.moment]
             replay = Replay(_of_one, tuple(made) or (spot,), (), False)
             return FoundRead("the embedding as it is", replay, self._tape.moments[spot.moment], spot, ())
-        place, when = (
-            (spot.moment, self._tape.moments[spot.moment]) if spot else moment_of(self._tape, mix.node)
-        )
-        replay = replay_of(self._tape, self._twin, mix, place)
-        return FoundRead(self._route(mix), replay, when, spot, self._query(mix))
+        route, query = self._route(mix), self._query(mix)
+        if spot is None and (found := witness_of(self._tape, mix.node)) is not None:
+            witness, seen = found
+            with suppress(Unreplayable):
+                replay = replay_of(self._tape, self._twin, mix, seen.moment, witness)
+                return FoundRead(route, replay, self._tape.moments[seen.moment], None, query, seen)
+        if spot is None:
+            route += ", its mix seen nowhere, so that it is not checked"
+        when = moment_of(self._tape, mix.node) if spot is None else self._tape.moments[spot.moment]
+        replay = replay_of(self._tape, self._twin, mix, when.place)
+        return FoundRead(route, replay, when, spot, query)
 
     def _query(self, mix: Mix) -> tuple[tuple[nn.Module, str], ...]:
         """The parameters whose product is the query: a vector, and perhaps the gain of the keys. Empty where the
@@ -410,4 +419,4 @@ class _Finding:
 
 def _of_one(*parts: torch.Tensor) -> tuple:
     x = sum(parts)
-    return torch.ones_like(x[..., 0]).unsqueeze(0), [x], x
+    return torch.ones_like(x[..., 0]).unsqueeze(0), [x], x, x

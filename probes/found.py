@@ -23,27 +23,29 @@ class Spot:
 
 @dataclass(frozen=True)
 class Moment:
-    """A module is about to be called for the `turn`-th time, or has been; there were `nodes` nodes by then."""
+    """A module is about to be called for the `turn`-th time, or has been; there were `nodes` nodes by then, and `place`
+    moments."""
 
     name: str
     module: nn.Module
     turn: int
     before: bool
     nodes: int
+    place: int
 
 
 @dataclass(frozen=True)
 class Replay:
-    """`run(*values)` gives (weights [S, B, T], sources S times [B, T, D], the mix [B, T, D]). The values are those of
-    `spots`, then the tensors that `held` names by module and attribute (or are themselves). `normalised`: the weights
-    are those of the normalised sources, or the mix comes out normalised."""
+    """`run(*values)` gives (weights [S, B, T], sources S times [B, T, D], the mix [B, T, D], what is made of it where
+    that alone is seen). The values are those of `spots`, then the tensors that `held` names by module and attribute (or
+    are themselves). `normalised`: the weights are those of the normalised sources, or the mix comes out normalised."""
 
     run: Callable
     spots: tuple[Spot, ...]
     held: tuple[tuple[nn.Module, str] | Tensor, ...]
     normalised: bool
 
-    def weights(self, seen: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+    def weights(self, seen: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
         held = [each if isinstance(each, Tensor) else getattr(*each) for each in self.held]
         return self.run(*seen, *held)
 
@@ -51,14 +53,16 @@ class Replay:
 @dataclass(frozen=True)
 class FoundRead:
     """One read: `route` says in words how it is seen, `when` it can be computed, `state` where the mix itself is seen
-    (None: nowhere, it cannot be checked against it). `query` names parameters, by module and attribute, whose product
-    is the query; empty where that is not known."""
+    (None: nowhere), `witness` where instead something made of it is seen, as by a norm that is no module. Where both are
+    None it cannot be checked against the model. `query` names parameters, by module and attribute, whose product is the
+    query; empty where that is not known."""
 
     route: str
     replay: Replay
     when: Moment
     state: Spot | None
     query: tuple[tuple[nn.Module, str], ...]
+    witness: Spot | None = None
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class FoundGates:
         needs = [_key(spot) for spot in read.replay.spots]
         state = reached(tree, read.state.path)
         if isinstance(state, Tensor) and all(key in self._kept for key in needs):
-            weights, sources, _ = read.replay.weights([self._kept[key] for key in needs])
+            weights, sources, *_ = read.replay.weights([self._kept[key] for key in needs])
             return put(tree, read.state.path, self._mixed(row, sources, list(weights), state))
         return tree
 

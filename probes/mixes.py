@@ -49,7 +49,8 @@ class Mix:
 
 
 class Mixes(Trials):
-    """All mixes of a tape of a model of this `width`, in order; `plain` says of any stream tensor whether it is a sum."""
+    """All mixes of a tape of a model of this `width`, in order; `plain` says of any stream tensor whether it is a sum.
+    Whoever asks puts random numbers back: each trial begins them anew."""
 
     def __init__(self, tape: Tape, width: int):
         super().__init__(tape, width)
@@ -60,15 +61,9 @@ class Mixes(Trials):
         self.single: dict[
             Node, Mix
         ] = {}  # one source with a weight: a gate, or a first read without a softmax
-        with (
-            torch.random.fork_rng(
-                sorted({n.tensor.device for n in tape.nodes[:50] if n.tensor.is_cuda}, key=str)
-            ),
-            torch.no_grad(),
-        ):
-            for node in tape.nodes:
-                if self.is_stream(node) and node.func is not None:
-                    self._look_at(node)
+        for node in tape.nodes:
+            if self.is_stream(node) and node.func is not None:
+                self._look_at(node)
 
     def _look_at(self, node: Node) -> None:
         if node.opaque and (mix := self._behind_kernel(node)) is not None:

@@ -36,9 +36,9 @@ class ReadTaps:
         here: dict[tuple[nn.Module, bool], _Here] = defaultdict(_Here)
         numbers: dict[tuple, int] = {}
         last: dict[int, int] = {}
-        self._needs: list[list[int]] = []
-        for row, read in enumerate(self._reads):
-            needs = []
+        self._needs: list[list[int]] = [[] for _ in self._reads]
+        for row, read in sorted(enumerate(self._reads), key=lambda each: each[1].when.place):
+            needs = self._needs[row]
             for spot in read.replay.spots:
                 key = spot.module, spot.turn, spot.before, spot.path
                 if key not in numbers:
@@ -46,7 +46,6 @@ class ReadTaps:
                     here[spot.module, spot.before].keep.append((spot.turn, spot.path, numbers[key]))
                 needs.append(numbers[key])
                 last[numbers[key]] = row
-            self._needs.append(needs)
             here[read.when.module, read.when.before].compute.append((read.when.turn, row))
         self._here = dict(here)
         self._done_after = [
@@ -80,9 +79,13 @@ class ReadTaps:
         if all(number in self._kept for number in self._needs[row]):
             with torch.no_grad():
                 seen = [self._kept[number] for number in self._needs[row]]
-                weights, sources, mix = read.replay.weights(seen)
+                weights, sources, mix, made = read.replay.weights(seen)
                 state = reached(tree, read.state.path) if read.state is not None else None
-                error, allowed = _error(read, weights, sources, mix, mix if state is None else state.detach())
+                if read.state is not None and not isinstance(state, Tensor):
+                    return  # it cannot be checked
+                error, allowed = _error(read, weights, sources, mix, mix if state is None else state)
+                if read.witness is not None:
+                    error = torch.maximum(error, _apart(made, reached(tree, read.witness.path)))
             self._computed(row, weights, sources, None if read.replay.normalised else state, error, allowed)
         for number in self._done_after[row]:
             self._kept.pop(number, None)
@@ -93,17 +96,20 @@ def _error(
 ) -> tuple[Tensor, float]:
     """How far weights times sources are from the state on the first tokens, relative; of normalised sources, how far
     the mix computed again is. And what rounding alone may do."""
-    state = _few(state)
     if read.replay.normalised:
-        made = _few(mix)
+        made = mix
     else:
         parts = torch.stack([_few(source) for source in sources])
         made = (weights.flatten(1)[:, :_TOKENS].unsqueeze(-1).float() * parts).sum(0)
     dtypes = {weights.dtype, mix.dtype, *(source.dtype for source in sources)}
     coarsest = max(dtypes, key=lambda each: torch.finfo(each).eps)
-    return (made - state).norm() / state.norm().clamp_min(torch.finfo(torch.float32).tiny), tolerance(
-        coarsest
-    )
+    return _apart(made, state), tolerance(coarsest)
+
+
+def _apart(made: Tensor, seen: Tensor) -> Tensor:
+    """How far apart two tensors are on the first tokens, relative."""
+    made, seen = _few(made), _few(seen.detach())
+    return (made - seen).norm() / seen.norm().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _few(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from probes.found import Moment, Replay, Spot
-from probes.kernels import by_definition, solved
+from probes.kernels import by_definition, certain
 from probes.mixes import Mix
 from probes.tape import Node, Tape
 
@@ -30,6 +30,7 @@ _METHODS = {
     for name, method in ((name, getattr(torch.Tensor, name)) for name in dir(torch.Tensor))
     if callable(method) and name not in ("__class__", "__new__", "__init__", "__init_subclass__")
 }
+_BETWEEN = 12  # operations, of a norm written out and of casts around it
 _MOST = 400  # operations, beyond which something else than a read was followed
 
 
@@ -37,22 +38,41 @@ class Unreplayable(Exception):
     """The weights cannot be computed from what hooks see; the message says why."""
 
 
-def replay_of(tape: Tape, twin: Tape, mix: Mix, until: int) -> Replay:
-    """The program of one mix, from what hooks see up to moment `until`. `twin` is a tape of the same model with
-    another number of tokens: what differs depends on that."""
-    return _Cutting(tape, twin, mix, until).replay()
+def replay_of(tape: Tape, twin: Tape, mix: Mix, until: int, witness: Node | None = None) -> Replay:
+    """The program of one mix, and of a `witness` that is made of it, from what hooks see up to moment `until`. `twin` is
+    a tape of the same model with another number of tokens: what differs depends on that."""
+    return _Cutting(tape, twin, mix, until, witness or mix.node).replay()
+
+
+def witness_of(tape: Tape, node: Node) -> tuple[Node, Spot] | None:
+    """What hooks see first of that which is made of `node`, if only few operations lie between, as a norm that is no
+    module, and none draws random numbers."""
+    made = [
+        (spot.moment, each, spot)
+        for each, spots in tape.spots.items()
+        if tape.made_from(each, node) and each.tensor.shape == node.tensor.shape
+        for spot in spots
+    ]
+    if not made:
+        return None
+    _, witness, spot = min(made, key=lambda each: each[0])
+    between = [witness, *(each for each in tape.ancestors(witness) if tape.made_from(each, node))]
+    names = {getattr(each.func, "__name__", "") for each in between}
+    if any(each.opaque for each in between) or any(name in _DRAWING or "dropout" in name for name in names):
+        return None
+    if len(between) > _BETWEEN:
+        return None
+    return witness, spot
 
 
 class _Cutting:
-    def __init__(self, tape: Tape, twin: Tape, mix: Mix, until: int):
+    def __init__(self, tape: Tape, twin: Tape, mix: Mix, until: int, witness: Node):
         if len(tape.nodes) != len(twin.nodes):
             raise Unreplayable("what the forward does depends on its input")
-        self._tape, self._twin, self._mix, self._until = tape, twin, mix, until
+        self._tape, self._twin, self._mix, self._until, self._witness = tape, twin, mix, until, witness
         self._graph = fx.Graph()
         self._stream = tape.items * tape.tokens * mix.node.tensor.shape[-1]
         self._real: dict[Node, fx.Node] = {}
-        self._spots: list[tuple[Spot, Node]] = []
-        self._held: list[tuple[nn.Module, str] | Tensor] = []
         self._names = {
             id(tensor): (module, name)
             for module in tape.root.modules()
@@ -75,10 +95,12 @@ class _Cutting:
             weights, mix = (self._graph.call_function(_item, (both, place)) for place in (0, 1))
         elif self._mix.node.opaque:
             mix = self._emit(self._mix.node)
-            weights = self._graph.call_function(solved, (sources, mix))
+            weights = self._graph.call_function(certain, (sources, mix))
         else:
             weights, mix = self._weights(), self._emit(self._mix.node)
-        self._graph.output((weights, sources, mix))
+        self._real[self._mix.node] = mix
+        made = self._emit(self._witness)
+        self._graph.output((weights, sources, mix, made))
         module = fx.GraphModule(nn.Module(), self._graph)
         by_mix = self._mix.normalised or (law is not None and law.gain is not None)
         return Replay(module.forward, spots, held, by_mix)
@@ -86,9 +108,10 @@ class _Cutting:
     def _collect(self) -> None:
         """What the program starts from: tensors that hooks see first, then those that are held."""
         node, law = self._mix.node, self._mix.law
-        found, done = [], set()
+        found, done = [], set() if law is None else {node}
         waiting = [edge.source for edge in self._mix.edges]
         waiting += [node] if law is None else [node.slots[slot] for slot in law.slots]
+        waiting += [self._witness] if self._witness is not node else []
         while waiting:
             node = waiting.pop()
             if node in done:
@@ -96,9 +119,9 @@ class _Cutting:
             done.add(node)
             if len(done) > _MOST:
                 raise Unreplayable("too much lies between what hooks see and the weights")
-            if (node is not self._mix.node or node.opaque) and (
-                self._spot(node) is not None or node.func is None
-            ):
+            own = node is self._mix.node and not node.opaque
+            computed = own or self._tape.made_from(node, self._mix.node)
+            if not computed and (self._spot(node) is not None or node.func is None):
                 found.append(node)
                 continue
             if getattr(node.func, "__name__", "") in _DRAWING:
@@ -277,15 +300,8 @@ def _one_hot(like: Tensor, axis: int, channel: int | None) -> Tensor:
     return probe
 
 
-def moment_of(tape: Tape, node: Node) -> tuple[int, Moment]:
+def moment_of(tape: Tape, node: Node) -> Moment:
     """When hooks can first look back at `node`: where it is handed over, or the next moment after it was made."""
-    spots = tape.spots.get(node)
-    place = (
-        spots[0].moment
-        if spots
-        else next(
-            (place for place, moment in enumerate(tape.moments) if moment.nodes > node.index),
-            len(tape.moments) - 1,
-        )
-    )
-    return place, tape.moments[place]
+    if spots := tape.spots.get(node):
+        return tape.moments[spots[0].moment]
+    return next((moment for moment in tape.moments if moment.nodes > node.index), tape.moments[-1])

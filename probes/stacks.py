@@ -17,7 +17,7 @@ from probes.flow import Call, Flow, Term
 from probes.layout import Layer
 from probes.nodes import has_matrix
 from probes.sites import LayerSite, Place
-from probes.symbols import Untraceable, undisturbed
+from probes.symbols import Untraceable, reseed, undisturbed
 
 _ATTENTION = (
     "attn",
@@ -209,7 +209,7 @@ def _mixes_tokens(module: nn.Module) -> bool | None:
     """Whether one token's output depends on another token; None for a module that needs more than a state."""
     matrix = next(parameter for parameter in module.parameters() if parameter.ndim > 1)
     with undisturbed(set(module.modules())):
-        torch.manual_seed(0)
+        reseed(matrix.device)
         state = torch.randn(1, 4, matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         other = state.clone()
         other[:, 0] = torch.randn_like(other[:, 0])  # another one: a norm takes a mere shift away
@@ -225,7 +225,7 @@ def _mixes_tokens(module: nn.Module) -> bool | None:
 
 
 def _seeded(module: nn.Module, x: torch.Tensor) -> object:
-    torch.manual_seed(0)
+    reseed(x.device)
     return module.forward(x)
 
 

@@ -124,6 +124,17 @@ class Recording(fx.Tracer):
         return found
 
 
+def reseed(device: torch.device) -> None:
+    """Random numbers of the CPU and of `device` begin anew. `torch.manual_seed` would reach every device, one that is
+    not in use yet too, and nobody would put those back."""
+    torch.default_generator.manual_seed(0)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
+    elif device.type == "mps":
+        torch.mps.manual_seed(0)
+
+
 @contextmanager
 def undisturbed(opened: set[nn.Module]) -> Iterator[None]:
     """Whatever the forward keeps on the modules it runs in is put back, and so are random numbers."""

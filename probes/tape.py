@@ -4,8 +4,10 @@ Nothing is guessed from classes or source: the forward is run as it is, on a few
 the values it saw, so that questions about it can be answered by trying.
 """
 
+import copy
 import operator
 import random
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -168,7 +170,7 @@ class _Running(TorchFunctionMode):
         for path, tensor in leaves(values):
             spot = Spot(self._names[module], module, turn, before, path, moment)
             self.spots.setdefault(self.node_of(tensor), []).append(spot)
-        self.moments.append(Moment(self._names[module], module, turn, before, len(self.nodes)))
+        self.moments.append(Moment(self._names[module], module, turn, before, len(self.nodes), moment))
 
 
 def record_tape(root: nn.Module, args: tuple, kwargs: dict, items: int, tokens: int) -> Tape:
@@ -220,13 +222,13 @@ def _told_of_casts(casts: list[tuple]) -> Iterator[None]:
 
 @contextmanager
 def _as_before(root: nn.Module) -> Iterator[None]:
-    """Modes, buffers, attributes, what lists and dicts on modules hold, and random numbers are put back."""
+    """Modes, buffers, attributes, what lists, dicts and sets on modules hold, and random numbers are put back."""
     modes = {module: module.training for module in root.modules()}
     held = [
-        (value, list(value) if isinstance(value, list) else dict(value))
+        (value, copy.copy(value))
         for module in root.modules()
         for key, value in vars(module).items()
-        if type(value) in (list, dict) and not key.startswith("_")
+        if type(value) in _CONTAINERS and key not in _TORCHS_OWN
     ]
     python, numbers = random.getstate(), np.random.get_state()
     try:
@@ -235,11 +237,15 @@ def _as_before(root: nn.Module) -> Iterator[None]:
     finally:
         for value, before in held:
             value.clear()
-            value.extend(before) if isinstance(value, list) else value.update(before)
+            value.extend(before) if isinstance(value, list | deque) else value.update(before)
         for module, training in modes.items():
             module.training = training
         random.setstate(python)
         np.random.set_state(numbers)
+
+
+_TORCHS_OWN = frozenset(vars(nn.Module()))  # parameters, hooks and the like
+_CONTAINERS = list, dict, set, deque, OrderedDict, defaultdict
 
 
 def mapped(tree: object, of_leaf: Callable, kind: type = Node) -> object:

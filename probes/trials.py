@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from probes.symbols import reseed
 from probes.tape import Node, Tape
 
 _TOLERANCE = 2e-2  # operations that cast to bfloat16 are linear to 4e-3
@@ -141,5 +142,5 @@ def tried(node: Node, instead: dict[int, Tensor]) -> Tensor:
     for slot, each in enumerate(node.slots):
         value = instead.get(slot, each.value)
         values.append(value.to(each.tensor.device, torch.float64) if value.is_floating_point() else value)
-    torch.manual_seed(0)
+    reseed(node.tensor.device)
     return node.call(values)

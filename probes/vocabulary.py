@@ -251,7 +251,8 @@ _ROWS = [
         "Expert load",
         "share of the assignments",
         "Share of the tokens of a layer with a mixture of experts that its router sends to each expert; a token sent to "
-        "k experts counts k times. Blank for layers without experts. Counted with the matrices.",
+        "k experts counts k times. Blank for layers without experts. Counted with the matrices. Where each expert is a "
+        "module of its own nobody knows which of its tokens are padding: all count.",
     ),
     Metric(
         "expert_balance",
