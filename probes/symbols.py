@@ -1,6 +1,8 @@
 """The record of one forward, executed on symbols with its children left closed: which call got what from where."""
 
+import copy
 import inspect
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +11,8 @@ from torch import fx, nn
 
 from probes.nodes import argument
 
+_TORCHS_OWN = frozenset(vars(nn.Module()))  # parameters, hooks and the like
+_CONTAINERS = list, dict, set, deque, OrderedDict, defaultdict
 _SPLITTING = {torch.chunk, torch.tensor_split, "chunk", "tensor_split"}
 
 
@@ -137,8 +141,15 @@ def reseed(device: torch.device) -> None:
 
 @contextmanager
 def undisturbed(opened: set[nn.Module]) -> Iterator[None]:
-    """Whatever the forward keeps on the modules it runs in is put back, and so are random numbers."""
+    """Whatever the forward keeps on the modules it runs in is put back, in lists, dicts and sets too, and so are random
+    numbers."""
     kept = [(module, dict(vars(module)), dict(module._buffers)) for module in opened]
+    held = [
+        (value, copy.copy(value))
+        for module in opened
+        for key, value in vars(module).items()
+        if type(value) in _CONTAINERS and key not in _TORCHS_OWN
+    ]
     buffers = [b for module in opened for b in module.buffers(recurse=False) if not b.is_meta]
     before = [b.clone() for b in buffers]
     devices = {p.device for module in opened for p in module.parameters(recurse=False) if p.is_cuda}
@@ -151,5 +162,8 @@ def undisturbed(opened: set[nn.Module]) -> Iterator[None]:
                 vars(module).update(attributes)
                 module._buffers.clear()
                 module._buffers.update(own)
+            for value, inside in held:
+                value.clear()
+                value.extend(inside) if isinstance(value, list | deque) else value.update(inside)
             for buffer, values in zip(buffers, before, strict=True):
                 buffer.copy_(values)

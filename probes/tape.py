@@ -4,10 +4,8 @@ Nothing is guessed from classes or source: the forward is run as it is, on a few
 the values it saw, so that questions about it can be answered by trying.
 """
 
-import copy
 import operator
 import random
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -224,28 +222,15 @@ def _told_of_casts(casts: list[tuple]) -> Iterator[None]:
 def _as_before(root: nn.Module) -> Iterator[None]:
     """Modes, buffers, attributes, what lists, dicts and sets on modules hold, and random numbers are put back."""
     modes = {module: module.training for module in root.modules()}
-    held = [
-        (value, copy.copy(value))
-        for module in root.modules()
-        for key, value in vars(module).items()
-        if type(value) in _CONTAINERS and key not in _TORCHS_OWN
-    ]
     python, numbers = random.getstate(), np.random.get_state()
     try:
         with undisturbed(set(root.modules())):
             yield
     finally:
-        for value, before in held:
-            value.clear()
-            value.extend(before) if isinstance(value, list | deque) else value.update(before)
         for module, training in modes.items():
             module.training = training
         random.setstate(python)
         np.random.set_state(numbers)
-
-
-_TORCHS_OWN = frozenset(vars(nn.Module()))  # parameters, hooks and the like
-_CONTAINERS = list, dict, set, deque, OrderedDict, defaultdict
 
 
 def mapped(tree: object, of_leaf: Callable, kind: type = Node) -> object:
