@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as some
 
 import probes
@@ -74,10 +74,23 @@ def test_weights_are_the_models_own(tmp_path_factory, layout, normaliser, size, 
     if layout in ("attention kernel", "online softmax"):
         normaliser = "softmax"  # theirs is built in
     quirk = quirk if size is not None or quirk == ("no final mix",) else ()
+    assume(layout != "attention kernel" or "embedding twice" not in quirk)  # the test that follows
     model = Foreign(layout, normaliser, size, blocks=2, width=12, quirks=quirk)
     batch = tokens(3, 10)
     own = own_weights(model, batch)
     assert_own(recorded(model, tmp_path_factory.mktemp("foreign") / "run", batch), own)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="two equal sources of an attention kernel's first read are taken for one"
+)
+def test_the_embedding_twice_in_an_attention_kernel(tmp_path):
+    model, batch = (
+        Foreign("attention kernel", size=2, blocks=2, width=12, quirks=("embedding twice",)),
+        tokens(3, 10),
+    )
+    own = own_weights(model, batch)
+    assert_own(recorded(model, tmp_path / "run", batch), own)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
