@@ -102,9 +102,10 @@ def attribute(
         other = None if what_if is None else _Batch(root, *arguments(what_if), objective, gates)
         _check_stream(whole.part(0, 1))
         _check_reach(gates, methods, root)
+        target, unit = _named(loss)
         about = About(
-            target=getattr(loss, "target", LOSS),
-            unit="nats per token" if loss is None else getattr(loss, "unit", "units of the target"),
+            target=target,
+            unit=unit,
             mass=mass,
             steps=steps if INTEGRATED in methods else 0,
             samples=samples if SHAPLEY in methods else 0,
@@ -123,6 +124,14 @@ def attribute(
 
 
 _BAR = "{percentage:3.0f}%|{bar:30}| {elapsed} gone, {remaining} left"
+
+
+def _named(loss: Callable | None) -> tuple[str, str]:
+    """What is attributed, and its unit: `probes.objective.logit` names its own; whatever else is given is a loss."""
+    if loss is None:
+        return LOSS, "nats per token"
+    told = getattr(loss, "target", None), getattr(loss, "unit", None)
+    return told if all(isinstance(each, str) for each in told) else (LOSS, "units of the target")
 
 
 def _check(methods: Sequence[str], mass: str, steps: int, samples: int) -> None:
@@ -287,9 +296,8 @@ class _Work:
                     self._parts[f"{key}|{kind}.value"] = found.value
                     if found.square is not None:
                         self._parts[f"{key}|{kind}.square"] = found.square
-                self._parts[f"{key}|done"] = np.ones(
-                    1
-                )  # last, for any of these may be the last that is written
+                # Last, for after any of these the work may end.
+                self._parts[f"{key}|done"] = np.ones(1)
                 tick(self._cost(job.forwards, job.backwards, last - first))
         found = self._assembled(float(np.concatenate(base).mean()), Routed.mean(routed))
         if self._other is not None:
