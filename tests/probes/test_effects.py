@@ -30,8 +30,9 @@ def test_what_is_no_loss_is_ranked_by_the_size_of_its_effects():
     from probes.pruning import scores
 
     model, batch = lively_decoder(blocks=2, **RESIDUALS["full"]), tokens()
-    found = attribute(model, batch, methods=[REMOVAL], loss=logit(3))
-    assert found.about.target == "logit of token 3 at position -1" and found.about.unit == "logits"
+    found = attribute(model, batch, methods=[REMOVAL], loss=logit(0, minus=3))
+    told = "logit of token 0 minus that of token 3 at position -1"
+    assert found.about.target == told and found.about.unit == "logits"
     assert (found.layers[REMOVAL] < 0).any()
     np.testing.assert_array_equal(scores(found, "layers")["attribution"], np.abs(found.layers[REMOVAL]))
     found = attribute(model, batch, methods=[REMOVAL])
