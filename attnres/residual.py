@@ -12,20 +12,17 @@ A transformer block reads and writes, and knows no residual type. Streams keep w
 registers tensor hooks in a compiled forward, torch 2.13 forgets attributes of Python objects that it bound anew.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attnres.checks import check_count, check_output, check_sources
-from attnres.depth_attention import DepthAttention, softmax_mix
+from attnres.depth_attention import DepthAttention
 from attnres.logits import source_logits
 from attnres.schedules import FusedStream, StackStream, TwoPhaseStream, chosen
 from attnres.stream import Stream
-
-GROUP = 6
-"""Layers whose reads the schedule "grouped" begins together, with depth blocks of fewer."""
 
 
 class PreNorm(nn.Module):
@@ -96,8 +93,6 @@ def _opened(
     schedule = chosen(residual, embedding)
     if schedule == "no_stack":
         return no_stack()
-    if schedule == "grouped":
-        return GroupedStream(residual.reads, embedding, layers_per_block)
     stream = {"stack": StackStream, "two_phase": TwoPhaseStream, "fused": FusedStream}[schedule]
     return stream(residual.reads, embedding, layers_per_block)
 
@@ -191,35 +186,3 @@ class BlockStream(FullStream):
             self.partial.append(grown)
             # It will have grown by the read after next, so it gets a logit for the next read only.
             self._score(grown, 1)
-
-
-class GroupedStream(BlockStream):
-    """The same, but the reads of a group of layers mix the sources before it together, and each merges the rest later.
-
-    With m and s the mix and the logsumexp of the earlier sources, a read is softmax([s, later logits]) over [m, later
-    sources]: exact. A group is a depth block, or `GROUP` layers where depth blocks are shorter.
-    """
-
-    def __init__(self, reads: nn.ModuleList, embedding: Tensor, layers_per_block: int):
-        self.earlier: list[tuple[Tensor, Tensor, Tensor]] = []
-        """For each read of the group that is still to come: mix, weights and logsumexp of the sources before it."""
-        self.before: list[int] = []
-        """How many sources that is."""
-        super().__init__(reads, embedding, layers_per_block)
-        self.group = layers_per_block * max(1, GROUP // layers_per_block)
-
-    def read(self) -> Tensor:
-        if not self.earlier:
-            self.before[:] = [len(self.sources)]
-            for logits in self.logits[: self.group]:
-                mix, weights = softmax_mix(self.sources, logits)
-                self.earlier.append((mix, weights, torch.stack(logits).logsumexp(0)))
-        (before,) = self.before
-        mix, weights, total = self.earlier.pop(0)
-        logits = [total, *self.logits[0][before:]]
-
-        def merged(sources: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-            state, shares = softmax_mix([mix, *sources[before:]], logits)
-            return state, torch.cat((shares[:1] * weights, shares[1:]))
-
-        return self.reads[0](self.visible(), mix=merged)[0]

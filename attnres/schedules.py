@@ -4,8 +4,6 @@
     stack      every read stacks its sources, normalises them and mixes them, as in the paper's pseudocode
     two_phase  all queries of a depth block meet its finished sources at once, and each read merges its partial sum
                into that by online softmax (the paper's §4)
-    grouped    no_stack, but the reads of a group of layers mix the sources that were there before it at once: for the
-               compiler, which can then pass over each of these once for all of them, forward and backward
     fused      every read is another package's kernel (fused.py)
     auto       fused where there is one; otherwise no_stack, the fastest of the others
 
@@ -22,7 +20,7 @@ from attnres.fused import fused_read
 from attnres.logits import source_logits
 from attnres.stream import Stream
 
-SCHEDULES = ("no_stack", "stack", "two_phase", "grouped")
+SCHEDULES = ("no_stack", "stack", "two_phase")
 """Those that every machine has."""
 
 

@@ -176,6 +176,7 @@ def main() -> None:
                 made.run(given / variant, variant, blocks=12, steps=51)
                 if variant != "prenorm":
                     made.follow(given / variant, range(0, 510, 50))
+                made.attribution(given / variant)
             print("Made runs of 24 layers, 51 recorded steps.")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1280, "height": 800})
