@@ -62,8 +62,9 @@ def asked(folder: Path, options: dict) -> Asked:
     return Asked(**given | {"run": run, "methods": methods, "context": context, "choice": choice})
 
 
-def files(run: Run, given: Path | None) -> list[Path]:
+def files(asked: Asked, given: Path | None) -> list[Path]:
     """The checkpoints that are meant: one, all in a folder, or the last that the run saved."""
+    run = asked.run
     if given is not None and not given.is_dir():
         return [given]
     if given is not None:
@@ -73,6 +74,10 @@ def files(run: Run, given: Path | None) -> list[Path]:
         if not found:
             raise RunError(
                 f"There is no checkpoint in {given}: give the file that holds the model's parameters."
+            )
+        if asked.step is not None and len(found) > 1:
+            raise RunError(
+                f"--step is of one checkpoint, and {given} holds {len(found)}: give the file that it belongs to."
             )
         return found
     found = checkpoints.checkpoints(run.path)

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from app.choosing import layer_options
+from probes.vocabulary import MOST_STEP
 
 _SIZES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
@@ -61,7 +62,9 @@ def _bytes(context: click.Context, option: click.Parameter, value: str | None) -
 @click.option(
     "--context", type=click.IntRange(2), help="Tokens in each  [default: the model's context, at most 128]"
 )
-@click.option("--step", type=click.IntRange(0), help="Step of the checkpoint  [default: what it tells]")
+@click.option(
+    "--step", type=click.IntRange(0, MOST_STEP), help="Step of the checkpoint  [default: what it tells]"
+)
 @click.option(
     "--steps", default=16, show_default=True, type=click.IntRange(1), help="Of integrated gradients."
 )
@@ -93,7 +96,7 @@ def attribute(folder: Path, **options) -> None:
         ) from error
     try:
         wanted = asked(folder, options)
-        for path in files(wanted.run, options["checkpoint"]):
+        for path in files(wanted, options["checkpoint"]):
             attribute_one(wanted, path)
     except RunError as error:
         raise click.ClickException(str(error)) from error

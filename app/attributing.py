@@ -14,7 +14,7 @@ from app import checkpoints, sequences, verdicts, words
 from app.asking import Asked
 from app.checkpoints import Checkpoint
 from probes import attribution, target
-from probes.attributed import Attribution, attribution_path, read_attribution, write_attribution
+from probes.attributed import LOSS, Attribution, attribution_path, read_attribution, write_attribution
 from probes.budget import Estimate
 from probes.finding import find_sites
 from probes.layout import difference
@@ -61,14 +61,7 @@ def attribute_one(asked: Asked, path) -> None:
             parts=parts,
             **asked.choice,
         )
-        about = replace(
-            found.about,
-            checkpoint=path.name,
-            data=name,
-            created=time.time(),
-            target=_target(asked),
-            unit=_unit(asked),
-        )
+        about = replace(found.about, checkpoint=path.name, data=name, created=time.time())
         found = replace(found, about=about, step=step)
         write_attribution(result, found)
         parts.finish()
@@ -117,23 +110,10 @@ def _halves(own: Batch, asked: Asked) -> tuple[Batch, Batch | None]:
 
 
 def _loss(asked: Asked):
-    if asked.target == "loss":
+    if asked.target == LOSS:
         return None
     first, *rest = asked.tokens
     return logit(first, asked.position, *rest)
-
-
-def _target(asked: Asked) -> str:
-    where = f"at position {asked.position}"
-    if asked.target == "token":
-        return f"logit of token {asked.tokens[0]} {where}"
-    if asked.target == "difference":
-        return f"logit of token {asked.tokens[0]} minus that of token {asked.tokens[1]} {where}"
-    return "loss"
-
-
-def _unit(asked: Asked) -> str:
-    return "nats per token" if asked.target == "loss" else "logits"
 
 
 def _digest(asked: Asked, checkpoint: Checkpoint, *batches: Batch | None) -> str:
@@ -142,7 +122,7 @@ def _digest(asked: Asked, checkpoint: Checkpoint, *batches: Batch | None) -> str
     for batch in batches:
         values = () if batch is None else batch.values() if isinstance(batch, dict) else batch
         for x in values:
-            told.update(x.cpu().numpy().tobytes() if isinstance(x, Tensor) else repr(x).encode())
+            told.update(_bytes(x) if isinstance(x, Tensor) else repr(x).encode())
     names = (
         "methods",
         "target",
@@ -158,6 +138,11 @@ def _digest(asked: Asked, checkpoint: Checkpoint, *batches: Batch | None) -> str
     )
     told.update(json.dumps([getattr(asked, name) for name in names]).encode())
     return told.hexdigest()[:12]
+
+
+def _bytes(x: Tensor) -> bytes:
+    """Of any kind of numbers; numpy knows no bfloat16."""
+    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _announce(asked: Asked, step: int, estimate: Estimate) -> None:

@@ -21,6 +21,7 @@ from probes.attributed import (
 
 LIVE = "depth_attribution"
 NAMED = 3  # disagreements named on each side
+_QUESTION = ("target", "mass", "data", "sequences", "tokens")
 RANKED = {
     WEIGHT: "by weight",
     SHARE: "by share",
@@ -39,8 +40,8 @@ def layer_methods(found: Attribution) -> list[str]:
 
 def edges(found: Attribution, method: str) -> pd.DataFrame:
     """One row an edge: number (of the read, from 1), read, source (column), from, sources (of the read), even (weight in
-    even shares), weight, share, value, spread (standard deviation over sequences), error (of the mean), tokens (standard
-    deviation over tokens, blank where not known)."""
+    even shares), weight, share, value, needed, spread (standard deviation over sequences), error (of the mean, blank of one
+    sequence), tokens (standard deviation over tokens, blank where not known)."""
     blank = np.full(found.layout.triangle().shape, np.nan)
     spread = found.edges_std.get(method, blank)
     return _edges(
@@ -49,8 +50,9 @@ def edges(found: Attribution, method: str) -> pd.DataFrame:
             "weight": found.weight if found.weight is not None else blank,
             "share": found.share if found.share is not None else blank,
             "value": found.edges.get(method, blank),
+            "needed": _needed(found, found.edges.get(method, blank)),
             "spread": spread,
-            "error": spread / np.sqrt(max(found.about.sequences, 1)),
+            "error": _error(found, spread),
             "tokens": found.edges_token_std.get(method, blank),
         },
     )
@@ -62,7 +64,7 @@ def live(run: Run, step: int) -> pd.DataFrame:
     index = nearest(steps, step)
     if index is None:
         return pd.DataFrame(
-            columns=["number", "read", "source", "from", "sources", "even", "weight", "value"]
+            columns=["number", "read", "source", "from", "sources", "even", "weight", "value", "needed"]
         )
     found = cells.cells(run, int(steps[index]), LIVE)
     blank = np.full(run.layout.triangle().shape, np.nan)
@@ -73,8 +75,21 @@ def live(run: Run, step: int) -> pd.DataFrame:
         weight = blank
     return _edges(
         run.layout,
-        {name: blank for name in ("share", "spread", "error", "tokens")} | {"weight": weight, "value": value},
+        {name: blank for name in ("share", "spread", "error", "tokens")}
+        | {"weight": weight, "value": value, "needed": value},
     )
+
+
+def _needed(found: Attribution, values: np.ndarray) -> np.ndarray:
+    """How much something is needed: what a loss rises by without it; of any other target, how much it changes."""
+    return values if found.about.is_loss else np.abs(values)
+
+
+def _error(found: Attribution, spread: np.ndarray) -> np.ndarray:
+    """The standard error of a mean of n sequences whose standard deviation, divided by n, is `spread`; of one sequence
+    nobody knows it."""
+    count = found.about.sequences
+    return spread / np.sqrt(count - 1) if count > 1 else np.full(spread.shape, np.nan)
 
 
 def _edges(layout, told: dict[str, np.ndarray]) -> pd.DataFrame:
@@ -95,7 +110,7 @@ def _edges(layout, told: dict[str, np.ndarray]) -> pd.DataFrame:
 
 
 def layers(found: Attribution, method: str, run: Run | None = None) -> pd.DataFrame:
-    """One row a layer: layer, place, kind, value, spread, error, tokens, share (of the final state: measured with the
+    """One row a layer: layer, place, kind, value, needed, spread, error, tokens, share (of the final state: measured with the
     attribution, else what `run` recorded at the nearest step, else blank)."""
     layout, blank = found.layout, np.full(len(found.layout.layers), np.nan)
     share = found.final_share[1:] if found.final_share is not None else blank
@@ -108,8 +123,9 @@ def layers(found: Attribution, method: str, run: Run | None = None) -> pd.DataFr
             "place": [layer.label for layer in layout.layers],
             "kind": [layer.kind for layer in layout.layers],
             "value": found.layers.get(method, blank).astype(float),
+            "needed": _needed(found, found.layers.get(method, blank)).astype(float),
             "spread": spread.astype(float),
-            "error": (spread / np.sqrt(max(found.about.sequences, 1))).astype(float),
+            "error": _error(found, spread).astype(float),
             "tokens": found.layers_token_std.get(method, blank).astype(float),
             "share": np.asarray(share, float),
         }
@@ -124,15 +140,15 @@ def recorded_share(run: Run, step: int) -> np.ndarray:
 
 
 def correlations(frame: pd.DataFrame) -> pd.DataFrame:
-    """number, read, kind, value: Spearman's rank correlation of weight and attribution in each read of three sources or
-    more; blank where the weights are all alike."""
+    """number, read, kind, value: Spearman's rank correlation of weight and attribution (how much a source is needed) in
+    each read of three sources or more; blank where either is all alike."""
     rows = []
     for (number, read, kind), part in frame.groupby(["number", "read", "kind"], sort=False):
-        part = part.dropna(subset=["weight", "value"])
+        part = part.dropna(subset=["weight", "needed"])
         if len(part) < 3:
             continue
-        alike = any(np.ptp(part[name]) <= 1e-9 * part[name].abs().max() for name in ("weight", "value"))
-        found = np.nan if alike else float(part["weight"].rank().corr(part["value"].rank()))
+        alike = any(np.ptp(part[name]) <= 1e-9 * part[name].abs().max() for name in ("weight", "needed"))
+        found = np.nan if alike else float(part["weight"].rank().corr(part["needed"].rank()))
         rows.append((number, read, kind, found))
     return pd.DataFrame(rows, columns=["number", "read", "kind", "value"])
 
@@ -188,11 +204,14 @@ def curve_frame(curve: Curve) -> pd.DataFrame:
 
 
 def alike(found: Attribution, everything: list[Attribution]) -> list[Attribution]:
-    """The attributions of the same question at each step, the latest where there are several."""
+    """Those that answer the question of `found` at each step: of the same target on the same data, by its methods at
+    least; the latest where there are several."""
     same = {
         other.step: other
         for other in sorted(everything, key=lambda each: each.about.created)
-        if (other.about.target, other.about.mass) == (found.about.target, found.about.mass)
+        if all(getattr(other.about, name) == getattr(found.about, name) for name in _QUESTION)
+        and found.edges.keys() <= other.edges.keys()
+        and found.layers.keys() <= other.layers.keys()
     }
     return [same[step] for step in sorted(same)]
 

@@ -65,8 +65,9 @@ def check_vocabulary(model: "nn.Module", tokens: "Tensor", name: str) -> None:
         embedding = get() if callable(get) else None
     except NotImplementedError:
         embedding = None
-    if embedding is None:
-        embedding = next((each for each in model.modules() if isinstance(each, nn.Embedding)), None)
+    if embedding is None:  # the largest: positions are embedded too
+        every = [each for each in model.modules() if isinstance(each, nn.Embedding)]
+        embedding = max(every, key=lambda each: each.num_embeddings, default=None)
     size = getattr(embedding, "num_embeddings", None)
     if size is not None and int(tokens.max()) >= size:
         raise RunError(
@@ -84,11 +85,15 @@ def _ids(path: Path) -> np.ndarray:
         elif path.suffix == ".safetensors":
             from safetensors.numpy import load_file
 
-            (found,) = load_file(path).values()
+            tensors = load_file(path)
+            if len(tensors) != 1:
+                raise ValueError(f"it holds {len(tensors)} tensors, not one of token ids")
+            (found,) = tensors.values()
         else:
             return np.frombuffer(path.read_bytes(), np.uint8).astype(np.int64)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from error
+    except Exception as error:  # numpy and safetensors have each their own for a broken file
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        raise RunError(f"{path} cannot be read: {reason}.") from error
     if found.dtype.kind not in "iu" or found.ndim not in (1, 2):
         raise RunError(
             f"{path.name} holds {found.dtype} {list(found.shape)}: token ids are integers, [N] or [N, T]."

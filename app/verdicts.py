@@ -18,6 +18,7 @@ from probes.attributed import (
     SHARE,
     TITLES,
     WEIGHT,
+    About,
     Attribution,
     Curve,
 )  # fmt: skip
@@ -25,14 +26,18 @@ from probes.attributed import (
 HIGH = 1.5  # even shares from which on a weight is high
 SMALL = 1e-3  # of the loss: an effect that is surely below it is none
 SMALLEST = 1e-2  # of the largest effect, where the target is no loss
+_OF_LOSS = About()
 
 
 def small(found: Attribution) -> float:
     """Below this an effect is none."""
-    if found.about.target == "loss":
+    if found.about.is_loss:
         return SMALL * abs(found.about.value)
     known = [np.nanmax(np.abs(values)) for values in (*found.edges.values(), *found.layers.values())]
     return SMALLEST * float(max(known, default=0.0))
+
+
+_ONE = "of one sequence there is no standard error (more of them: --sequences)"
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Idle:
         limit = f"surely below {words.number(self.limit)} {self.unit}"
         if self.heavy.empty:
             return f"No link has {what}: there is none of high weight and no effect."
+        if self.sequences < 2:
+            return f"Whether a link of high weight has no effect is not known: {_ONE}."
         if self.links.empty:
             least = self.heavy.loc[self.heavy["value"].abs().idxmin()]
             return (
@@ -80,7 +87,8 @@ def idle(found: Attribution) -> Idle | None:
 
 
 def ballast(found: Attribution) -> pd.DataFrame:
-    """Layers without which the target is surely no worse than by next to nothing: value plus two standard errors is small.
+    """Layers without which a loss surely rises by next to nothing, or any other target changes as little: that, plus two
+    standard errors, is small.
 
     Rows of `layers`, least needed first; by removal, else the gradient. Empty where no layer is.
     """
@@ -88,15 +96,19 @@ def ballast(found: Attribution) -> pd.DataFrame:
     if method is None:
         return layers(found, "").iloc[:0]
     frame = layers(found, method)
-    found_small = frame["value"] + 2 * frame["error"] <= small(found)
-    return frame[found_small].sort_values("value")
+    return frame[frame["needed"] + 2 * frame["error"] <= small(found)].sort_values("needed")
 
 
 def ballast_sentence(found: Attribution) -> str:
     frame, unit = ballast(found), found.about.unit
+    if found.about.sequences < 2:
+        return f"Ballast: not known, for {_ONE}."
     if frame.empty:
         limit = f"{words.number(small(found))} {unit}"
-        return f"Ballast: none. Of no layer is it sure that the {found.about.target} rises by less than {limit} without it."
+        return (
+            f"Ballast: none. Of no layer is it sure that the {found.about.target} {_moves(found.about)} by less than {limit} "
+            "without it."
+        )
     told = words.joined(
         f"{row['place']} ({row['value']:+.2g} ± {2 * row['error']:.1g})"
         for _, row in frame.head(6).iterrows()
@@ -134,36 +146,42 @@ def scatter_sentence(frame: pd.DataFrame) -> str:
     return words.capital("; ".join(told)) if told else "Weight against attribution, edge by edge"
 
 
+def _moves(about: About) -> str:
+    return "rises" if about.is_loss else "changes"
+
+
 def needed(frame: pd.DataFrame) -> str:
-    """The layer without which the target suffers most, and the one it misses least."""
-    known = frame.dropna(subset=["value"])
+    """The layer without which the target suffers (or changes) most, and the one it misses least."""
+    known = frame.dropna(subset=["needed"])
     if known.empty:
         return "No layer was attributed"
-    top, least = known.loc[known["value"].idxmax()], known.loc[known["value"].idxmin()]
+    top, least = known.loc[known["needed"].idxmax()], known.loc[known["needed"].idxmin()]
     told = (
         f"Most needed is {top['place']} ({top['value']:+.3g}), least {least['place']} ({least['value']:+.2g})"
     )
     both = known.dropna(subset=["share"])
     if len(both) > 2 and np.ptp(both["share"]) > 0:
-        found = float(both["value"].rank().corr(both["share"].rank()))
+        found = float(both["needed"].rank().corr(both["share"].rank()))
         told += f"; rank correlation with the share of the final state {found:.2f}"
     return told
 
 
-def area(curve: Curve, ranking: str) -> float:
-    """Mean rise of the target while up to half of all is removed, from the curve of a ranking (its mean, at random)."""
-    values = curve.values[ranking]
-    values = values.mean(0) if values.ndim == 2 else values
+def area(curve: Curve, ranking: str, about: About = _OF_LOSS) -> float:
+    """Mean rise of a loss (of any other target, its mean change either way) while up to half of all is removed, from the
+    curve of a ranking; at random, the mean over the orders."""
+    values = np.atleast_2d(curve.values[ranking])
+    rise = values - values[:, :1]
+    rise = (rise if about.is_loss else np.abs(rise)).mean(0)
     half = curve.counts <= curve.counts[-1] / 2
     if half.sum() < 2:
-        return float(values[-1] - values[0])
-    counts, rise = curve.counts[half].astype(float), values[half] - values[0]
-    return float(np.trapezoid(rise, counts) / np.ptp(counts))
+        return float(rise[-1])
+    counts = curve.counts[half].astype(float)
+    return float(np.trapezoid(rise[half], counts) / np.ptp(counts))
 
 
-def guide(curve: Curve, kind: str) -> str:
+def guide(curve: Curve, kind: str, about: About = _OF_LOSS) -> str:
     """Which ranking was the better guide to what can be removed."""
-    areas = {ranking: area(curve, ranking) for ranking in RANKED if ranking in curve.values}
+    areas = {ranking: area(curve, ranking, about) for ranking in RANKED if ranking in curve.values}
     areas = {ranking: value for ranking, value in areas.items() if np.isfinite(value)}
     guides = {ranking: value for ranking, value in areas.items() if ranking != RANDOM}
     if not guides:
@@ -176,8 +194,9 @@ def guide(curve: Curve, kind: str) -> str:
     )
     beaten = "" if RANDOM not in areas or guides[best] < areas[RANDOM] else ", which is no better than chance"
     return (
-        f"The better guide to {kind} is {_NOUN[best]}{beaten}: while half of them go, the least important first, the loss rises "
-        f"by {guides[best]:+.3g} on average" + (f", against {others}" if others else "")
+        f"The better guide to {kind} is {_NOUN[best]}{beaten}: while half of them go, the least important first, the "
+        f"{about.target} {_moves(about)} by {guides[best]:+.3g} on average"
+        + (f", against {others}" if others else "")
     )
 
 
@@ -205,7 +224,7 @@ def sentences(found: Attribution, name: str) -> list[str]:
             break
     for kind in (LAYERS, EDGES):
         if kind in found.curves:
-            told.append(f"{guide(found.curves[kind], kind)}.")
+            told.append(f"{guide(found.curves[kind], kind, about)}.")
     return told
 
 
@@ -214,4 +233,5 @@ def _link(row: pd.Series) -> str:
 
 
 def _effect(row: pd.Series, unit: str) -> str:
-    return f"{row['value']:+.2g} ± {2 * row['error']:.1g} {unit}"
+    error = f" ± {2 * row['error']:.1g}" if np.isfinite(row["error"]) else ""
+    return f"{row['value']:+.2g}{error} {unit}"

@@ -44,6 +44,7 @@ MASS = {
 WEIGHT, SHARE, EFFECT, RANDOM = "weight", "share", "attribution", "random"
 RANKINGS = (WEIGHT, SHARE, EFFECT, RANDOM)
 LAYERS, EDGES = "layers", "edges"
+LOSS = "loss"  # the target that is worse where it is larger; of others neither direction is
 
 _NAME = re.compile(r"([0-9]{12,16})-([0-9a-f]{12})\.safetensors")
 _MOST_POINTS = 10_000
@@ -57,7 +58,7 @@ class About:
     say what could not be attributed, and why.
     """
 
-    target: str = "loss"
+    target: str = LOSS
     unit: str = "nats per token"
     value: float = float("nan")
     mass: str = KEPT
@@ -70,6 +71,10 @@ class About:
     data: str = ""
     created: float = 0.0
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_loss(self) -> bool:
+        return self.target == LOSS
 
 
 @dataclass(frozen=True)

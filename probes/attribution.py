@@ -22,6 +22,7 @@ from probes.attributed import (
     INTEGRATED,
     KEPT,
     LAYERS,
+    LOSS,
     METHODS,
     OF_LAYERS,
     REMOVAL,
@@ -38,7 +39,7 @@ from probes.identity import tolerance
 from probes.manifest import RunError
 from probes.objective import next_token_losses, token_means
 from probes.routed import Routed
-from probes.target import arguments
+from probes.target import arguments, said
 from probes.unchanged import unchanged
 
 __all__ = [
@@ -86,7 +87,8 @@ def attribute(
     begins. What is in `parts` is not computed again, and what is done is put there.
 
     Raises RunError for a model without recognisable layers or none that a hook reaches, an unknown method, one that needs
-    edges where no hook reaches them, a loss of another shape, or too little memory.
+    edges where no hook reaches them, a forward that fails, a target of another shape or that is not finite, or too little
+    memory.
     """
     _check(methods, mass, steps, samples)
     sites = find_sites(model, stack, layers, norms)
@@ -100,26 +102,36 @@ def attribute(
         other = None if what_if is None else _Batch(root, *arguments(what_if), objective, gates)
         _check_stream(whole.part(0, 1))
         _check_reach(gates, methods, root)
-        work = _Work(whole, other, jobs(gates, methods, steps, samples, seed), gates, parts, seed)
+        target, unit = _named(loss)
+        about = About(
+            target=target,
+            unit=unit,
+            mass=mass,
+            steps=steps if INTEGRATED in methods else 0,
+            samples=samples if SHAPLEY in methods else 0,
+            seed=seed,
+            sequences=whole.sequences,
+            tokens=whole.tokens,
+        )
+        work = _Work(whole, other, jobs(gates, methods, steps, samples, seed), gates, parts, about)
         work.plan(memory, timed=progress or announce is not None)
         if announce is not None:
             announce(work.estimate)
         with tqdm(total=work.estimate.seconds, disable=not progress, bar_format=_BAR) as bar:
             found = work.done(lambda seconds: bar.update(min(seconds, bar.total - bar.n)))
             bar.update(bar.total - bar.n)
-    about = replace(
-        found.about,
-        unit="nats per token" if loss is None else "units of the target",
-        mass=mass,
-        steps=steps if INTEGRATED in methods else 0,
-        samples=samples if SHAPLEY in methods else 0,
-        seed=seed,
-        tokens=whole.tokens,
-    )
-    return replace(found, about=about)
+    return found
 
 
 _BAR = "{percentage:3.0f}%|{bar:30}| {elapsed} gone, {remaining} left"
+
+
+def _named(loss: Callable | None) -> tuple[str, str]:
+    """What is attributed, and its unit: `probes.objective.logit` names its own; whatever else is given is a loss."""
+    if loss is None:
+        return LOSS, "nats per token"
+    told = getattr(loss, "target", None), getattr(loss, "unit", None)
+    return told if all(isinstance(each, str) for each in told) else (LOSS, "units of the target")
 
 
 def _check(methods: Sequence[str], mass: str, steps: int, samples: int) -> None:
@@ -152,6 +164,12 @@ def _check_stream(one: Effects) -> None:
     gates.watch = see
     try:
         one.base  # noqa: B018
+    except RunError:
+        raise
+    except Exception as error:  # whatever a model or a loss makes of what it is given
+        raise RunError(
+            f"A forward of {type(one._root).__name__} and its target failed on one sequence of the batch: {said(error)}."
+        ) from error
     finally:
         gates.watch = None
     if broken and not gates.no_edges:
@@ -204,10 +222,10 @@ class _Work:
     """All jobs on all sequences, some sequences at a time."""
 
     def __init__(
-        self, whole: _Batch, other: _Batch | None, todo: list[Job], gates: Gates, parts: Parts, seed: int
+        self, whole: _Batch, other: _Batch | None, todo: list[Job], gates: Gates, parts: Parts, about: About
     ):
         self._whole, self._other, self._todo, self._gates, self._parts = whole, other, todo, gates, parts
-        self._seed = seed
+        self._about = about
 
     def plan(self, memory: float | None, timed: bool) -> None:
         """How many sequences at once, and what that will cost, if somebody wants to know the time."""
@@ -251,7 +269,7 @@ class _Work:
         return (forwards * forward + backwards * both) * size / self._timed
 
     def _is_done(self, key: str) -> bool:
-        return any(name.startswith(f"{key}|") for name in self._parts)
+        return f"{key}|done" in self._parts
 
     def _pieces(self, batch: _Batch) -> list[tuple[int, int]]:
         count = batch.sequences
@@ -269,6 +287,7 @@ class _Work:
             effects = self._whole.part(first, last)
             routed.append(Routed.seen(effects))
             base.append(token_means(effects.base).double().cpu().numpy())
+            self._check_finite(base[-1], first)
             for job in self._todo:
                 key = f"{first}.{job.key}"
                 if self._is_done(key):
@@ -277,11 +296,21 @@ class _Work:
                     self._parts[f"{key}|{kind}.value"] = found.value
                     if found.square is not None:
                         self._parts[f"{key}|{kind}.square"] = found.square
+                # Last, for after any of these the work may end.
+                self._parts[f"{key}|done"] = np.ones(1)
                 tick(self._cost(job.forwards, job.backwards, last - first))
         found = self._assembled(float(np.concatenate(base).mean()), Routed.mean(routed))
         if self._other is not None:
             found = replace(found, curves=self._curves(found, tick))
         return found
+
+    def _check_finite(self, values: np.ndarray, first: int) -> None:
+        if not np.isfinite(values).all():
+            number = first + int(np.flatnonzero(~np.isfinite(values))[0]) + 1
+            raise RunError(
+                f"The {self._about.target} of the model as it is is no finite number on sequence {number}, so nothing can be "
+                "attributed: take a checkpoint from before the model diverged, or leave out sequences of padding alone."
+            )
 
     def _assembled(self, value: float, routed: Routed) -> Attribution:
         layout, gates = self._gates.layout, self._gates
@@ -289,7 +318,7 @@ class _Work:
         lacking = [layout.layers[row].label for row, able in enumerate(gates.gated) if not able]
         if lacking:
             notes.append(f"No module returns just what {lacking[0]} adds, so it was not attributed.")
-        about = About(value=value, sequences=self._whole.sequences, notes=tuple(notes))
+        about = replace(self._about, value=value, notes=tuple(notes))
         found = Attribution(
             layout, about, weight=routed.weight, share=routed.share, final_share=routed.final_share
         )
@@ -328,7 +357,7 @@ class _Work:
         return found if any_there or what == "value" else None
 
     def _curves(self, found: Attribution, tick: Callable[[float], object]) -> dict:
-        plans = pruning.plans(found, self._gates, self._seed)
+        plans = pruning.plans(found, self._gates, self._about.seed)
         values: dict[str, list[np.ndarray]] = {}
         weights = []
         for first, last in self._pieces(self._other):
@@ -340,6 +369,7 @@ class _Work:
                     self._parts[key] = plan.run(effects)
                     tick(self._cost(len(plan.counts) - 1, 0, last - first))
                 values.setdefault(plan.key, []).append(self._parts[key])
+            self._parts[f"other {first}|done"] = np.ones(1)
         mean = partial(np.average, axis=0, weights=weights)
         return pruning.curves(plans, {key: mean(np.stack(each)) for key, each in values.items()})
 

@@ -122,6 +122,7 @@ class Gates:
         if (gates := self._gates(row)) is not None:
             for source, output in enumerate(sources):
                 x = x + _column(gates[..., source] - 1, x) * output
+            x = x * _column(_any(gates[..., :given]), x)
         return x
 
     def _mixed(self, row: int, sources: list[Tensor], weight: list[Tensor], mix: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ class Gates:
             changed = [w * (whole / total) for w in changed]
         for source, before, after in zip(sources, weights, changed, strict=True):
             mix = mix + (after - before) * source
-        return mix
+        return mix * _column(_any(gates[..., : len(sources)]), mix)
 
     def _at(self, place: Place, change: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
         """Put `change` of the tensor at a place in its stead."""
@@ -196,6 +197,12 @@ def _no_edges(sites: Sites) -> str:
             f"The depth edges of {name} cannot be gated: its stream is more than the sum of what layers add."
         )
     return ""
+
+
+def _any(gates: Tensor) -> Tensor:
+    """[..., S] to [...]: 0 where nothing is left, else 1. What rounding leaves of all that was taken away again, a norm would
+    blow up to full size."""
+    return (gates.detach() != 0).any(-1)
 
 
 def _column(gate: Tensor, x: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ _IGNORED = -100
 
 
 def next_token_losses(output: object, args: tuple, kwargs: Mapping) -> Tensor:
-    """Cross-entropy of the next token, [B, T-1], from logits [B, T, V]; NaN where it is padding (`attention_mask`).
+    """Cross-entropy of the next token, [B, T-1], from logits [B, T, V]; NaN where it is padding (`attention_mask`), and
+    infinite where the model makes no number of it.
 
     RunError where there are no such logits.
     """
@@ -31,11 +32,14 @@ def next_token_losses(output: object, args: tuple, kwargs: Mapping) -> Tensor:
     each = F.cross_entropy(
         wide[:, :-1].flatten(0, 1), next_ones.flatten(), reduction="none", ignore_index=_IGNORED
     ).view(next_ones.shape)
-    return each.masked_fill(next_ones == _IGNORED, torch.nan)
+    return each.masked_fill(each.isnan(), torch.inf).masked_fill(next_ones == _IGNORED, torch.nan)
 
 
 def logit(token: int, position: int = -1, minus: int | None = None) -> Callable[[object], Tensor]:
-    """The logit of a token at a position of each sequence, [B]; with `minus`, what it is above another's."""
+    """The logit of a token at a position of each sequence, [B]; with `minus`, what it is above another's.
+
+    The function says what it gives, as its attributes `target` and `unit`.
+    """
 
     def of(output: object) -> Tensor:
         logits = logits_of(output)
@@ -52,6 +56,8 @@ def logit(token: int, position: int = -1, minus: int | None = None) -> Callable[
         here = logits[:, position].to(torch.promote_types(logits.dtype, torch.float32))
         return here[:, token] - (0 if minus is None else here[:, minus])
 
+    than = "" if minus is None else f" minus that of token {minus}"
+    of.target, of.unit = f"logit of token {token}{than} at position {position}", "logits"
     return of
 
 
@@ -70,6 +76,6 @@ def tokens_of(args: tuple, kwargs: Mapping) -> Tensor | None:
 
 
 def token_means(values: Tensor) -> Tensor:
-    """[B, T] to the mean of each sequence [B], without what is NaN."""
+    """[B, T] to the mean of each sequence [B], without what is NaN; NaN where all of it is."""
     known = ~values.isnan()
-    return values.masked_fill(~known, 0).sum(1) / known.sum(1).clamp_min(1)
+    return values.masked_fill(~known, 0).sum(1) / known.sum(1)

@@ -88,7 +88,8 @@ def scores(found: Attribution, kind: str) -> dict[str, np.ndarray]:
     Weights and shares of edges are in even shares of their read (times the number of its sources): else the reads of many
     sources would lose all they have first. Layers by weight are known where every column is one layer's: the mean over the
     reads of it, in even shares.
-    Attribution is that of the method nearest to removing: of layers their removal, of edges their ablation.
+    Attribution is that of the method nearest to removing: of layers their removal, of edges their ablation; its size where
+    the target is no loss, for then it is no better to fall than to rise.
     """
     layout, made = found.layout, {}
     counts = np.array([read.sources for read in layout.reads])[:, None]
@@ -108,7 +109,8 @@ def scores(found: Attribution, kind: str) -> dict[str, np.ndarray]:
             made[WEIGHT] = (np.where(there, even, 0).sum(0) / np.maximum(there.sum(0), 1))[1:]
         made[SHARE] = None if found.final_share is None else np.abs(found.final_share[1:])
     values = getattr(found, kind)
-    made[EFFECT] = next((values[method] for method in _TRUSTED[kind] if method in values), None)
+    effect = next((values[method] for method in _TRUSTED[kind] if method in values), None)
+    made[EFFECT] = effect if effect is None or found.about.is_loss else np.abs(effect)
     return {name: score for name, score in made.items() if score is not None and _tells(score)}
 
 

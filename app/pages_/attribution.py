@@ -13,6 +13,7 @@ from app.derived import has, metric
 from probes.attributed import EDGES, KEPT, LAYERS, MASS, METHODS, TITLES, Attribution
 
 LIVE = "live"
+PLAIN = "A plain residual gives every source weight one: there is no routing to compare the attribution with, edge by edge."
 HOW = (
     "has no attribution yet: `depthscope attribute RUN --checkpoint FILE --data FILE` measures it for a saved model and "
     "writes it into the run."
@@ -24,6 +25,7 @@ MEANING = (
     "Spearman’s, of weight and signed attribution over the sources of one read. *Ballast* is a layer whose effect plus two "
     "standard errors is below a thousandth of the loss. A *what-if* removes the least important first and is measured on "
     "other sequences than those that ranked them; its rankings are compared by the mean rise while half of all are removed. "
+    "Of a logit neither direction is worse: there the size of the effect counts, and small is a hundredth of the largest. "
 )
 
 
@@ -135,13 +137,13 @@ def _edges(one: room.Shown, frame: pd.DataFrame, unit: str, step: int) -> None:
     if "weight" not in columns:
         st.caption(
             "The weights were not recorded at this step, so there is nothing to compare the attribution with."
+            if "depth_weight" in one.run
+            else PLAIN
         )
         return
     _one_read(one, frame, unit)
     if frame["weight"].dropna().sub(1).abs().max() < 1e-6:
-        st.caption(
-            "A plain residual gives every source weight one: there is no routing to compare the attribution with, edge by edge."
-        )
+        st.caption(PLAIN)
         return
     _compared(one, frame, unit)
 
@@ -272,7 +274,7 @@ def _what_if(one: room.Shown, found: Attribution) -> None:
     for kind, place in zip(kinds, st.columns(2, gap="medium", vertical_alignment="bottom"), strict=False):
         frame = causes.curve_frame(found.curves[kind])
         with place:
-            chart = removal(frame, kind, label, verdicts.guide(found.curves[kind], kind))
+            chart = removal(frame, kind, label, verdicts.guide(found.curves[kind], kind, found.about))
             draw.show(chart, key=f"without {kind} {one.name}", data=frame)
 
 

@@ -122,7 +122,7 @@ def edges(weight, value, error=0.0) -> pd.DataFrame:
         {
             "number": 5, "read": "layer 5 (attention)", "kind": "attention", "source": range(count),
             "from": ["embedding", *(f"layer {i} (MLP)" for i in range(1, count))], "sources": count,
-            "weight": weight, "even": np.array(weight) * count, "value": value, "error": error,
+            "weight": weight, "even": np.array(weight) * count, "value": value, "needed": value, "error": error,
         }
     )  # fmt: skip
 
@@ -130,7 +130,7 @@ def edges(weight, value, error=0.0) -> pd.DataFrame:
 def test_rank_correlation_is_spearmans():
     frame = edges([0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 9.0])
     assert causes.correlations(frame)["value"].tolist() == pytest.approx([1])
-    assert causes.correlations(frame.assign(value=-frame["value"]))["value"].tolist() == pytest.approx([-1])
+    assert causes.correlations(frame.assign(needed=-frame["value"]))["value"].tolist() == pytest.approx([-1])
     assert causes.correlations(frame.assign(weight=0.25))["value"].isna().all()
     assert "cannot be compared" in verdicts.agreement(frame.assign(weight=1.0))
 
@@ -162,6 +162,56 @@ def test_the_idle_link_is_there_or_said_to_be_missing(attributed):
     even = replace(found, weight=np.where(found.layout.triangle(), 1.0, np.nan))
     assert verdicts.idle(even).sentence().startswith("No link has a weight of")
     assert verdicts.idle(replace(found, edges={})) is None
+
+
+def test_the_standard_error_is_that_of_the_mean(attributed):
+    """Of what `n` sequences spread by; of one nobody knows it, and nothing is sure."""
+    found = open_run(attributed / "full").attributions()[-1]
+    drawn = np.random.default_rng(0).normal(size=(16, len(found.layout.layers)))
+    found = replace(found, layers={"removal": drawn.mean(0)}, layers_std={"removal": drawn.std(0)})
+    frame = causes.layers(found, "removal")
+    assert frame["error"].to_numpy() == pytest.approx(pd.DataFrame(drawn).sem().to_numpy())
+    one = replace(
+        open_run(attributed / "full").attributions()[-1],
+        about=replace(found.about, sequences=1),
+        edges_std={"ablation": np.zeros(found.layout.triangle().shape)},
+        layers_std={"removal": np.zeros(len(found.layout.layers))},
+    )
+    assert causes.edges(one, "ablation")["error"].isna().all()
+    assert verdicts.idle(one).links.empty and "is not known: of one sequence" in verdicts.idle(one).sentence()
+    assert verdicts.ballast(one).empty and "Ballast: not known" in verdicts.ballast_sentence(one)
+
+
+def test_of_a_logit_neither_direction_is_worse(attributed):
+    """What makes it fall is needed as much as what makes it rise."""
+    found = open_run(attributed / "full").attributions()[-1]
+    effects = np.linspace(-3, 0.2, len(found.layout.layers))
+    effects[4] = 0.001
+    found = replace(
+        found,
+        about=replace(found.about, target="logit of token 3 at position -1", unit="logits"),
+        layers={"removal": effects},
+        edges={"ablation": -found.edges["ablation"]},
+    )
+    assert verdicts.ballast(found)["layer"].tolist() == [5]
+    assert verdicts.needed(causes.layers(found, "removal")).startswith(
+        "Most needed is layer 1 (attention) (-3)"
+    )
+    assert causes.edges(found, "ablation")["needed"].min() == 0
+    falls = Curve(np.arange(5), {"weight": -np.linspace(0, 1, 5), "attribution": -np.linspace(0, 0.5, 5)})
+    told = verdicts.guide(falls, "layers", found.about)
+    assert "is their attribution: while half" in told and "at position -1 changes by +0.125" in told
+
+
+def test_over_training_the_same_question_is_compared(attributed):
+    everything = open_run(attributed / "full").attributions()
+    first, last = everything
+    assert [each.step for each in causes.alike(last, everything)] == [100, 200]
+    fewer = replace(first, layers={}, about=replace(first.about, created=9e9))
+    others = replace(first, about=replace(first.about, data="other.txt", created=9e9))
+    for odd in (fewer, others):
+        assert causes.alike(last, [odd, *everything])[0].layers.keys() == first.layers.keys()
+        assert causes.alike(last, [odd, last]) == [last]
 
 
 def test_the_better_guide_is_the_curve_that_stays_low():

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.numpy import save_file
 
 import probes
 from app.checkpoints import checkpoints
 from app.cli import main
+from app.sequences import check_vocabulary
 from app.training import DecoderConfig, RecordedTraining, Schedule, TrainingConfig, in_turn
 from attnres import Corpus
 from probes import attributed, checking
@@ -176,6 +178,9 @@ def test_bad_input_is_one_sentence_before_any_work(run, trained):
     np.save(run.parent / "wide.npy", np.full((4, 32), 300))
     np.save(run.parent / "real.npy", np.ones((4, 32)))
     (run.parent / "junk.pt").write_bytes(b"junk")
+    (run.parent / "empty.npy").write_bytes(b"")
+    (run.parent / "junk.safetensors").write_bytes(b"junk")
+    save_file({"a": np.arange(64), "b": np.arange(64)}, run.parent / "two.safetensors")
     for given, wanted in (
         (["--methods", "lime"], "There is no method lime: choose among gradient"),
         (["--target", "beauty"], "There is no target beauty: choose among loss, token, difference"),
@@ -192,6 +197,14 @@ def test_bad_input_is_one_sentence_before_any_work(run, trained):
         (["--data", run.parent / "wide.npy"], "holds the token 300, and the model knows 256 tokens"),
         (["--data", run.parent / "real.npy"], "token ids are integers"),
         (["--data", run.parent / "none.txt"], "There is no file"),
+        (["--data", run.parent / "empty.npy"], "empty.npy cannot be read: No data left in file."),
+        (["--data", run.parent / "junk.safetensors"], "junk.safetensors cannot be read: "),
+        (["--data", run.parent / "two.safetensors"], "it holds 2 tensors, not one of token ids"),
+        (["--checkpoint", run / "checkpoints", "--step", 3], "--step is of one checkpoint"),
+        (
+            ["--model", "tests.probes.test_attributed:failing"],
+            "failed on one sequence of the batch: KeyError: 'mask'",
+        ),
         (["--memory", "1MB"], "Too little memory"),
         (["--memory", "much"], "is no size"),
         (["--methods", "integrated", "--mass", "shared"], 'need mass="kept"'),
@@ -202,6 +215,31 @@ def test_bad_input_is_one_sentence_before_any_work(run, trained):
         assert code and wanted in told and told.count("\n") <= 4, (given, told)
     assert not (run / attributed.FOLDER).exists()
     assert "There is no run at" in said(run.parent / "nothing")[1]
+
+
+def failing():
+    model = own()[0]
+    model.register_forward_pre_hook(lambda module, args: {}["mask"])
+    return model
+
+
+def test_positions_are_not_taken_for_a_vocabulary():
+    class Embedded(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position, self.token = torch.nn.Embedding(8, 4), torch.nn.Embedding(50, 4)
+
+    check_vocabulary(Embedded(), torch.tensor([49]), "text")
+    with pytest.raises(probes.RunError, match="the model knows 50 tokens"):
+        check_vocabulary(Embedded(), torch.tensor([50]), "text")
+
+
+def test_batches_of_any_kind_of_numbers_have_a_digest():
+    from app.attributing import _bytes
+
+    x = torch.arange(6.0).view(2, 3)
+    assert _bytes(x) == x.numpy().tobytes() and _bytes(x.t()) == x.t().contiguous().numpy().tobytes()
+    assert len(_bytes(x.bfloat16().requires_grad_())) == 12 and len(_bytes(torch.tensor(True))) == 1
 
 
 def wider():

@@ -60,6 +60,20 @@ def test_gates_of_one_change_nothing(model):
     assert hooks_on(model) == before
 
 
+@pytest.mark.parametrize("model", THREE, indirect=True)
+def test_a_read_without_any_source_is_given_nothing(model):
+    """Not what rounding leaves of it, which a norm would blow up."""
+    sites, seen = find_sites(model), []
+    gates, gates.only = Gates(sites), 3
+    gates.edges = torch.ones(2, *sites.layout.triangle().shape)
+    gates.edges[0, 3] = 0
+    with gates.hung(), torch.no_grad():
+        handle = model.blocks[1].mlp_norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        model(tokens())
+        handle.remove()
+    assert (seen[0][0] == 0).all() and (seen[0][1] != 0).any()
+
+
 @pytest.mark.parametrize("row", [1, 4])
 @pytest.mark.parametrize("model", THREE, indirect=True)
 def test_it_is_what_captum_says(model, row):
@@ -212,9 +226,15 @@ def test_what_cannot_be_is_one_sentence():
         ({"mass": "shared", "methods": [INTEGRATED]}, 'need mass="kept"'),
         ({"loss": lambda logits: logits.mean()}, "one number for each sequence"),
         ({"loss": lambda logits: 0.5}, "it gave float"),
+        ({"loss": lambda logits: logits["x"]}, "A forward of Decoder and its target failed on one sequence"),
+        ({"loss": lambda logits: logits[:, 0, 0] / 0}, "is no finite number on sequence 1"),
     ):
         with pytest.raises(probes.RunError, match=said):
             attribute(model, tokens(), **given)
+    with torch.no_grad():
+        model.final_norm.weight.fill_(torch.nan)
+    with pytest.raises(probes.RunError, match="The loss of the model as it is is no finite number"):
+        attribute(model, tokens())
     with pytest.raises(probes.RunError, match="pass loss="):
         attribute(nn.Sequential(model, nn.Flatten(0, 1)), tokens())
     with pytest.raises(probes.RunError, match="No transformer layers"):

@@ -24,6 +24,21 @@ def test_a_difference_of_logits_is_the_difference():
         np.testing.assert_allclose(both[method], one[method] - two[method], atol=1e-9)
 
 
+def test_what_is_no_loss_is_ranked_by_the_size_of_its_effects():
+    """A logit may fall as well as rise: what holds it up is not the least important."""
+    from probes.objective import logit
+    from probes.pruning import scores
+
+    model, batch = lively_decoder(blocks=2, **RESIDUALS["full"]), tokens()
+    found = attribute(model, batch, methods=[REMOVAL], loss=logit(0, minus=3))
+    told = "logit of token 0 minus that of token 3 at position -1"
+    assert found.about.target == told and found.about.unit == "logits"
+    assert (found.layers[REMOVAL] < 0).any()
+    np.testing.assert_array_equal(scores(found, "layers")["attribution"], np.abs(found.layers[REMOVAL]))
+    found = attribute(model, batch, methods=[REMOVAL])
+    np.testing.assert_array_equal(scores(found, "layers")["attribution"], found.layers[REMOVAL])
+
+
 # A part at a time
 
 
@@ -54,6 +69,8 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch):
     assert left <= len(calls) - first <= left + 3  # a look at the stream, at the memory and at the weights
     np.testing.assert_array_equal(found.edges[ABLATION], whole.edges[ABLATION])
     np.testing.assert_array_equal(found.layers[REMOVAL], whole.layers[REMOVAL])
+    # Of read 2 the effects were kept and their squares were not.
+    np.testing.assert_array_equal(found.edges_token_std[ABLATION], whole.edges_token_std[ABLATION])
 
 
 def test_what_a_damaged_part_held_is_computed_again(tmp_path):
