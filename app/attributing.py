@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import sys
 import time
 from dataclasses import replace
-from functools import partial
 
 import click
 import torch
@@ -44,6 +44,12 @@ def attribute_one(asked: Asked, path) -> None:
         click.echo(f"Attributed already: {result}.", err=True)
         _tell(read_attribution(run.path, result.name, run.layout), run.name)
         return
+    announced: list[float] = []
+
+    def announce(estimate: Estimate) -> None:
+        _announce(asked, step, estimate)
+        announced.append(time.monotonic())
+
     with Parts(result.with_name(f".{result.name}.parts")) as parts:
         found = attribution.attribute(
             model,
@@ -57,7 +63,7 @@ def attribute_one(asked: Asked, path) -> None:
             what_if=what_if,
             memory=asked.memory,
             progress=True,
-            announce=partial(_announce, asked, step),
+            announce=announce,
             parts=parts,
             **asked.choice,
         )
@@ -65,7 +71,8 @@ def attribute_one(asked: Asked, path) -> None:
         found = replace(found, about=about, step=step)
         write_attribution(result, found)
         parts.finish()
-    click.echo(f"Written: {result}", err=True)
+    took = words.age(time.monotonic() - announced[0])
+    click.echo(f"Written after {took}{_peak()}: {result}", err=True)
     _tell(found, run.name)
 
 
@@ -155,6 +162,16 @@ def _announce(asked: Asked, step: int, estimate: Estimate) -> None:
     )
     if asked.dry_run:
         raise click.exceptions.Exit(0)
+
+
+def _peak() -> str:
+    """The most memory that this process held so far, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f", with at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2g} GB"
 
 
 def _tell(found: Attribution, name: str) -> None:
