@@ -80,7 +80,13 @@ def _live(one: room.Shown) -> None:
         return
     frame = causes.live(one.run, step)
     with picture:
-        _edges(one, frame, metric(causes.LIVE).unit or "loss", step)
+        if frame["value"].notna().any():
+            _edges(one, frame, metric(causes.LIVE).unit or "loss", step)
+        else:
+            st.info(
+                f"Nothing of it is finite at step {words.step(step)}: the player leads back to where it was.",
+                icon=":material/info:",
+            )
     st.caption(
         "Single layers, spread over sequences and ablation need a saved model: `depthscope attribute` measures them."
     )
