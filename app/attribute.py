@@ -6,8 +6,8 @@ from pathlib import Path
 import click
 
 from app.choosing import layer_options
-from probes.vocabulary import MOST_STEP
 
+_MOST_STEP = 10**15  # as in the vocabulary, which takes numpy to import
 _SIZES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
@@ -63,7 +63,7 @@ def _bytes(context: click.Context, option: click.Parameter, value: str | None) -
     "--context", type=click.IntRange(2), help="Tokens in each  [default: the model's context, at most 128]"
 )
 @click.option(
-    "--step", type=click.IntRange(0, MOST_STEP), help="Step of the checkpoint  [default: what it tells]"
+    "--step", type=click.IntRange(0, _MOST_STEP), help="Step of the checkpoint  [default: what it tells]"
 )
 @click.option(
     "--steps", default=16, show_default=True, type=click.IntRange(1), help="Of integrated gradients."
