@@ -49,6 +49,30 @@ class Ending:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+@contextlib.contextmanager
+def finishing():
+    """Let a first Ctrl-C that comes meanwhile wait until the end: an end that is interrupted would leave no mark."""
+    heard: list[int] = []
+    previous = signal.getsignal(signal.SIGINT)
+
+    def wait(number, frame) -> None:
+        if heard and callable(previous):
+            previous(number, frame)
+        heard.append(number)
+
+    try:
+        signal.signal(signal.SIGINT, wait)
+    except ValueError:  # not in the main thread, where no signal comes
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if len(heard) == 1 and callable(previous):
+            previous(signal.SIGINT, None)
+
+
 def describe(error: BaseException) -> str:
     """The kind of an exception and its message, on one line."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

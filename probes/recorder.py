@@ -11,7 +11,7 @@ import torch
 from probes.backwards import Backwards
 from probes.clock import Clock, Moment
 from probes.edges import EDGE_METRICS
-from probes.ending import Ending, describe
+from probes.ending import Ending, describe, finishing
 from probes.faults import Faults
 from probes.flush import start_copy
 from probes.following import Decode, Following
@@ -152,6 +152,10 @@ class Recorder:
         """Take all hooks off, seal what is left and mark the end. Closing twice does nothing."""
         if self._closed or os.getpid() != self._process:
             return
+        with finishing():
+            self._close(status, reason)
+
+    def _close(self, status: str, reason: str) -> None:
         self._closed = True
         if not self._optimizers and self._step == self._manifest.step and self._taps.seen:
             log.warning(
