@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from probes.careful import is_folder, printable
-from probes.digest import FOLDER, Digest, DigestError, digest_names
+from probes.careful import printable
+from probes.digest import FOLDER, Digest, DigestError
 from probes.layout import Layout
 from probes.life import Life
 from probes.manifest import Manifest
 from probes.ranks import rank_folder
 from probes.series import Held, Stored, Stretch
-from probes.shard import SUFFIX, Shard, ShardError, UnreadableShard, read_shard, shard_steps
+from probes.shard import Shard, ShardError, UnreadableShard, read_shard, shard_names, shard_steps
 from probes.statuses import Statuses
 from probes.vocabulary import METRICS, MOST_STEP, TRIANGLES, metric
 
@@ -176,7 +176,7 @@ class Attempt:
     def rely(self, names: list[str], folder: Path, layout: Layout) -> bool:
         """Take the digests in a folder whose shards are all among these; their rows leave the memory. Whether there were any."""
         self._layout = layout
-        unseen = [path for name in digest_names(folder) if (path := folder / name) not in self._looked_at]
+        unseen = [path for name in shard_names(folder) if (path := folder / name) not in self._looked_at]
         if not unseen:
             return False
         there, new = set(names), False
@@ -266,17 +266,6 @@ def claimed(run: Path) -> list[int]:
         return []
     found = [_FOLDER.fullmatch(name) for name in names]
     return sorted(int(match[1]) for match in found if match is not None and int(match[1]))
-
-
-def shard_names(folder: Path) -> list[str]:
-    """Names of the shards in a folder, in order; none where there is no such folder."""
-    if not is_folder(folder):
-        return []
-    try:
-        names = [entry.name for entry in os.scandir(folder) if entry.name.endswith(SUFFIX)]
-    except OSError:
-        return []
-    return sorted(name for name in names if shard_steps(name) is not None)
 
 
 def rows_of(name: str, shard: Shard, layout: Layout) -> dict[str, Part]:

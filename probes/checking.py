@@ -8,14 +8,14 @@ from probes import attributed
 from probes import manifest as files
 from probes.attempts import QUARANTINE, Attempt, attempt_folder, claimed, hide, quarantine_folder
 from probes.careful import is_folder, printable, read_bytes
-from probes.digest import FOLDER, Digest, DigestError, digest_names
+from probes.digest import FOLDER, Digest, DigestError
 from probes.gaps import gaps_of, vanished
 from probes.jsonfile import MOST_BYTES, intact, parse_json
 from probes.layout import difference
 from probes.manifest import Manifest, RunError
 from probes.ranks import MANIFEST as RANK
 from probes.ranks import rank_folder, ranks_in
-from probes.shard import ShardError, UnreadableShard, shard_steps
+from probes.shard import ShardError, UnreadableShard, shard_names, shard_steps
 from probes.tokens import read_tokens, token_path, token_steps
 
 
@@ -212,7 +212,7 @@ def _attributions(found: Checked) -> None:
 def _digests(found: Checked, attempt: Attempt) -> None:
     """Every byte of the digests, and whether they are of these shards."""
     folder = attempt.shards / FOLDER
-    for name in digest_names(folder):
+    for name in shard_names(folder):
         try:
             digest = Digest(folder / name, attempt.shards)
             digest.verify()

@@ -11,12 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
-from probes.attempts import Attempt, shard_names
+from probes.attempts import Attempt
 from probes.careful import read_bytes
-from probes.digest import FOLDER, Covered, Digest, DigestError, Piece, digest_names, write_digest
+from probes.digest import FOLDER, Covered, Digest, DigestError, Piece, write_digest
 from probes.layout import Layout
 from probes.manifest import Manifest
-from probes.shard import MOST_BYTES, ShardError, parse_header, parse_shard, shard_name, shard_steps
+from probes.shard import (
+    MOST_BYTES,
+    ShardError,
+    parse_header,
+    parse_shard,
+    shard_name,
+    shard_names,
+    shard_steps,
+)
 
 log = logging.getLogger("depthscope")
 
@@ -119,7 +127,7 @@ def kept(attempt: Attempt, layout: Layout, cache: Path) -> Path:
 
 def fitting(attempt: Attempt, folder: Path) -> Iterator[Digest]:
     """The digests in a folder that are sound and of this attempt's shards."""
-    for name in digest_names(folder):
+    for name in shard_names(folder):
         try:
             digest = Digest(folder / name, attempt.shards)
         except (DigestError, FileNotFoundError):
@@ -157,7 +165,7 @@ class Behind:
 def tidy(attempt: Attempt, folder: Path) -> list[Path]:
     """Remove the digests that readers would pass over; their paths."""
     sound = {digest.path for digest in fitting(attempt, folder)}
-    gone = [folder / name for name in digest_names(folder) if folder / name not in sound]
+    gone = [folder / name for name in shard_names(folder) if folder / name not in sound]
     for path in gone:
         path.unlink(missing_ok=True)
     return gone

@@ -17,9 +17,9 @@ import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 from probes import pyramid
-from probes.careful import is_folder, open_file, printable, read_at
+from probes.careful import open_file, printable, read_at
 from probes.pyramid import Bins
-from probes.shard import MOST_BYTES, MOST_HEADER, SUFFIX, Place, parse_header, shard_name, shard_steps
+from probes.shard import MOST_BYTES, MOST_HEADER, Place, parse_header, shard_name
 from probes.whole import write_whole
 
 FOLDER = "digest"
@@ -70,17 +70,6 @@ class Column:
     steps: str
     first: int
     last: int
-
-
-def digest_names(folder: Path) -> list[str]:
-    """Names of the files of a digest, in order; none where there is no such folder."""
-    if not is_folder(folder):
-        return []
-    try:
-        names = [entry.name for entry in os.scandir(folder) if entry.name.endswith(SUFFIX)]
-    except OSError:
-        return []
-    return sorted(name for name in names if shard_steps(name) is not None)
 
 
 def write_digest(

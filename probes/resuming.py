@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from probes import manifest as files
-from probes.attempts import attempt_folder, claimed, shard_names
+from probes.attempts import attempt_folder, claimed
 from probes.manifest import Manifest, RunError
-from probes.shard import ShardError, read_shard, shard_steps
+from probes.shard import ShardError, read_shard, shard_names, shard_steps
 from probes.vocabulary import MOST_STEP
 
 

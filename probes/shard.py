@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-from probes.careful import printable, read_bytes
+from probes.careful import is_folder, printable, read_bytes
 from probes.whole import write_whole
 
 SUFFIX = ".safetensors"
@@ -47,6 +47,17 @@ def shard_steps(name: str) -> tuple[int, int] | None:
     """First and last step from a shard's file name, or None for a name that is not a shard's."""
     found = _NAME.fullmatch(name)
     return None if found is None else (int(found[1]), int(found[2]))
+
+
+def shard_names(folder: Path) -> list[str]:
+    """Names of the shards (or of the files of a digest) in a folder, in order; none where there is no such folder."""
+    if not is_folder(folder):
+        return []
+    try:
+        names = [entry.name for entry in os.scandir(folder) if entry.name.endswith(SUFFIX)]
+    except OSError:
+        return []
+    return sorted(name for name in names if shard_steps(name) is not None)
 
 
 @dataclass(frozen=True)
