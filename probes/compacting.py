@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from probes.attempts import Attempt
-from probes.careful import read_bytes
+from probes.careful import is_folder, read_bytes
 from probes.digest import FOLDER, Covered, Digest, DigestError, Piece, write_digest
 from probes.layout import Layout
 from probes.manifest import Manifest
@@ -74,7 +74,8 @@ class _Group:
             )
             for name, steps in self.steps.items()
         }
-        into.mkdir(exist_ok=True)
+        if not is_folder(into):
+            into.mkdir()  # FileExistsError where it is a link: nothing is written outside the run
         path = into / shard_name(min(s.first for s in self.shards), max(s.last for s in self.shards))
         write_digest(path, about, self.shards, series)
         return path
