@@ -28,9 +28,11 @@ def begin(path: Path, step: int = 0, number: int = 0, created: float = 1000.0) -
     return folder / files.RANK_FOLDER
 
 
-def seal(folder: Path, steps, number: int, attempt: int = 0, seed: int = 0, blanks: bool = True) -> Path:
+def seal(
+    folder: Path, steps, number: int, attempt: int = 0, seed: int = 0, blanks: bool = True, rank: int = 0
+) -> Path:
     """A shard of these steps: vectors at each, matrices at every third, the loss twice a step."""
-    random = np.random.default_rng([seed, number, attempt])
+    random = np.random.default_rng([seed, number, attempt, rank])
     steps, tensors = np.array(steps, np.int64), {}
     for name in NAMES:
         when = steps[steps % 3 == 0] if "weight" in name else np.repeat(steps, 2 if name == "loss" else 1)
@@ -41,7 +43,7 @@ def seal(folder: Path, steps, number: int, attempt: int = 0, seed: int = 0, blan
             values[random.random(values.shape) < 0.05] = np.nan
             values[random.random(values.shape) < 0.02] = np.inf
         tensors |= {name: values, f"{name}.step": when}
-    about = {"rank": "0", "attempt": str(attempt), "shard": str(number), "format": "2"}
+    about = {"rank": str(rank), "attempt": str(attempt), "shard": str(number), "format": "2"}
     path = folder / shard_name(int(steps[0]), int(steps[-1]))
     write_shard(path, tensors, about, durable=False)
     return path
