@@ -9,7 +9,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from safetensors import numpy as safetensors_numpy
 from probes import pyramid
 from probes.careful import legible, open_file, printable, read_at
 from probes.pyramid import Bins
-from probes.shard import MOST_BYTES, MOST_HEADER, Place, parse_header, shard_name
+from probes.shard import MOST_BYTES, MOST_HEADER, Place, name_of, parse_header, shard_name
 from probes.vocabulary import MOST_STEP
 from probes.whole import write_whole
 
@@ -85,8 +85,10 @@ def write_digest(
     about: dict[str, str],
     shards: Sequence[Covered],
     series: dict[str, tuple[np.ndarray, np.ndarray, Sequence[Piece]]],
+    rest: Callable[[], object] = lambda: None,
 ) -> int:
     """Write one file; `series` has for each metric steps [n], values [n, width] as they lie in the pieces. Returns its size.
+    `rest` is called every now and then: who has better things to do does them then.
 
     Raises OSError when the disk refuses; the file is whole or not there.
     """
@@ -94,6 +96,7 @@ def write_digest(
     told: dict[str, dict] = {}
     known: list[np.ndarray] = []
     for name, (steps, values, pieces) in series.items():
+        rest()
         if (steps[1:] < steps[:-1]).any():
             order = np.argsort(steps, kind="stable")
             tensors[f"order.{name}"] = order
@@ -132,6 +135,7 @@ def write_digest(
     }
     metadata["crc32"] = _checksum(metadata, places, tensors[_CRC].tobytes())
     content = safetensors_numpy.save(tensors, metadata)
+    rest()
     write_whole(path, content, durable=False)
     return len(content)
 
@@ -143,7 +147,7 @@ def _checksum(metadata: dict[str, str], places: dict[str, Place], sums: bytes) -
         crc = zlib.crc32(f"{key}={metadata[key]}\n".encode(), crc)
     for name in sorted(places):
         shape = "x".join(map(str, places[name].shape))
-        crc = zlib.crc32(f"{name} {places[name].dtype.name} {shape}\n".encode(), crc)
+        crc = zlib.crc32(f"{name} {name_of(places[name].dtype)} {shape}\n".encode(), crc)
     return f"{zlib.crc32(sums, crc):08x}"
 
 
@@ -188,7 +192,7 @@ class Digest:
             raise ValueError("it has not a checksum for each part")
         self.about = {key: value for key, value in metadata.items() if key not in ("digest", "metrics")}
         for name, place in self._places.items():
-            if place.dtype.name != _KINDS.get(name.partition(".")[0], place.dtype.name):
+            if name_of(place.dtype) != _KINDS.get(name.partition(".")[0], name_of(place.dtype)):
                 raise ValueError(f"its {name!r} are of another type")
         self._read_shards(file)
         self.metrics = {

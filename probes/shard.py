@@ -199,13 +199,13 @@ def checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
         crc = zlib.crc32(f"{key}={metadata[key]}\n".encode(), crc)
     for name in sorted(tensors):
         value = tensors[name]
-        crc = zlib.crc32(f"{name} {_name_of(value.dtype)} {'x'.join(map(str, value.shape))}\n".encode(), crc)
+        crc = zlib.crc32(f"{name} {name_of(value.dtype)} {'x'.join(map(str, value.shape))}\n".encode(), crc)
         crc = zlib.crc32(np.ascontiguousarray(value).data, crc)
     return f"{crc:08x}"
 
 
 @cache
-def _name_of(dtype: np.dtype) -> str:
+def name_of(dtype: np.dtype) -> str:
     # Numpy makes it anew each time, which takes longer than summing a small tensor.
     return dtype.name
 

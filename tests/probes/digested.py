@@ -49,14 +49,14 @@ def seal(
     return path
 
 
-def two_attempts(path: Path) -> Path:
-    """Two attempts, the second from step 200 on; nine shards of 30 steps each in the first, four of 25 in the second."""
+def two_attempts(path: Path, shards: tuple[int, int] = (9, 4), step: int = 200) -> Path:
+    """Two attempts, so many shards of 30 steps in the first, and of 25 in the second, which began at `step`."""
     first = begin(path)
-    for number in range(9):
+    for number in range(shards[0]):
         seal(first, range(30 * number, 30 * number + 30), number)
-    second = begin(path, 200, 1)
-    for number in range(4):
-        seal(second, range(200 + 25 * number, 225 + 25 * number), number, 1)
+    second = begin(path, step, 1)
+    for number in range(shards[1]):
+        seal(second, range(step + 25 * number, step + 25 + 25 * number), number, 1)
     return path
 
 

@@ -43,7 +43,7 @@ SECONDS = 20  # for one run; it takes milliseconds
 
 def two_digests(path: Path) -> None:
     """Two attempts, in digests but for the last shards of each."""
-    digested.two_attempts(path)
+    digested.two_attempts(path, (4, 3), 70)
     digested.compacted(path, whole=False)
 
 
@@ -138,12 +138,13 @@ def explains(text: str) -> bool:
 
 def read(run: Run) -> None:
     repr(run), run.last_seen, run.created, run.size, run.ranks, run.gaps
-    for name in run.metrics:
+    for number, name in enumerate(run.metrics):
         assert len(run.steps(name)) == len(run[name]) and name in run and explains(name)
-        series = run.series(name)
-        bins = series.bins(7)
-        assert bins.count.sum() == len(series) and len(series.at([0, len(series) - 1])) == 2
-        series.bins(3, int(bins.first[-1]), int(bins.last[-1]), columns=[0])
+        if number < 6:  # of the others it would be no other code
+            series = run.series(name)
+            bins = series.bins(7)
+            assert bins.count.sum() == len(series) and len(series.at([0, len(series) - 1])) == 2
+            series.bins(3, int(bins.first[-1]), int(bins.last[-1]), columns=[0])
     for step in run.token_steps[:3]:
         try:
             run.tokens(step)
@@ -175,7 +176,7 @@ def main(folder: Path, count: int, seed: int) -> int:
     # In memory, where there is such a place: making and removing small files is most of the work.
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else folder))
-    compacting.ROWS, compacting.BYTES = 100, 20_000
+    compacting.ROWS, compacting.BYTES = 60, 20_000
     sound = make(folder / "sound")
     wanted = {kind: numbers(Run(path)) for kind, path in sound.items()}
     for path in sound.values():

@@ -23,7 +23,6 @@ from tests.probes.hostile import SECONDS
 from tests.probes.models import shards
 from tests.probes.mutations import GOLDEN
 
-
 LONG = (pytest.mark.long, pytest.mark.timeout(7200))
 
 
