@@ -189,6 +189,7 @@ class Work:
         whole = self._parts.get(key)
         if whole is None:
             whole = np.full((batch.sequences, *values.shape[1:]), np.nan)
+        whole = whole.copy()  # of a file it cannot be written to
         whole[first:last] = values
         self._parts[key] = whole
 
