@@ -15,6 +15,7 @@ from probes.manifest import RunError
 from probes.objective import Objective, token_means
 from probes.pace import Pace, Pass
 from probes.routed import Routed
+from probes.target import said
 
 Parts = MutableMapping[str, np.ndarray]
 _ROUTED = "routed"
@@ -104,27 +105,50 @@ class Work:
 
     def done(self, tick: Callable[[float], object]) -> Attribution:
         """Do it. `tick` is told the seconds that each pass was to take."""
-        base, routed = [], []
-        for first, last in self._pieces(self._whole):
-            effects = self._whole.part(first, last)
+        # All are looked at first: what is wrong with the last sequence must not be met after hours.
+        pieces = [(first, last, self._whole.part(first, last)) for first, last in self._pieces(self._whole)]
+        routed, base = [], []
+        for first, last, effects in pieces:
             self._tell(effects, tick, _ROUTED, 0)
-            routed.append(Routed.seen(effects))
+            routed.append(self._looked(lambda effects=effects: Routed.seen(effects), first, last))
             base.append(token_means(effects.base).double().cpu().numpy())
             self._check_finite(base[-1], first)
+        others = self._others(tick)
+        for first, last, effects in pieces:
             for job in self._todo:
-                if self._has(job.key, first, last):
-                    continue
-                self._tell(effects, tick, job.kin, job.row or 0)
-                for kind, found in job.run(effects).items():
-                    self._keep(f"{job.key}|{kind}.value", self._whole, first, last, found.value)
-                    if found.square is not None:
-                        self._keep(f"{job.key}|{kind}.square", self._whole, first, last, found.square)
-                # Last, for after any of these the work may end.
-                self._keep(f"{job.key}|done", self._whole, first, last, np.ones(last - first))
+                if not self._has(job.key, first, last):
+                    self._tell(effects, tick, job.kin, job.row or 0)
+                    self._do(job, effects, first, last)
         found = self._assembled(float(np.concatenate(base).mean()), Routed.mean(routed))
-        if self._other is not None:
-            found = replace(found, curves=self._curves(found, tick))
+        return found if self._other is None else replace(found, curves=self._curves(found, others, tick))
+
+    def _do(self, job: Job, effects: Effects, first: int, last: int) -> None:
+        for kind, found in job.run(effects).items():
+            self._keep(f"{job.key}|{kind}.value", self._whole, first, last, found.value)
+            if found.square is not None:
+                self._keep(f"{job.key}|{kind}.square", self._whole, first, last, found.square)
+        # Last, for after any of these the work may end.
+        self._keep(f"{job.key}|done", self._whole, first, last, np.ones(last - first))
+
+    def _others(self, tick: Callable[[float], object]) -> list[tuple[int, int, Effects]]:
+        """The sequences of the what-ifs, with their targets."""
+        found = []
+        for first, last in self._pieces(self._other) if self._other else ():
+            effects = self._other.part(first, last)
+            self._tell(effects, tick, _ROUTED, 0)
+            self._looked(lambda effects=effects: effects.base, first, last, " of the what-if")
+            found.append((first, last, effects))
         return found
+
+    def _looked(self, look: Callable, first: int, last: int, more: str = "") -> object:
+        try:
+            return look()
+        except RunError:
+            raise
+        except Exception as error:  # whatever a model makes of what it is given
+            raise RunError(
+                f"A forward of {type(self._whole.root).__name__} failed on sequences {first + 1} to {last}{more}: {said(error)}."
+            ) from error
 
     # What it costs
 
@@ -253,12 +277,14 @@ class Work:
                 found[:, job.row, : values.shape[1]] = values
         return found if any_there or what == "value" else None
 
-    def _curves(self, found: Attribution, tick: Callable[[float], object]) -> dict:
+    def _curves(
+        self,
+        found: Attribution,
+        pieces: list[tuple[int, int, Effects]],
+        tick: Callable[[float], object],
+    ) -> dict:
         plans = pruning.plans(found, self._gates, self._about.seed)
-        for first, last in self._pieces(self._other):
-            effects = self._other.part(first, last)
-            self._tell(effects, tick, _ROUTED, 0)
-            effects.base  # noqa: B018
+        for first, last, effects in pieces:
             for plan in plans:
                 key = f"other {plan.key}"
                 if not self._has(key, first, last):

@@ -29,7 +29,7 @@ def plans(device: str) -> list[Plan]:
     gpu = device.startswith("cuda")
     return [
         *_decoders(gpu, device),
-        *_twins(gpu, device),
+        _block_24(gpu, device),
         *_deep(gpu, device),
         *_kimi(gpu, device),
         _unhealthy(gpu, device),
@@ -84,8 +84,8 @@ def _without_tokens(schedule: Schedule) -> Schedule:
     return replace(schedule, tokens_every=None)
 
 
-def _twins(gpu: bool, device: str) -> list[Plan]:
-    """24 transformer blocks, 8 depth blocks and their PreNorm twin: what `depthscope attribute` is shown on."""
+def _block_24(gpu: bool, device: str) -> Plan:
+    """24 transformer blocks: what `depthscope attribute` is shown on."""
     if gpu:
         shape = {"width": 512, "blocks": 24, "heads": 8, "kv_heads": 4, "context": 512}
         training = TrainingConfig(
@@ -96,22 +96,13 @@ def _twins(gpu: bool, device: str) -> list[Plan]:
         shape = {"width": 128, "blocks": 24, "heads": 4, "kv_heads": 2, "context": 128}
         training = TrainingConfig(steps=400, batch=8, context=128)
         schedule = Schedule(every=4, matrices_every=40, validate_every=40, tokens_every=200)
-    return [
-        Plan(
-            "block-24",
-            "Block AttnRes, 24 transformer blocks, 6 layers per depth block (8 depth blocks)",
-            lambda: DecoderConfig(**shape, residual="block", layers_per_block=6),
-            training,
-            schedule,
-        ),
-        Plan(
-            "prenorm-24",
-            "PreNorm, 24 transformer blocks",
-            lambda: DecoderConfig(**shape, residual="prenorm"),
-            training,
-            _without_tokens(schedule),
-        ),
-    ]
+    return Plan(
+        "block-24",
+        "Block AttnRes, 24 transformer blocks, 6 layers per depth block (8 depth blocks)",
+        lambda: DecoderConfig(**shape, residual="block", layers_per_block=6),
+        training,
+        schedule,
+    )
 
 
 def _deep(gpu: bool, device: str) -> list[Plan]:
