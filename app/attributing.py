@@ -108,7 +108,9 @@ def _halves(own: Batch, asked: Asked) -> tuple[Batch, Batch | None]:
     tensors = [x for x in values if isinstance(x, Tensor) and x.ndim]
     count = len(tensors[0]) if tensors else 0
     if count < (2 if asked.what_if else 1):
-        raise RunError(f"The batch of {asked.model} holds {count} sequences, too few: return more of them.")
+        raise RunError(
+            f"The batch of {asked.model} holds {words.counted(count, 'sequence')}, too few: return more of them."
+        )
 
     def cut(first: int, last: int) -> Batch:
         parts = [x[first:last] if isinstance(x, Tensor) and x.ndim and len(x) == count else x for x in values]
@@ -158,7 +160,7 @@ def _announce(asked: Asked, step: int, estimate: Estimate) -> None:
     done = f" {estimate.done:.0%} is done already." if estimate.done else ""
     click.echo(
         f"Step {words.step(step)} of {asked.run.name}: {estimate.forwards:,} forwards and {estimate.backwards:,} "
-        f"with backward, {estimate.at_once} of {estimate.sequences} sequences at a time; about "
+        f"with backward, {estimate.at_once} of {words.counted(estimate.sequences, 'sequence')} at a time; about "
         f"{words.age(estimate.seconds)} and {estimate.bytes / 1e9:.2g} GB.{done}",
         err=True,
     )
