@@ -114,7 +114,7 @@ def attribute(
             announce(estimate)
         total = estimate.seconds if estimate else None
         with tqdm(total=total, disable=not progress, bar_format=_BAR, postfix=_span(total)) as bar:
-            found = work.done(bar.update)
+            found = work.done(lambda seconds: bar.update(min(seconds, max(0.0, (total or 0.0) - bar.n))))
     return found
 
 
