@@ -179,18 +179,31 @@ def _of_reads(
 
 def _gradient(e: Effects, with_edges: bool) -> dict[str, Found]:
     edges, layers = e.edges.clone().requires_grad_(), e.layers.clone().requires_grad_()
-    with torch.enable_grad():
-        total = token_means(e.value(edges if with_edges else None, layers)).sum()
-        # A sequence's target depends on its own gates alone.
-        wanted = (edges, layers) if with_edges else (layers,)
-        slopes = torch.autograd.grad(total, wanted, allow_unused=True)
-    slopes = [
-        torch.zeros_like(x) if slope is None else slope for slope, x in zip(slopes, wanted, strict=True)
-    ]
+    # A sequence's target depends on its own gates alone.
+    wanted = (edges, layers) if with_edges else (layers,)
+    slopes = _slopes(lambda: e.value(edges if with_edges else None, layers), wanted)
     found = {LAYERS: _plain(-slopes[-1])}
     if with_edges:
         found[EDGES] = _plain(-slopes[0].flatten(1))
     return found
+
+
+def _slopes(
+    target: Callable[[], Tensor], wanted: Sequence[Tensor], may_be_none: bool = False
+) -> list[Tensor]:
+    """Gradients of the summed targets of all sequences; RunError where there is nothing to differentiate, unless that
+    `may_be_none`: of one read, whose mix nobody may use."""
+    with torch.enable_grad():
+        total = token_means(target()).sum()
+    if not total.requires_grad:
+        if may_be_none:
+            return [torch.zeros_like(x) for x in wanted]
+        raise RunError(
+            "The target has no gradient: it is detached, or computed without one. Make it of the model's output as it is, or "
+            "ask for ablation, removal or shapley."
+        )
+    slopes = torch.autograd.grad(total, wanted, allow_unused=True)
+    return [torch.zeros_like(x) if slope is None else slope for slope, x in zip(slopes, wanted, strict=True)]
 
 
 def _removal(e: Effects, row: int) -> dict[str, Found]:
@@ -215,11 +228,8 @@ def _integrated(e: Effects, row: int, steps: int) -> dict[str, Found]:
         edges = e.edges.clone()
         edges[:, row] = (step + 0.5) / steps
         edges.requires_grad_()
-        with torch.enable_grad():
-            total = token_means(e.value(edges, only=row)).sum()
-            (slope,) = torch.autograd.grad(total, edges, allow_unused=True)
-        if slope is not None:
-            found -= slope[:, row] / steps
+        (slope,) = _slopes(lambda edges=edges: e.value(edges, only=row), (edges,), may_be_none=True)
+        found -= slope[:, row] / steps
     return {EDGES: _plain(found[:, : int(e.exists[row].sum())])}
 
 
@@ -227,8 +237,7 @@ def _integrated_layers(e: Effects, steps: int) -> dict[str, Found]:
     found = torch.zeros_like(e.layers)
     for step in range(steps):
         layers = torch.full_like(e.layers, (step + 0.5) / steps).requires_grad_()
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(token_means(e.value(None, layers)).sum(), layers)
+        (slope,) = _slopes(lambda layers=layers: e.value(None, layers), (layers,))
         found -= slope / steps
     return {LAYERS: _plain(found)}
 

@@ -1,5 +1,6 @@
 """What is attributed: which tokens count in the loss, and losses of one's own."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -74,3 +75,11 @@ def test_what_fails_on_a_late_sequence_is_told_before_any_work(monkeypatch):
         with pytest.raises(probes.RunError, match=where):
             attribute(model, methods=[REMOVAL], parts=parts, **given)
         assert not parts
+
+
+def test_a_detached_loss_has_effects_and_no_slopes():
+    model = lively_decoder(blocks=1, **RESIDUALS["full"])
+    cut = lambda logits: logits.detach().square().mean((1, 2))  # noqa: E731
+    with pytest.raises(probes.RunError, match="The target has no gradient: it is detached"):
+        attribute(model, tokens(), methods=[GRADIENT], loss=cut)
+    assert np.abs(attribute(model, tokens(), methods=[REMOVAL], loss=cut).layers[REMOVAL]).min() > 0
