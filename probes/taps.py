@@ -137,6 +137,11 @@ class Taps(Hanging):
         rows = {row for place, row in self.passes.repeated if place == "output"}
         return [site.layer.name for row, site in enumerate(self._sites.layers, 1) if row in rows]
 
+    @property
+    def misplaced(self) -> int | None:
+        """Of layers that the user named, the first row of a state that cannot be that of its layer."""
+        return self._tally.misplaced
+
     def reset(self) -> None:
         self._seconds = 0.0
         self.gradients.reset()
