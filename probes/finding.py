@@ -80,6 +80,8 @@ def _called(sites: Sites) -> Sites:
     if not hasattr(sites.root, "training_step"):
         return sites
     places = [sites.final, *(each for s in sites.layers for each in (s.state, s.output, s.after))]
+    made = [made for s in sites.layers for made in (s.state_made, s.output_made) if made is not None]
+    places += [leaf for each in made for leaf in each.leaves]
     seen = {place.module for place in places if place is not None} | {*sites.reads, *sites.outputs}
     for child in sites.root.children():
         if seen <= set(child.modules()):
@@ -154,7 +156,8 @@ def _joined(root: nn.Module, stacks: list[Stack]) -> Stack:
         moved = tuple(_moved(site, count, blocks) for site in stack.layers)
         change = first.change or stack.change
         layers = first.layers + moved
-        first = Stack(first.path, blocks + stack.blocks, layers, stack.final, change, first.entry)
+        mixes = first.mixes or stack.mixes
+        first = Stack(first.path, blocks + stack.blocks, layers, stack.final, change, first.entry, mixes)
     final = first.final or _final_norm(root, first.path)
     if final is None:
         raise RunError(
@@ -166,9 +169,7 @@ def _joined(root: nn.Module, stacks: list[Stack]) -> Stack:
 
 def _moved(site: LayerSite, layers: int, blocks: int) -> LayerSite:
     layer = Layer(site.layer.index + layers, site.layer.kind, site.layer.block + blocks, site.layer.name)
-    return LayerSite(
-        layer, site.state, site.output, site.after, site.given + layers, site.modules, site.parameters
-    )
+    return dataclasses.replace(site, layer=layer, given=site.given + layers)
 
 
 def _final_norm(root: nn.Module, path: str) -> Place | None:

@@ -147,6 +147,7 @@ class Following:
         weight: Tensor,
         sources: list[Tensor],
         state: Tensor | None,
+        mix: Tensor | None,
         error: Tensor,
         allowed: float,
     ) -> None:

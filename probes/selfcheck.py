@@ -70,13 +70,19 @@ class SelfCheck:
             name: [label for label, n in zip(rows, seen[name], strict=True) if not n]
             for name, rows in labels.items()
         }
+        # As `describe` says.
+        computed = {"hidden_rms": self._sites.computed_states, "output_rms": self._sites.computed_outputs}
         for name in ("hidden_rms", "output_rms"):
             gradients = name.replace("_rms", "_grad_rms")
             if gradients in seen:
                 # A gradient comes from the end: where it has come to a row, it has passed all later ones.
                 first = next((i for i, n in enumerate(seen[gradients]) if n), len(labels[name]))
-                rows = zip(labels[name][first:], seen[name][first:], seen[gradients][first:], strict=True)
-                blank[gradients] = [label for label, values, n in rows if values and not n]
+                rows = list(enumerate(zip(labels[name], seen[name], seen[gradients], strict=True)))[first:]
+                blank[gradients] = [
+                    label
+                    for row, (label, values, n) in rows
+                    if values and not n and row not in computed[name]
+                ]
         if any(blank.values()):
             rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
             self._say(f"depthscope saw nothing of {rows}. They are blank as long as that is so. {BEFORE}")
