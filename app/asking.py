@@ -23,6 +23,7 @@ class Asked:
     mass: str
     sequences: int
     context: int
+    context_given: bool
     step: int | None
     steps: int
     samples: int
@@ -59,7 +60,16 @@ def asked(folder: Path, options: dict) -> Asked:
     context = options["context"] or min(size for size in known if isinstance(size, int) and size > 1)
     choice = {name: options[name] for name in ("stack", "layers", "norms")}
     given = {name: options[name] for name in Asked.__dataclass_fields__ if name in options}
-    return Asked(**given | {"run": run, "methods": methods, "context": context, "choice": choice})
+    return Asked(
+        **given
+        | {
+            "run": run,
+            "methods": methods,
+            "context": context,
+            "choice": choice,
+            "context_given": bool(options["context"]),
+        }
+    )
 
 
 def files(asked: Asked, given: Path | None) -> list[Path]:
