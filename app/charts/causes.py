@@ -167,9 +167,10 @@ _LINE, _LABEL = 13, 0.1  # height of a label [px], and its length in widths of t
 def _apart(odd: pd.DataFrame, frame: pd.DataFrame, scale: dict, height: int) -> list[tuple[str, int]]:
     """Side and height [px] of each label beside its point, so that none lies on another."""
 
-    def place(values: pd.Series) -> np.ndarray:
+    def place(column: pd.Series) -> np.ndarray:
+        values = column.to_numpy()  # by place, not by the labels of their rows
         size = float(scale.get("constant", 1)) if scale.get("type") == "symlog" else None
-        return values.to_numpy() if size is None else np.sign(values) * np.log1p(np.abs(values) / size)
+        return values if size is None else np.sign(values) * np.log1p(np.abs(values) / size)
 
     every = place(frame["value"])
     low, span = min(every.min(), 0), max(np.ptp([*every, 0]), 1e-30)

@@ -257,3 +257,6 @@ def test_labels_of_neighbours_lie_apart():
     points = 340 * (1 - (odd["value"].to_numpy() + 1) / 2.02)
     heights = np.sort(points + [dy for _, dy in placed])
     assert np.diff(heights).min() > 11
+    # Where one edge is far larger than the rest the axis is a symlog, and the rows are numbered as in the table.
+    wide = frame.assign(value=frame["value"] * [1, 1, 1, 1, 1000]).iloc[[4, 1, 2]]
+    assert len(_apart(wide, frame, {"type": "symlog", "constant": 0.1}, 340)) == 3

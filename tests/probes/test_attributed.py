@@ -197,7 +197,7 @@ def test_bad_input_is_one_sentence_before_any_work(run, trained):
         (["--data", run.parent / "wide.npy"], "holds the token 300, and the model knows 256 tokens"),
         (["--data", run.parent / "real.npy"], "token ids are integers"),
         (["--data", run.parent / "none.txt"], "There is no file"),
-        (["--data", run.parent / "empty.npy"], "empty.npy cannot be read: No data left in file."),
+        (["--data", run.parent / "empty.npy"], "empty.npy cannot be read: it is no array that numpy saved."),
         (["--data", run.parent / "junk.safetensors"], "junk.safetensors cannot be read: "),
         (["--data", run.parent / "two.safetensors"], "it holds 2 tensors, not one of token ids"),
         (["--checkpoint", run / "checkpoints", "--step", 3], "--step is of one checkpoint"),
