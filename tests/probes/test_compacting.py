@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -206,10 +207,18 @@ def test_the_end_of_a_recording_does_not_wait_for_a_digest(tmp_path, monkeypatch
     monkeypatch.setattr(
         compacting, "write_digest", lambda *given: (ended.append((path / files.END).exists()), sound(*given))
     )
-    seen = busy(monkeypatch, lambda number: writer._queue.put(None) if number == 1 else None)
+    all_put = threading.Event()
+
+    def ends(number: int) -> None:
+        if number == 1:
+            assert all_put.wait(20)
+            writer._queue.put(None)  # as `close` does
+
+    seen = busy(monkeypatch, ends)
     for step in range(120):
         assert writer.put(rows(step), step)
         time.sleep(0.001)
+    all_put.set()
     wait_for(lambda: seen)
     writer.close("finished")
     found = Run(path)
