@@ -141,6 +141,34 @@ def test_a_damaged_digest_is_passed_over(digestible):
         same(Run(digestible), wanted)
 
 
+@pytest.mark.parametrize("every", [pytest.param(1, marks=(pytest.mark.long, pytest.mark.timeout(3000))), 101])
+def test_every_flipped_bit_and_every_truncation_of_a_digest_is_seen(every, tmp_path):
+    """Each, or each 101st, a number that is no multiple of eight."""
+    shards = begin(tmp_path / "run")
+    seal(shards, range(4), 0)
+    compacted(tmp_path / "run")
+    (path,) = (shards / FOLDER).iterdir()
+    content = path.read_bytes()
+
+    def passes(changed: bytes) -> bool:
+        path.write_bytes(changed)
+        try:
+            Digest(path, shards).verify()
+        except DigestError:
+            return False
+        return True
+
+    assert passes(content)
+    unseen, changed = [], bytearray(content)
+    for place in range(0, 8 * len(content), every):
+        changed[place >> 3] ^= 1 << (place & 7)
+        unseen += [place] if passes(bytes(changed)) else []
+        changed[place >> 3] ^= 1 << (place & 7)
+    assert unseen == [] and bytes(changed) == content
+    assert not any(passes(content[:length]) for length in range(0, len(content), every))
+    assert not passes(content + b"\0")
+
+
 def test_a_digest_of_other_shards_is_passed_over_and_made_anew(digestible, tmp_path):
     wanted = values(Run(digestible))
     compacted(digestible)
