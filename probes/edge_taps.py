@@ -78,7 +78,7 @@ class EdgeTaps:
         self._given = edge_sources(sites)
         self.unknown = (
             [read.label for row, read in enumerate(sites.layout.reads) if row not in self._branches]
-            if sites.is_plain and not sites.is_marked
+            if self._given and not sites.has_reads
             else []
         )
         # Of this model's forwards that are still to be differentiated: their tensors must not outlive the step.
@@ -203,7 +203,7 @@ class EdgeTaps:
 
 def _branches(sites: Sites) -> Iterator[tuple[int, Norm]]:
     """By row, the norm that a state goes through on its way into one layer alone, or to the output."""
-    if not sites.is_plain or sites.is_marked:
+    if sites.has_reads or not edge_sources(sites):
         return
     modules = [_fed(site.state) for site in sites.layers]
     modules.append(_fed(sites.final) or sites.norm)

@@ -52,6 +52,11 @@ class Tally:
         self.passes = Passes(self.live, self._counted)
 
     @property
+    def counted(self) -> Tables:
+        """The sums of the forwards that count."""
+        return self._counted
+
+    @property
     def nbytes(self) -> int:
         """Memory held on the device, in bytes."""
         tensors = (*self.live.tensors(), *self._counted.tensors(), *self.sample.tensors())

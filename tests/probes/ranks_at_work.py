@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import probes
+from tests.probes import ranks_stages
 from tests.probes.models import decoder, loss_of
 from tests.probes.ranks_scenes import PLAYED, free_port, play
 
@@ -212,6 +213,10 @@ def _without_sync(model, last: bool):
     return nullcontext()
 
 
+def is_staged(case: str) -> bool:
+    return case.startswith(("gpipe", "1f1b"))
+
+
 def work(rank: int, world: int, port: int, folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -219,6 +224,9 @@ def work(rank: int, world: int, port: int, folder: Path, cases: list[str]) -> No
     for case in cases:
         if case in PLAYED:
             play(case, rank, folder)
+            continue
+        if is_staged(case):
+            ranks_stages.run_stages(case, folder / case)
             continue
         model = made(case)
         spread, data = SPREAD[case.removeprefix("local-").split("-")[0]](model)
@@ -234,6 +242,9 @@ def alone(folder: Path, world: int, cases: list[str]) -> None:
     halves = {"tp": 1, "sp": 1, "fsdp_tp": 2, "fsdp_sp": 2}
     for case in cases:
         if case in PLAYED or "local" in case:
+            continue
+        if is_staged(case):
+            ranks_stages.run_alone(case, folder / f"{case}-single", world // 2)
             continue
         data = halves.get(case.split("-")[0], world)
         model = made(case)

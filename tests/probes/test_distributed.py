@@ -14,7 +14,7 @@ import torch
 import probes
 from probes import checking
 from probes import manifest as files
-from probes.merging import packed, together, unpack
+from probes.packing import packed, together, unpack
 from probes.sampled import SAMPLED_METRICS
 from probes.vocabulary import OF_ONE
 from tests.probes import plain_reader
