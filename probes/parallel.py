@@ -57,6 +57,13 @@ def is_split(x: Tensor, given: list[torch.Size], copies: int) -> bool:
     return copies > 1 and any(shape == tuple(each) for each in given)
 
 
+def reshard(root: nn.Module) -> None:
+    """Let go of parameters that a forward has brought together, and left so for a backward pass that will not come."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def is_parallel(module: nn.Module) -> bool:
     """Whether a module works on DTensors."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())

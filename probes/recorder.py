@@ -392,7 +392,7 @@ class Recorder:
     def _told(self, step: int, values: dict, seen: dict, kept: dict):
         """The rows of one recorded step, when its numbers are on the host."""
         self._selfcheck.finite(step, values, seen)
-        self._selfcheck.identity(values.get("identity_error"))
+        self._selfcheck.identity(values.get("identity_error"), kept.get("about"))
         self._selfcheck.reads(values.get("read_error"), values.get("depth_weight"))
         for name, value in values.items():
             # A metric nobody observed is absent, not a row of blanks.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from probes.edges import EdgeSums
 from probes.expert_taps import EXPERT_METRICS, Loads, most
-from probes.identity import identity_error, tolerance
+from probes.identity import identity_error, tolerance_of
 from probes.passes import Passes
 from probes.read_errors import ReadErrors
 from probes.rows import block_rows, edge_sources, last_layers
@@ -39,7 +39,6 @@ class Tally:
         )
         self._loads = Loads(sites.experts, device)
         self._is_sum = sites.is_plain
-        self._allowed = tolerance(next(sites.root.parameters()).dtype)
         self.errors = ReadErrors(sites.depth_sources, device) if sites.found is not None else None
         rows = len(sites.layers) + 1
         self.sample = Sample(rows, device, share)
@@ -152,7 +151,7 @@ class Tally:
         if not self._is_sum:
             return count
         errors = identity_error(self.sample, self.given).masked_fill(self._mixed_up(), torch.nan)
-        known = ~errors.isnan() & ~(errors > self._allowed).any()
+        known = ~errors.isnan() & ~(errors > tolerance_of(self.sample.about)).any()
         return count.where(known, 0)
 
     def _mixed_up(self) -> Tensor:
