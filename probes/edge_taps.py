@@ -13,6 +13,7 @@ from probes.edges import EDGE_METRICS, add_edges, few, taken
 from probes.hooks import tap_edges_in_graph
 from probes.masks import fitting
 from probes.norms import Norm, understood
+from probes.parallel import local
 from probes.rows import edge_sources
 from probes.sites import Place, Sites
 
@@ -34,6 +35,7 @@ class _Forward:
 
     def take(self, x: Tensor) -> Tensor | None:
         """The tokens of `x` [..., D], [N, D]; None where it has not as many as others of this forward."""
+        x = local(x)
         total = x.numel() // max(x.shape[-1], 1)
         if self._total is None:
             self._total, self._tokens = total, few(x, self._offset)
@@ -219,4 +221,5 @@ def _fed(place: Place | None) -> nn.Module | None:
 
 
 def _memory(x: Tensor) -> tuple:
+    x = local(x)
     return x.data_ptr(), x.numel()

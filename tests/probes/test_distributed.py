@@ -76,10 +76,9 @@ def told(folder: Path, scene: str, *ranks: int):
 def assert_alike(folder: Path, case: str) -> None:
     run, alone = probes.open_run(folder / case), probes.open_run(folder / f"{case}-single")
     assert run.status == "finished" and not run.problems
-    # The norm that feeds a branch is behind a DTensor there, where the edges are not looked for; and of a pipeline the sources
-    # are in other stages.
+    # Of a pipeline the sources are in other stages.
     staged = "stages" in run.manifest.ranks.parallel
-    untold = {"depth_attribution"} if staged or "sp" in case.replace("fsdp", "") else set()
+    untold = {"depth_attribution"} if staged else set()
     script = {"loss", "stage"}
     assert set(run.metrics) - script == set(alone.metrics) - untold - script
     assert set(SAMPLED_METRICS) | {"grad_norm", "clip_factor", "param_norm", "update_ratio"} <= set(
@@ -110,7 +109,7 @@ def test_no_metric_is_forgotten(two):
 @pytest.mark.parametrize("case", BROKEN)
 def test_values_that_are_not_finite_are_counted_once(case, two):
     run, alone = probes.open_run(two / case), probes.open_run(two / f"{case}-single")
-    assert alone["nonfinite"][0].min() > 0
+    assert alone["nonfinite"][0].max() > 0
     np.testing.assert_array_equal(run["nonfinite"], alone["nonfinite"])
 
 
