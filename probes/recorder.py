@@ -386,8 +386,14 @@ class Recorder:
 
         # Rows of this very step may still be logged until the next forward.
         fetch_rows = rows if self._mirror is None else lambda: self._mirror.watch(rows())
-        taken = self._writer.put(fetch_rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
+        taken = self._writer.put(fetch_rows, complete=lambda: self._complete(now.attempt))
         self._handed += taken and bool(sampled)
+
+    def _complete(self, attempt: int) -> int:
+        """The last step of which no more rows will come, when `attempt` has begun."""
+        if self._together is not None:
+            attempt = int(min(attempt, self._together.settled + 1))
+        return self._clock.known_at(attempt) - 1
 
     def _told(self, step: int, values: dict, seen: dict, kept: dict):
         """The rows of one recorded step, when its numbers are on the host."""

@@ -3,7 +3,10 @@
 A step's sums are made of counts and of sums of squares, so those of all processes are those of the whole batch.
 """
 
+import contextlib
 import json
+import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -53,7 +56,23 @@ class Together:
         )
         self._twin = Tally(self.sites, torch.device("cpu"), share) if agreed.rank == 0 else None
         self._elements = self._twin.sample.elements if self._twin is not None else 0
+        self._waiting: deque[int] = (
+            deque()
+        )  # numbers of the steps that have been handed over and are not done
+        self._done = -1
         self.faults: set[str] = set()  # metrics that could not be measured somewhere, in the step done last
+
+    @property
+    def settled(self) -> float:
+        """The last step of which no more rows will come from here."""
+        with contextlib.suppress(IndexError):
+            return min(self._waiting[0], self._later) - 1
+        return self._later - 1
+
+    @property
+    def _later(self) -> float:
+        """The first step of which another process may still say something."""
+        return self._done if self.staged else math.inf
 
     def hand(
         self,
@@ -100,13 +119,17 @@ class Together:
 
         def then(sums: Sums | None, why: str) -> None:
             own = {each[1]: value for each, value in values.items() if each[0] == "own"}
-            if self._rank or sums is None:
-                done(None, own, why, [])
-            else:
-                found = self._made(sums, shapes, matrices, tally, gradients, divisor, own.get("scale"))
-                done(found, own, "", json.loads(bytes(sums.get("said", b"")) or b"[]"))
+            try:
+                if self._rank or sums is None:
+                    done(None, own, why, [])
+                else:
+                    found = self._made(sums, shapes, matrices, tally, gradients, divisor, own.get("scale"))
+                    done(found, own, "", json.loads(bytes(sums.get("said", b"")) or b"[]"))
+            finally:
+                self._done = self._waiting.popleft()
 
         nbytes = sum(8 * part.numel() for part in parts.values())
+        self._waiting.append(number)
         self.merging.hand(Step(number, matrices, fetched, then, nbytes))
 
     def close(self, status: str) -> bool:

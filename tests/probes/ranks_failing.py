@@ -7,6 +7,7 @@ import time
 import torch.distributed as dist
 
 import probes
+from probes import writer
 from tests.probes.models import decoder, sgd
 from tests.probes.ranks_scenes import free_port, recorded, scene, step, wrapped
 
@@ -36,17 +37,20 @@ class Failing:
 
 @scene
 def slow(rank, path):
-    """Rank 1 sleeps for longer than shards stay open; what rank 0 does is recorded at once, what is of both when it can be."""
+    """Rank 1 is late by more than shards stay open, when rank 0 has just sealed one: no row of the step may be sealed before all
+    are there, for there is one shard of one name."""
     model = decoder("prenorm", blocks=1)
     optimizer = sgd(model)
-    with probes.record(model, path, optimizer=optimizer, every=1) as recorder:
+    before, writer.SEAL_SECONDS = writer.SEAL_SECONDS, 0.1
+    with probes.record(model, path, optimizer=optimizer, every=2) as recorder:
         for number in range(4):
-            if rank and number == 2:
-                time.sleep(3)
+            if number == 2:
+                time.sleep(2 if rank else 1)
             step(model, optimizer, rank, number)
-            recorder.log(loss=float(number))
-        if rank == 0:
-            time.sleep(2.5)
+            if number < 3:
+                recorder.log(loss=float(number))
+        time.sleep(0 if rank else 1)
+    writer.SEAL_SECONDS = before
 
 
 @scene

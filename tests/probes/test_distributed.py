@@ -270,15 +270,16 @@ def test_gradients_that_nobody_averages_are_not_told(two):
 
 @pytest.mark.long
 def test_trainers_of_others_under_torchrun(tmp_path):
-    """Hugging Face's Trainer and Accelerate: two processes record what one does."""
-    pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+    """Hugging Face's Trainer, Accelerate and Lightning: two processes record what one does."""
+    for library in ("transformers", "accelerate", "lightning"):
+        pytest.importorskip(library)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for how, world in ((launch, 2), ([], 1)):
         script = ["-m", "tests.probes.ranks_trainers", str(tmp_path / f"{world}"), f"{world}"]
         command = [sys.executable, *how, *script]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
         assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("trainer", "accelerate"):
+    for name in ("trainer", "accelerate", "lightning"):
         run, alone = (probes.open_run(tmp_path / world / name) for world in "21")
         assert run.manifest.ranks.parallel["by"] == ["DistributedDataParallel"]
         assert run.metrics == alone.metrics and run.ranks[1] == ("finished", "") and not run.problems
@@ -298,7 +299,7 @@ def test_a_process_that_raises_stops_alone(two):
 
 def test_a_process_that_is_slow_loses_nothing(two):
     run = probes.open_run(two / "slow")
-    assert run.steps("hidden_rms").tolist() == run.steps("loss").tolist() == [0, 1, 2, 3]
+    assert run.steps("hidden_rms").tolist() == [0, 2] and run.steps("loss").tolist() == [0, 1, 2]
     assert not run.problems and not checking.check(run.path).defects
 
 
