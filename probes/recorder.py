@@ -408,6 +408,7 @@ class Recorder:
         if kept:
             with self._faults.guard(*SAMPLED_METRICS):
                 solved = of_sample(kept, self._whole.layout, [site.given for site in self._whole.layers])
+                self._selfcheck.mixing(solved)
                 for name, value in solved.items():
                     yield name, step, value
 
