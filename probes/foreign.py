@@ -9,7 +9,7 @@ from torch import nn
 
 from probes.found import FoundRead, FoundReads, Replay, Spot
 from probes.layout import Layer, Read, Source
-from probes.mixes import Mix, Mixes, widths
+from probes.mixes import Mixes, widths
 from probes.naming import blocks_of, common_name
 from probes.oddities import oddities
 from probes.replay import Unreplayable, moment_of, replay_of, witness_of
@@ -17,6 +17,7 @@ from probes.sites import LayerSite, Place, Sites, place_of
 from probes.stacks import Stack, is_norm, kind_by_name
 from probes.symbols import Untraceable
 from probes.tape import Node, Tape, record_tape
+from probes.walks import Mix
 
 _SIZES = (((3, 11), (2, 7)), ((3, 16), (2, 8)), ((3, 64), (2, 32)))  # items and tokens of the two forwards
 
@@ -184,7 +185,11 @@ class _Finding:
         found = [
             t
             for t in terms
-            if t not in reads and t is not self._embedding and t.value.any() and t.func is not None
+            if t not in reads
+            and t not in self._mixes.gated
+            and t is not self._embedding
+            and t.value.any()
+            and t.func is not None
         ]
         return sorted((t for t in found if self._tape.made_from(t, self._embedding)), key=lambda t: t.index)
 

@@ -5,8 +5,8 @@ from itertools import combinations, pairwise, zip_longest
 
 from torch import nn
 
-from probes.mixes import Mix
 from probes.tape import Node, Tape
+from probes.walks import Mix
 
 
 def oddities(

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from probes.found import Moment, Replay, Spot
 from probes.kernels import by_definition, certain
-from probes.mixes import Mix
 from probes.tape import Node, Tape
+from probes.walks import Mix
 
 _DRAWING = {
     "rand",
