@@ -67,11 +67,24 @@ class Trials:
         return not torch.equal(*(tried(node, {slot: each}) for each in (values, 1 - values)))
 
     def _is_linear(self, node: Node, axis: int, operands: list[tuple[int, int]]) -> bool:
+        found = self._tried_linear(node, axis, operands, {})
+        if found is None:  # nothing comes out, as with weights that happen to be zero
+            carried = {slot for slot, _ in operands}
+            beside = {
+                slot: _drawn(each)
+                for slot, each in enumerate(node.slots)
+                if slot not in carried and each.tensor.is_floating_point()
+            }
+            found = bool(beside) and self._tried_linear(node, axis, operands, beside)
+        return bool(found)
+
+    def _tried_linear(
+        self, node: Node, axis: int, operands: list[tuple[int, int]], beside: dict[int, Tensor]
+    ) -> bool | None:
         mixing = torch.randn(self.width, self.width, dtype=torch.float64) / self.width**0.5
-        one, two, both = {}, {}, {}
+        one, two, both = dict(beside), dict(beside), dict(beside)
         for slot, at in operands:
-            like = node.slots[slot].value
-            x, y = (torch.randn(like.shape, dtype=torch.float64) for _ in range(2))
+            x, y = (_drawn(node.slots[slot]) for _ in range(2))
             one[slot], two[slot], both[slot] = x, y, _mixed(x, mixing, at) + y
         try:
             f_one, f_two, f_both = (tried(node, each) for each in (one, two, both))
@@ -81,7 +94,9 @@ class Trials:
             return False
         expected = _mixed(f_one.cpu().double(), mixing, axis) + f_two.cpu().double()
         size = expected.abs().max()
-        return bool(size > 0 and (f_both.cpu().double() - expected).abs().max() <= _TOLERANCE * size)
+        if size == 0:
+            return None
+        return bool((f_both.cpu().double() - expected).abs().max() <= _TOLERANCE * size)
 
     def weighted(self, node: Node) -> bool:
         """Whether the values of its other operands matter, and are not constants."""
@@ -104,13 +119,19 @@ class Trials:
             return False
         if not other.tensor.is_floating_point():
             return True
-        drawn = {at: torch.randn(node.slots[at].tensor.shape, dtype=torch.float64) for at, _ in operands}
-        try:
-            before = tried(node, drawn)
-            after = tried(node, drawn | {slot: other.value.cpu().double() * 1.5 + 0.1})
-        except Exception:  # any operation may refuse in a way of its own; what cannot be tried counts
-            return True
-        return not torch.allclose(before, after, rtol=1e-6)
+        carried = {at for at, _ in operands}
+        # Equal keys, say, leave a softmax as it is whatever the query: then all values are drawn.
+        for some in (carried, set(range(len(node.slots)))):
+            drawn = {at: _drawn(node.slots[at]) for at in some if node.slots[at].tensor.is_floating_point()}
+            value = drawn.get(slot, other.value.cpu().double())
+            try:
+                before = tried(node, drawn)
+                after = tried(node, drawn | {slot: value * 1.5 + 0.1})
+            except Exception:  # any operation may refuse in a way of its own; what cannot be tried counts
+                return True
+            if not torch.allclose(before, after, rtol=1e-6, equal_nan=True):
+                return True
+        return False
 
     def weighs(self, node: Node, operands: Sequence[tuple[int, int]]) -> list[Node]:
         """What stands beside the `operands` of a node and matters to what it makes of them."""
@@ -172,6 +193,10 @@ class Trials:
         values = torch.randn(node.tensor.shape, dtype=torch.float64)
         with_it, without = (tried(node, {slot: each}) for each in (values, torch.zeros_like(values)))
         return torch.allclose((with_it - without).cpu().double(), values, atol=1e-6)
+
+
+def _drawn(like: Node) -> Tensor:
+    return torch.randn(like.tensor.shape, dtype=torch.float64)
 
 
 def axes_of(node: Node, width: int) -> list[int]:
