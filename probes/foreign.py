@@ -36,11 +36,13 @@ def foreign_sites(root: nn.Module) -> Sites:
 
 def _found(root: nn.Module) -> Sites:
     tape, twin = _tapes(root)
+    reasons = []
     for width in list(widths(tape))[:2]:
         mixes = Mixes(tape, width)
-        if sum(len(mix.edges) > 1 for mix in mixes.found.values()) > 1:
+        if mixes.reason is None:
             return _Finding(tape, twin, mixes).sites()
-    raise Untraceable("no state in it is a weighted sum of several sources")
+        reasons.append(mixes.reason)
+    raise Untraceable(max(reasons, key=len, default="no module of it hands tokens on"))
 
 
 def may_read(root: nn.Module, stack: Stack) -> bool:

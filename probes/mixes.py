@@ -21,6 +21,7 @@ class Mixes(Walks):
     def __init__(self, tape: Tape, width: int):
         super().__init__(tape, width)
         self.found: dict[Node, Mix] = {}
+        self.sums: dict[Node, Mix] = {}  # and those that are no reads
         # One source with a weight: a gate, or a first read without a softmax.
         self.single: dict[Node, Mix] = {}
         self.gated: set[Node] = set()  # sums of a read and something else, by weights of their own
@@ -55,10 +56,13 @@ class Mixes(Walks):
 
     def _take(self, mix: Mix) -> None:
         before_this_read(self.tape, mix)
-        if (_chained(self.tape, mix) and not self._of_mixes(mix)) or _trivial(mix):
+        chained = _chained(self.tape, mix)
+        if (chained and not self._of_sums(mix)) or _trivial(mix):
             self.found[mix.node] = mix
         elif len(mix.edges) == 1 and self._learned(mix):
             self.single[mix.node] = mix
+        if chained or (mix.node in self.found and self._by_token(mix)):
+            self.sums[mix.node] = mix
         self.is_whole(mix.node)
         if mix.node in self.found or mix.node in self.single:
             self.mixed.add(mix.node)
@@ -75,12 +79,29 @@ class Mixes(Walks):
                     waiting.append(child)
         return found
 
-    def _of_mixes(self, mix: Mix) -> bool:
-        """Whether most of what is mixed are mixes themselves, as the streams of hyper-connections are."""
+    def _of_sums(self, mix: Mix) -> bool:
+        """Whether half of what is mixed are mixes themselves, as the streams of hyper-connections are, or what a gate
+        adds a read to."""
         sources = set(mix.sources)
-        found = {each: self.found[each] for each in sources if each in self.found}
-        mixed = [each for each, of in found.items() if len(of.edges) > 1 or self._by_token(of)]
-        return 2 * len(mixed) >= len(sources)
+        return 2 * len(sources & self.sums.keys()) >= len(sources)
+
+    @property
+    def reason(self) -> str | None:
+        """Why these are no depth reads: few of them have several sources, or each carries on the one before together with
+        as many others as it."""
+        wide = [mix for mix in self.found.values() if len({s for s in mix.sources if s.value.any()}) > 1]
+        carried = [mix for mix in wide if self._carries_on(mix)]
+        grows = len({len(mix.edges) for mix in carried}) > 1
+        if len(wide) > 1 and (grows or len(wide) - len(carried) > 1):
+            return None
+        if not self.sums:
+            return "no state in it is a weighted sum of several sources"
+        return "its streams are scaled, gated or mixed on their way, which is no depth read: see its recovered mixing"
+
+    def _carries_on(self, mix: Mix) -> bool:
+        """Whether all that is mixed, but the oldest, goes on with what was mixed before."""
+        _, *rest = sorted(set(mix.sources), key=lambda each: each.index)
+        return bool(rest) and all(self._all_terms(each) & self.sums.keys() for each in rest)
 
     def _leave_streams(self) -> None:
         """Sums by weights that no source has a say in are no reads where they are a source of others that are."""

@@ -43,18 +43,16 @@ def reads_in(walks: Walks, mix: Mix) -> list[Mix]:
     alone = [group for group in groups if len(group.cut.edges) < 2]
     if len(alone) > 1:  # weighed one by one
         several = [group for group in groups if group not in alone]
-        united = _united(alone, _alike)
+        united = _united(alone, lambda a, b: _alike(a, b) and not _in_series(mix, a, b))
         for group in united:
             group.cut = _cut(walks, mix, group)
         groups = several + [group for group in united if group.cut is not None]
-    keyed = [group for group in groups if _is_keyed(walks, group)]
-    if keyed:
-        best = keyed
-    else:
-        best = [g for g in groups if len(g.cut.edges) > 1 and not _carries_on(walks, mix, g)]
-        best = sorted(best, key=lambda g: (-len(g.cut.edges), g.cut.node.index))[:1]
-        if not best and len(groups) == 1:
-            best = groups if len(groups[0].cut.edges) == 1 else []
+    best = [group for group in groups if _is_keyed(group)]
+    if not best:
+        whole = [group for group in groups if group.cut.node is mix.node or group.keys]
+        best = sorted((g for g in whole if not _carries_on(walks, mix, g)), key=lambda g: -len(g.cut.edges))[
+            :1
+        ]
     cuts = {group.cut.node: group.cut for group in best}
     return sorted(cuts.values(), key=lambda cut: cut.node.index)
 
@@ -108,7 +106,12 @@ def _alike(one: _Together, two: _Together) -> bool:
     return bool(one.parameters & two.parameters) or not (one.keys or two.keys)
 
 
-def _is_keyed(walks: Walks, group: _Together) -> bool:
+def _in_series(mix: Mix, one: _Together, two: _Together) -> bool:
+    """Whether one is applied to what the other has weighed."""
+    return any(_leads(mix, a.steps)[node] for a, b in ((one, two), (two, one)) for node in b.steps - a.steps)
+
+
+def _is_keyed(group: _Together) -> bool:
     """Whether every source has a say in its weight, as keys have."""
     sources = [s for s in group.cut.sources if s.value.any()]
     return bool(group.keys) and group.keys.issuperset(sources)
@@ -117,21 +120,37 @@ def _is_keyed(walks: Walks, group: _Together) -> bool:
 def _carries_on(walks: Walks, mix: Mix, group: _Together) -> bool:
     """Whether what it weighs are themselves weighted sums of the same whole, as streams are that layers mix."""
     return any(
-        source in mix.steps
-        and source not in group.steps
-        and len(mix.steps[source]) > 1
-        and walks.weighted(source)
+        source in mix.steps and len(_edges_below(mix, source)) > 1 and not walks.plain(source)
         for source in group.cut.sources
     )
+
+
+def _edges_below(mix: Mix, top: Node) -> set[tuple[Node, int]]:
+    edges = {(edge.user, edge.slot) for edge in mix.edges}
+    found, waiting, done = set(), [top], set()
+    while waiting:
+        node = waiting.pop()
+        if node in done or node not in mix.steps:
+            continue
+        done.add(node)
+        found |= {(node, slot) for slot, _ in mix.steps[node] if (node, slot) in edges}
+        waiting += [node.slots[slot] for slot, _ in mix.steps[node] if (node, slot) not in edges]
+    return found
+
+
+def _leads(mix: Mix, steps: set[Node]) -> dict[Node, bool]:
+    """Of each node on the way whether it is one of `steps` or made of one."""
+    leads: dict[Node, bool] = {}
+    for node in sorted(mix.steps, key=lambda each: each.index):
+        children = (node.slots[slot] for slot, _ in mix.steps[node])
+        leads[node] = node in steps or any(leads.get(child, False) for child in children)
+    return leads
 
 
 def _cut(walks: Walks, mix: Mix, group: _Together) -> Mix | None:
     """The part of `mix` that a group weighs: from where its weights have all been applied down to what they are applied
     to. None where that is no state, or mixes what it is applied to in another way."""
-    leads: dict[Node, bool] = {}
-    for node in sorted(mix.steps, key=lambda each: each.index):
-        children = (node.slots[slot] for slot, _ in mix.steps[node])
-        leads[node] = node in group.steps or any(leads.get(child, False) for child in children)
+    leads = _leads(mix, group.steps)
     edges = {(edge.user, edge.slot): edge for edge in mix.edges}
     head = node = mix.node
     above = False  # whether something else has been done since
