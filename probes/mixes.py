@@ -55,7 +55,7 @@ class Mixes(Walks):
         return reads_in(self, mix)
 
     def _take(self, mix: Mix) -> None:
-        before_this_read(self.tape, mix)
+        before_this_read(self, mix)
         chained = _chained(self.tape, mix)
         if (chained and not self._of_sums(mix)) or _trivial(mix):
             self.found[mix.node] = mix

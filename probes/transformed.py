@@ -1,10 +1,10 @@
 """Sources that are normalised, projected or scaled one by one before a read weighs them."""
 
-from probes.tape import Node, Tape
-from probes.walks import Edge, Mix
+from probes.tape import Node
+from probes.walks import Edge, Mix, Walks
 
 
-def before_this_read(tape: Tape, mix: Mix) -> None:
+def before_this_read(walks: Walks, mix: Mix) -> None:
     """Put in the place of each source what it was made of, where all were made anew for this read, in the same way."""
     made = mix.sources
     if len(set(made)) < 2 or mix.node.opaque:
@@ -18,7 +18,7 @@ def before_this_read(tape: Tape, mix: Mix) -> None:
         Edge(edge.user, edge.slot, edge.axis, before) for edge, before in zip(mix.edges, found, strict=True)
     ]
     mix.passed.update(made)
-    mix.in_order()
+    mix.in_order(walks.is_constant)
 
 
 def _before(made: list[Node]) -> list[Node] | None:

@@ -4,6 +4,7 @@ No operation is known by name. An operand is followed when the result is linear 
 which is decided by trying with random values; what stands beside it are the weights.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -45,9 +46,10 @@ class Mix:
     def sources(self) -> list[Node]:
         return [edge.source for edge in self.edges]
 
-    def in_order(self) -> "Mix":
+    def in_order(self, constant: Callable[[Node], bool]) -> "Mix":
+        """Oldest source first, before it those that are the same for every token."""
         order = {id(edge): place for place, edge in enumerate(self.edges)}
-        self.edges.sort(key=lambda edge: (edge.source.index, order[id(edge)]))
+        self.edges.sort(key=lambda e: (not constant(e.source), e.source.index, order[id(e)]))
         return self
 
 
@@ -68,6 +70,28 @@ class Walks(Trials):
     def is_stream(self, node: Node) -> bool:
         x = node.tensor
         return x.is_floating_point() and x.ndim > 1 and x.shape[-1] == self.width and x.numel() == self.size
+
+    def is_constant(self, node: Node) -> bool:
+        """Whether it is the same for every token, though it is not zero: a learned vector, say."""
+        if not self.is_stream(node) or not node.value.any():
+            return False
+        values = node.value.reshape(-1, self.width)
+        return bool((values == values[0]).all())
+
+    def carried(self, node: Node) -> Node:
+        """The state that `node` is handed on in: itself, or what it was added to, or gated with, before anything else was
+        made of it."""
+        while True:
+            users = [user for user in self.tape.users.get(node, ()) if self._only_adds(user, node)]
+            if len(set(users)) != 1:
+                return node
+            node = users[0]
+
+    def _only_adds(self, user: Node, node: Node) -> bool:
+        operands = self.linear(user, user.value.ndim - 1) if self.is_stream(user) else None
+        if not operands or not any(user.slots[slot] is node for slot, _ in operands):
+            return False
+        return all(other is node or not self.tape.made_from(other, node) for other in user.slots)
 
     def plain(self, node: Node) -> bool:
         """Whether a tensor is a sum of others, each as it is, or no sum at all."""
@@ -105,7 +129,7 @@ class Walks(Trials):
         `norms`. Raises Lost."""
         mix = Mix(node, {}, [])
         self.walk(mix, node, node.value.ndim - 1, norms)
-        return mix.in_order()
+        return mix.in_order(self.is_constant)
 
     def walk(self, mix: Mix, node: Node, axis: int, norms: frozenset[str] = frozenset()) -> None:
         operands = self.linear(node, axis)

@@ -199,4 +199,4 @@ def _below(
                         return None
                     cut.passed.add(child)
                 waiting.append(child)
-    return cut.in_order()
+    return cut.in_order(walks.is_constant)
