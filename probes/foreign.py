@@ -18,7 +18,7 @@ from probes.sites import LayerSite, Place, Sites, place_of
 from probes.stacks import Stack, is_norm, kind_by_name
 from probes.symbols import Untraceable
 from probes.tape import Node, Tape
-from probes.walks import Mix
+from probes.walks import Mix, name_of
 
 
 def foreign_sites(root: nn.Module) -> Sites:
@@ -130,8 +130,17 @@ class _Finding:
             s for mix in mixes for s in mix.sources if s.value.any() and not self._mixes.is_constant(s)
         }
         oldest = min(sources, key=lambda each: each.index)
-        terms = self._mixes.terms(oldest)
+        terms = [term for term in self._mixes.terms(oldest) if term.value.any()]
         first = min(terms, key=lambda each: each.index)
+        looked_up = [
+            each
+            for each in self._tape.ancestors(first)
+            if self._mixes.is_stream(each)
+            and all(name_of(term) == "embedding" for term in self._mixes.terms(each))
+        ]
+        # Where the embedding is no source, the first is what a layer made of it.
+        if looked_up and any(p.ndim > 1 for p in self._parameters(first, {looked_up[-1]}).values()):
+            return looked_up[-1]
         return first if any(self._tape.made_from(term, first) for term in terms) else oldest
 
     def _find_final(self) -> Node | None:
