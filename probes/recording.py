@@ -24,6 +24,7 @@ from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, Masks
 from probes.mirrors import Mirror, Send
 from probes.parallel import Parallel
+from probes.pipeline import Pipeline
 from probes.place import join
 from probes.processes import Meeting, meet
 from probes.provenance import model_config, versions
@@ -33,6 +34,7 @@ from probes.resuming import first_step, seconds_before
 from probes.scaling import LossScale
 from probes.schedule import Schedule, Steps, schedule
 from probes.sites import Sites
+from probes.stages import told_of, whole
 from probes.together import Together
 from probes.vocabulary import METRICS, OF_ONE
 from probes.wrapped import unwrap_optimizer
@@ -42,7 +44,7 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 def record(
-    model: nn.Module,
+    model: nn.Module | object,
     path: str | os.PathLike,
     *,
     optimizer: Optimizers | None = None,
@@ -63,6 +65,8 @@ def record(
     strict: bool = False,
 ) -> "Recorder":
     """Attach probes to `model` and record its training at `path`, a new folder or, with `resume`, a run to continue.
+
+    Of a pipeline, `model` is the schedule (torch.distributed.pipelining) that runs the stage of each process.
 
     Call it before the first forward, also before torch.compile has run. Step s is the number of optimizer
     steps completed; vectors are recorded every `every` steps, matrices (and vectors with them) every
@@ -96,10 +100,13 @@ def record(
     model without recognisable layers or one that has already
     run compiled, a bad interval.
     """
+    pipeline = Pipeline.of(model)
+    if pipeline is not None:
+        model = pipeline.module
     meeting = meet(ranks, model)
     with meeting or contextlib.nullcontext():
         vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
-        sites = find_sites(model, stack, layers, norms)
+        sites = find_sites(model, stack, layers, norms, staged=pipeline is not None)
         following = None if tokens_every is None else schedule_of("tokens_every", tokens_every)
         if following is not None and not sites.has_reads:
             raise RunError(
@@ -120,18 +127,29 @@ def record(
                 f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
             ) from error
         tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
-        parallel = Parallel.of(model, sites.root)
+        parallel = Parallel.of(model, sites.root, pipeline)
         manifest = Manifest(
             sites.layout, created, vectors, matrices, described, tags, versions(sites.root), step=step
         )
         # Others show nothing; and what cannot be shown is refused before anything is written.
         shown = None if mirror is None or (meeting is not None and meeting.rank) else Mirror(mirror, path)
         # A bool is an int: step 0 is one to resume at, False is not.
-        writer, together = _begin(meeting, path, manifest, resume is not False, sites, parallel)
+        writer, together = _begin(meeting, path, manifest, resume is not False, sites, parallel, pipeline)
     faults = Faults(strict)
     seconds = seconds_before(path, step)
     recorder = Recorder(
-        sites, writer, manifest, optimizers, scale, masks, faults, seconds, shown, parallel, together
+        sites,
+        writer,
+        manifest,
+        optimizers,
+        scale,
+        masks,
+        faults,
+        seconds,
+        shown,
+        parallel,
+        together,
+        pipeline,
     )
     if following is not None:
         recorder._follow(following, decode)
@@ -145,6 +163,7 @@ def _begin(
     resume: bool,
     sites: Sites,
     parallel: Parallel | None,
+    pipeline: Pipeline | None,
 ) -> tuple[RunWriter, Together | None]:
     """The writer of this process, and what sums its values with those of others."""
     if parallel is not None:
@@ -153,22 +172,25 @@ def _begin(
         return RunWriter(path, manifest if parallel is None else alone, resume), None
     merged = tuple(name for name in METRICS if name not in OF_ONE) if meeting.values == MERGED else ()
     ranks = Ranks(meeting.world, meeting.values, merged, parallel.describe())
-    whole = dataclasses.replace(manifest, ranks=ranks)
+    manifest = dataclasses.replace(manifest, ranks=ranks)
     mine: list[RunWriter] = []
 
-    def claim() -> tuple[int, float]:
-        mine.append(RunWriter(path, whole, resume))
+    def claim(stages: list[dict]) -> tuple[int, float]:
+        of_all = dataclasses.replace(manifest, layout=whole(stages, sites).layout) if stages else manifest
+        mine.append(RunWriter(path, of_all, resume))
         return mine[0].attempt, mine[0].created
 
     schedules = [manifest.vectors.to_json(), manifest.matrices.to_json(), manifest.step]
-    agreed = meeting.begin(str(path), sites.layout, schedules, claim)
+    stage = told_of(sites, pipeline.index, pipeline.count) if pipeline and meeting.values == MERGED else None
+    agreed = meeting.begin(str(path), sites.layout, schedules, claim, stage)
     if agreed is None:
         return RunWriter(path, alone, resume), None
     if mine:
         writer = mine[0]
     else:
-        own = whole if agreed.values == LOCAL else None
-        writer = RunWriter(path, whole, place=join(path, agreed.attempt, agreed.rank, agreed.created, own))
+        own = manifest if agreed.values == LOCAL else None
+        writer = RunWriter(path, manifest, place=join(path, agreed.attempt, agreed.rank, agreed.created, own))
+    parallel.first = agreed.first
     return writer, None if agreed.group is None else Together(agreed, parallel, sites)
 
 
