@@ -164,13 +164,13 @@ def test_metrics_of_a_later_depthscope_are_passed_over(run):
     rows = {
         "hidden_rms": np.ones((1, 5), np.float32), "hidden_rms.step": np.full(1, 20),
         "spectrum": np.ones((1, 3, 7), np.float32), "spectrum.step": np.full(1, 20),
-        "lonely": np.ones((2, 2), np.float32),
+        "lonely": np.ones((2, 2), np.float32), "alone": np.ones(2, np.float32),
         "mine": np.ones(1, np.float16), "mine.step": np.full(1, 20),
     }  # fmt: skip
     folder = run / "attempt-00001" / files.RANK_FOLDER
     write_shard(folder / shard_name(20, 20), rows, {"format": "2", "attempt": "1", "shard": "1", "rank": "0"})
     opened = probes.open_run(run)
-    assert not opened.problems and "spectrum" not in opened and "lonely" not in opened
+    assert not opened.problems and "spectrum" not in opened and "lonely" not in opened and "alone" not in opened
     assert opened.last_step == 20 and opened["mine"].tolist() == [1] and opened["mine"].dtype == np.float32
 
 
