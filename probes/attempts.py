@@ -275,6 +275,12 @@ def claimed(run: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match is not None and int(match[1]))
 
 
+def attempt_number(name: str) -> int:
+    """The number of an attempt after the first by the name of its folder; 0 for other names."""
+    found = _FOLDER.fullmatch(name)
+    return int(found[1]) if found else 0
+
+
 def rows_of(name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
     """The rows in a shard of this name, by metric. Raises ShardError when one does not fit the name or the layout."""
     rows, steps_seen = {}, []

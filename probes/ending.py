@@ -5,6 +5,8 @@ import contextlib
 import os
 import signal
 import sys
+import threading
+import weakref
 from collections.abc import Callable
 
 
@@ -14,19 +16,28 @@ class Ending:
     Kept apart from the recorder's own context manager: a script of one line has none.
     """
 
-    def __init__(self, close: Callable[[str, str], None]):
-        self._close = close
+    def __init__(self, close: Callable[[str, str], None], early: bool = False):
+        """`early`: before the interpreter takes thread pools away, which libraries that send things need."""
+        self._close, self._released = close, False
         atexit.register(self._at_exit)
+        if early and hasattr(threading, "_register_atexit"):
+            # Nothing unregisters it: it holds on to this no longer than `release`.
+            weak = weakref.ref(self)
+            with contextlib.suppress(RuntimeError):  # it is ending already
+                threading._register_atexit(lambda: (me := weak()) and me._at_exit())
         self._old_sigterm = self._catch_sigterm()
 
     def release(self) -> None:
         """Nothing is called any more, and SIGTERM is as it was."""
         atexit.unregister(self._at_exit)
+        self._released = True
         if self._old_sigterm is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
             with contextlib.suppress(ValueError):  # not in the main thread
                 signal.signal(signal.SIGTERM, self._old_sigterm)
 
     def _at_exit(self) -> None:
+        if self._released:
+            return
         # Set by the interpreter when it has printed a traceback.
         error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
         if error is None:

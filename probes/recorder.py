@@ -91,7 +91,7 @@ class Recorder:
         if parallel is not None and not parallel.known:
             look = Hook(lambda *_: None if torch.compiler.is_compiling() else parallel.look())
             self._hooks.append(sites.called.register_forward_pre_hook(look))
-        self._ending = Ending(self.close)
+        self._ending = Ending(self.close, early=writer.uploads)
 
     # What a training script calls
 

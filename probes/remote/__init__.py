@@ -6,12 +6,13 @@ import threading
 from pathlib import Path
 
 from probes import elsewhere
+from probes.manifest import RunError
 from probes.remote import cache as caches
 from probes.remote.address import Address, address, on_this_machine
 from probes.remote.shadow import Shadow
-from probes.remote.store import Store
+from probes.remote.store import Store, Unreachable
 
-__all__ = ["Address", "address", "local", "troubles"]
+__all__ = ["Address", "address", "local", "on_this_machine", "troubles"]
 
 _shadows: dict[str, Shadow] = {}
 _lock = threading.Lock()
@@ -28,7 +29,10 @@ def local(path: str | os.PathLike) -> Path:
         return on_this_machine(path)
     with _lock:
         if where.url not in _shadows:
-            _shadows[where.url] = Shadow(Store(where), _opened())
+            try:
+                _shadows[where.url] = Shadow(Store(where), _opened())
+            except Unreachable as error:
+                raise RunError(f"{where.shown} cannot be reached: {error}.") from None
             elsewhere.add(_shadows[where.url])
         return _shadows[where.url].root
 
@@ -43,5 +47,7 @@ def _opened() -> caches.Cache:
     base = caches.root()
     if _cache is None or _cache.root != base:
         asked = os.environ.get(caches.SIZE)
-        _cache = caches.Cache(base, caches.MOST_BYTES if asked is None else caches.size_of(asked, caches.SIZE))
+        _cache = caches.Cache(
+            base, caches.MOST_BYTES if asked is None else caches.size_of(asked, caches.SIZE)
+        )
     return _cache

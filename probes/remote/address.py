@@ -54,7 +54,9 @@ def address(path: str | os.PathLike) -> Address | None:
     shown = f"{protocol}://{host}{parts.path}"
     for name in (*host.split("/"), *parts.path.split("/")):
         if name and not safe(name):
-            raise RunError(f"{printable(shown)} is no address of runs: {printable(name)!r} is no name of a folder.")
+            raise RunError(
+                f"{printable(shown)} is no address of runs: {printable(name)!r} is no name of a folder."
+            )
     return Address(protocol, url, printable(shown, 2000))
 
 

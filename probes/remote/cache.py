@@ -71,7 +71,9 @@ class Cache:
             ) from error
 
     def _open(self) -> sqlite3.Connection:
-        index = sqlite3.connect(self.root / "index.sqlite", timeout=20, check_same_thread=False, isolation_level=None)
+        index = sqlite3.connect(
+            self.root / "index.sqlite", timeout=20, check_same_thread=False, isolation_level=None
+        )
         index.execute("PRAGMA synchronous=OFF")  # a block is believed for its checksum, not for the index
         index.execute(
             "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, stamp TEXT, size INTEGER, sums BLOB, "
@@ -85,7 +87,8 @@ class Cache:
         """Size and version of the files in a folder, as far as they are known here."""
         with self._lock:
             rows = self._index.execute(
-                "SELECT path, size, stamp FROM files WHERE path >= ? AND path < ?", (folder + "/", folder + "0")
+                "SELECT path, size, stamp FROM files WHERE path >= ? AND path < ?",
+                (folder + "/", folder + "0"),
             ).fetchall()
         at = len(folder) + 1
         return {path[at:]: (size, stamp) for path, size, stamp in rows if "/" not in path[at:]}
@@ -104,7 +107,8 @@ class Cache:
         """A small file that somebody else has put here whole is of this version."""
         with self._lock:
             self._index.execute(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, 0, ?)", (path, stamp, size, b"", time.time())
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, 0, ?)",
+                (path, stamp, size, b"", time.time()),
             )
 
     def forget(self, paths: Iterable[str]) -> None:
@@ -182,11 +186,15 @@ class Cache:
             return None
         stamp, size, sums = row
         known = len(sums) == 8 * _blocks(size)
-        return _File(stamp, size, np.frombuffer(sums, np.int64).copy() if known else np.full(_blocks(size), -1))
+        return _File(
+            stamp, size, np.frombuffer(sums, np.int64).copy() if known else np.full(_blocks(size), -1)
+        )
 
     def _write(self, path: str, file: _File) -> None:
         there = np.flatnonzero(file.sums >= 0)
-        held = len(there) * BLOCK - (len(file.sums) * BLOCK - file.size if file.sums[-1:].max(initial=-1) >= 0 else 0)
+        held = len(there) * BLOCK - (
+            len(file.sums) * BLOCK - file.size if file.sums[-1:].max(initial=-1) >= 0 else 0
+        )
         self._used[path] = time.time()
         self._index.execute(
             "UPDATE files SET sums = ?, held = ?, used = ? WHERE path = ?",

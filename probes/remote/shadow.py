@@ -5,6 +5,7 @@ files that say how a run is; everything else is fetched when it is read, as far 
 """
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -35,8 +36,11 @@ _OTHERS = re.compile(r"digest|attribution|quarantine|rank-(?!00000)[0-9]{5}")
 _DEEPEST = 8  # folders that runs are looked for in
 _MOST_FOLDERS = 20_000  # of runs, below one address
 
-_SOON, _LATER = 1.0, 20.0  # seconds after which a folder is listed again: where something grows, and elsewhere
-_PART = 10  # of the time between two listings of a folder, that they may take
+_SOON, _LATER = (
+    1.0,
+    20.0,
+)  # seconds after which a folder is listed again: where something grows, and elsewhere
+_PART = 3  # of the time between two listings of a folder, that they may take
 _FIRST_WAIT, _LAST_WAIT = 2.0, 30.0  # seconds until a store that did not answer is asked again
 _TOGETHER = 32 << 20  # bytes of files fetched at once
 
@@ -79,9 +83,10 @@ class Shadow:
     def find(self, folder: Path) -> None:
         """List what may hold runs, at or below a folder. Folders that are runs are not entered again."""
         with self._lock:
-            level = [self._inner(folder)]
+            level, wait = [self._inner(folder)], _SOON
             for _ in range(_DEEPEST):
-                self._store.together(lambda each: self._list(each, _SOON if each == level[0] else 4 * _SOON), level)
+                self._store.together(functools.partial(self._list, wait=wait), level)
+                wait = 4 * _SOON
                 below = []
                 for each in level[:_MOST_FOLDERS]:
                     if (self._here(each) / MANIFEST).exists():
@@ -146,7 +151,11 @@ class Shadow:
 
     def _take(self, folder: str, there: dict[str, Listed]) -> bool:
         here, known = self._here(folder), self._cache.stamps(self._key(folder))
-        files = {name: each for name, each in there.items() if not each.folder and (name in _SMALL or _LARGE.fullmatch(name))}
+        files = {
+            name: each
+            for name, each in there.items()
+            if not each.folder and (name in _SMALL or _LARGE.fullmatch(name))
+        }
         if there:
             here.mkdir(parents=True, exist_ok=True)
         new, changed = [], False
@@ -336,4 +345,3 @@ def _folders(folder: Path) -> list[str]:
 
 def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
-

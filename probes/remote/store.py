@@ -45,7 +45,7 @@ class Store:
     """The files behind an address. Paths are those below it, with slashes; "" is the folder that the address names."""
 
     def __init__(self, address: Address):
-        """Raises RunError where a package is missing or the address is none."""
+        """Raises RunError where a package is missing or the address is none, Unreachable where it does not answer."""
         self.address = address
         try:
             import fsspec
@@ -69,8 +69,8 @@ class Store:
             raise RunError(
                 f"{address.shown} cannot be opened ({address.hide(error)}): give a folder, or an address like {known}://."
             ) from None
-        except Exception as error:
-            raise RunError(f"{address.shown} cannot be reached: {address.hide(_why(error))}.") from None
+        except Exception as error:  # some connect at once
+            raise Unreachable(address.hide(_why(error))) from None
         self._root = self._root.rstrip("/")
         self._one_by_one = None if getattr(self._files, "async_impl", False) else threading.RLock()
         if address.protocol == "memory":
@@ -113,7 +113,9 @@ class Store:
                 size = entry.get("size")
                 size = size if type(size) is int and size >= 0 else 0
                 told = [f"{key}={entry[key]}" for key in _STAMPS if entry.get(key) is not None]
-                found[name] = Listed(name, False, size, hashlib.sha256("\n".join(told).encode()).hexdigest()[:32])
+                found[name] = Listed(
+                    name, False, size, hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
+                )
         return list(found.values())
 
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
