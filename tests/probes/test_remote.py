@@ -306,15 +306,15 @@ def test_a_lost_connection_leaves_what_was_fetched(tmp_path, bucket, at_once, mo
     monkeypatch.setattr(shadows, "_FIRST_WAIT", 0.1)
     for name in ("full", "block"):
         made.run(tmp_path / name, name, blocks=2, steps=4)
-        put(bucket.files(), tmp_path / name, f"bucket/lost/{name}")
-    list(probes.list_runs("s3://bucket/lost"))  # full and block are fetched now
-    run = probes.open_run("s3://bucket/lost/full")
+        put(bucket.files(), tmp_path / name, f"bucket/cut/{name}")
+    list(probes.list_runs("s3://bucket/cut"))  # full and block are fetched now
+    run = probes.open_run("s3://bucket/cut/full")
     bucket.port.close()
     try:
-        assert not run.refresh() and same(probes.open_run("s3://bucket/lost/full"), run)
+        assert not run.refresh() and same(probes.open_run("s3://bucket/cut/full"), run)
         (trouble,) = remote.troubles()
-        assert trouble.startswith("s3://bucket/lost has not answered since ") and "secret" not in trouble
-        assert [path.name for path in find_runs(remote.local("s3://bucket/lost"))] == ["block", "full"]
+        assert trouble.startswith("s3://bucket/cut has not answered since ") and "secret" not in trouble
+        assert [path.name for path in find_runs(remote.local("s3://bucket/cut"))] == ["block", "full"]
     finally:
         bucket.port.open()
     wait_for(lambda: run.refresh() or not remote.troubles())
