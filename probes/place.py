@@ -84,8 +84,8 @@ def begin(run: Path, manifest: Manifest) -> Place:
         raise _refused(run, error) from error
 
 
-def resume(run: Path, manifest: Manifest, alive: Callable[[Path], bool] = beating) -> Place:
-    """Claim the next attempt of `run`, or begin the run where there is none; `alive` tells whether somebody still records.
+def resume(run: Path, manifest: Manifest, alive: Callable[[Path], bool] | None = None) -> Place:
+    """Claim the next attempt of `run`, or begin the run where there is none; `alive` tells whether somebody still records, by the heartbeat unless given.
 
     Raises RunError when the run is of another model, when somebody still records it, or when the disk refuses.
     """
@@ -95,7 +95,7 @@ def resume(run: Path, manifest: Manifest, alive: Callable[[Path], bool] = beatin
     if other := difference(recorded.layout, manifest.layout):
         raise RunError(f"The run at {run} cannot be continued with this model: {other}. Give another path.")
     number = max(claimed(run), default=0)
-    if alive(attempt_folder(run, number)):
+    if (alive or beating)(attempt_folder(run, number)):
         raise RunError(_recorded(run, attempt_folder(run, number)))
     folder = attempt_folder(run, number + 1)
     try:
