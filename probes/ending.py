@@ -21,10 +21,9 @@ class Ending:
         self._close, self._released = close, False
         atexit.register(self._at_exit)
         if early and hasattr(threading, "_register_atexit"):
-            # Nothing unregisters it: it holds on to this no longer than `release`.
-            weak = weakref.ref(self)
+            weak = weakref.ref(self)  # nothing unregisters it
             with contextlib.suppress(RuntimeError):  # it is ending already
-                threading._register_atexit(lambda: (me := weak()) and me._at_exit())
+                threading._register_atexit(lambda: (me := weak()) and _no_other_thread() and me._at_exit())
         self._old_sigterm = self._catch_sigterm()
 
     def release(self) -> None:
@@ -58,6 +57,16 @@ class Ending:
         self._close("stopped", "SIGTERM")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _no_other_thread() -> bool:
+    """Whether the main thread was the last that worked: others may still train when it has ended, pools only wait."""
+    pools = sys.modules.get("concurrent.futures.thread")
+    waiting = set(getattr(pools, "_threads_queues", ())) | {
+        threading.main_thread(),
+        threading.current_thread(),
+    }
+    return all(thread.daemon or thread in waiting for thread in threading.enumerate())
 
 
 @contextlib.contextmanager

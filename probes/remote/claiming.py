@@ -47,6 +47,11 @@ class Claim:
             except FileExistsError:
                 self._compare(inner, content)
 
+    def beat(self, folder: Path) -> None:
+        """Show that an attempt that was taken lives. Raises Unreachable."""
+        path = folder / files.HEARTBEAT
+        self._store.write(path.relative_to(self._run).as_posix(), path.read_bytes())
+
     def ours(self, run: Path) -> None:
         """Raises Taken where the run there is another than the one here, Unreachable."""
         with contextlib.suppress(FileNotFoundError):
@@ -81,7 +86,7 @@ class Claim:
     def somebody(self, folder: str) -> bool:
         """Whether a living process records into a folder there: its heartbeat is watched. Raises Unreachable."""
         names = self._names(folder)
-        if files.HEARTBEAT not in names or files.END in names:
+        if files.END in names or not names & {files.HEARTBEAT, files.MANIFEST, files.ATTEMPT}:
             return False
         inner = _join(folder, files.HEARTBEAT)
         beat = self._beat(inner)

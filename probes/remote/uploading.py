@@ -110,6 +110,7 @@ class Upload:
             )
         try:
             self._claim().take(place.folder)
+            self._claim().beat(place.folder)
             self._claimed = True
         except Taken as taken:
             shutil.rmtree(place.folder, ignore_errors=True)
@@ -185,11 +186,13 @@ class Upload:
 
     def _work(self) -> None:
         while not self.gone:
+            began = time.monotonic()
             done = self._try()
             if self._closing.is_set() and (done or time.monotonic() >= self._end_at):
                 return
             # A wait that ends when the recording does, or the next try after it.
-            wait = self._wait if self._offline else PASS_SECONDS
+            took = time.monotonic() - began  # as a rule to look through the folder of a long run
+            wait = self._wait if self._offline else max(PASS_SECONDS, _PART * min(took, 1.0))
             if self._closing.is_set():
                 self._end_at = (
                     min(self._end_at, time.monotonic() + OFFLINE_SECONDS) if self._offline else self._end_at
@@ -225,6 +228,8 @@ class Upload:
         beats = closing or time.monotonic() - self._beaten >= BEAT_SECONDS
         signs = {path: _content(path) for path in self._files() if path.name in _SIGNS} if beats else {}
         for path in self._files():
+            if path in self._sent and path.name.endswith(SUFFIX):
+                continue  # which never changes
             if path.name in _SIGNS or self._sent.get(path) == (stamp := _stamp(path)):
                 continue
             if not (path.name.endswith((SUFFIX, ".json")) or closing):
@@ -243,7 +248,7 @@ class Upload:
         if beats:
             self._beaten = time.monotonic()
         if (over := self._size() - int(_ROOM * self.spool.most)) > 0:
-            self.spool.shrink({path for path in self._sent if self._sent[path] == _stamp(path)}, over)
+            self.spool.shrink(set(self._sent), over)
 
     def _compare(self) -> None:
         """Look what has arrived: what is here and not there counts as not sent."""
@@ -320,9 +325,10 @@ class Upload:
         return "" if inner == "." else inner
 
     def _size(self) -> int:
-        when, size = self._sized
-        if time.monotonic() - when > PASS_SECONDS:
-            self._sized = time.monotonic(), (size := self.spool.size)
+        now, (again_at, size) = time.monotonic(), self._sized
+        if now >= again_at:
+            size = self.spool.size
+            self._sized = now + max(PASS_SECONDS, _PART * (time.monotonic() - now)), size
         return size
 
     def _admit(self) -> None:
@@ -358,6 +364,8 @@ def send(folder: Path, to: str | None = None) -> str:
     Raises RunError, OSError.
     """
     home, told = spools.opened(folder)
+    if spools.recorded(home):
+        raise RunError(f"{home} is being recorded: it is sent as it grows.")
     where = address(told if to is None else to)
     if where is None:
         raise RunError(f"{to} is no address: copy {home} there as it is.")
