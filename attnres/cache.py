@@ -30,9 +30,20 @@ class Memory:
 
 
 class Cache:
-    """The memories of all attentions of a decoder, of fixed size: one compiled step serves every position."""
+    """The memories of all attentions of a decoder, of fixed size: one compiled step serves every position.
 
-    def __init__(self, config: DecoderConfig, batch: int, capacity: int, like: Tensor):
+    `queries` are the effective ones of AttnRes, [R, D]: worked out once for all passes, whose parameters are the same.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        batch: int,
+        capacity: int,
+        like: Tensor,
+        queries: Tensor | None = None,
+    ):
+        self.queries = queries
         shape = (batch, config.kv_heads, capacity, config.head_width)
         self.keys = [like.new_zeros(shape) for _ in range(config.blocks)]
         self.values = [like.new_zeros(shape) for _ in range(config.blocks)]

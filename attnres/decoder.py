@@ -64,7 +64,8 @@ class Decoder(nn.Module):
         except IndexError:
             check_vocabulary(tokens, self.config.vocabulary)
             raise
-        stream = self.residual.open(embedding)
+        known = {} if cache is None or cache.queries is None else {"queries": cache.queries}
+        stream = self.residual.open(embedding, **known)
         memories = [None] * len(self.blocks) if cache is None else cache.advance(tokens.shape[-1])
         for block, memory in zip(self.blocks, memories, strict=True):
             block(stream, memory)

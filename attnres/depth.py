@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from attnres.fused import fused_read
-from attnres.logits import source_logits
+from attnres.linked import scored
 
 
 class Depth(Protocol):
@@ -36,7 +36,7 @@ class AttentiveDepth:
     ):
         self.reads, self.queries, self.records, self.sources = reads, queries, records, sources
         self.logits = logits
-        """A pair for each source: the first row that it has logits for, and the logits from there on. No pairs at all
+        """A pair for each source: the first row that it has logits for, and the logits, or links, from there on. No pairs at all
         where a fused kernel reads."""
 
     @classmethod
@@ -48,7 +48,8 @@ class AttentiveDepth:
         logits = self.logits
         if fused_read(sources, self.reads[-1].depth_sources) is None:
             eps = self.reads[0].eps
-            new = [(written, source_logits(source, self.queries[written:], eps)) for source in sources]
+            mixed = (self.sources or sources)[0].dtype
+            new = [(written, scored(source, self.queries[written:], eps, mixed)) for source in sources]
             logits = (*logits, *new)
         return AttentiveDepth(self.reads, self.queries, self.records, (*self.sources, *sources), logits)
 
@@ -57,6 +58,7 @@ class AttentiveDepth:
             return self.reads[row]([*self.sources, *running])[0]
         logits = [rest[row - start] for start, rest in self.logits]
         query = self.queries[row : row + 1]
-        logits += [source_logits(source, query, self.reads[row].eps)[0] for source in running]
+        eps, mixed = self.reads[row].eps, self.sources[0].dtype
+        logits += [scored(source, query, eps, mixed)[0] for source in running]
         mix, _ = self.reads[row]([*self.sources, *running], logits)
         return mix

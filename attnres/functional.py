@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnres.checks import check_sources, described
-from attnres.depth_attention import softmax_mix
 from attnres.fused import fused_read
-from attnres.logits import source_logits
+from attnres.linked import Link, scored
+from attnres.mixing import softmax_mix
 
 
 def block_attn_res(
@@ -38,15 +38,15 @@ def full_attn_res(sources: Sequence[Tensor], proj: nn.Linear, norm: nn.Module) -
     # Exactly this class, here and below: what somebody made of it may compute something else.
     if fused is not None and type(norm) is nn.RMSNorm and norm.weight is not None:
         return fused(sources, proj.weight[0], norm.weight, _eps(norm, sources[0]))[0]
-    logits = [_logit(source, proj.weight, norm) for source in sources]
+    logits = [_logit(source, proj.weight, norm, sources[0].dtype) for source in sources]
     return softmax_mix(sources, logits)[0]
 
 
-def _logit(source: Tensor, query: Tensor, norm: nn.Module) -> Tensor:
-    """query · norm(source), [B, T]."""
+def _logit(source: Tensor, query: Tensor, norm: nn.Module, mixed: torch.dtype) -> Tensor | Link:
+    """query · norm(source), [B, T], or a link with it, for a mix of this dtype."""
     if type(norm) is nn.RMSNorm:
         effective = query if norm.weight is None else query * norm.weight
-        return source_logits(source, effective, _eps(norm, source))[0]
+        return scored(source, effective, _eps(norm, source), mixed)[0]
     key = norm(source)
     if key.shape != source.shape:
         raise ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor
 from attnres.cache import Cache
 from attnres.checks import check_count, check_is, check_not_negative, check_tokens, check_vocabulary
 from attnres.decoder import Decoder
+from attnres.residual import AttnRes
 
 
 @torch.no_grad()
@@ -44,7 +45,8 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        cache = Cache(model.config, batch, capacity, model.embedding.weight)
+        queries = model.residual.queries() if isinstance(model.residual, AttnRes) else None
+        cache = Cache(model.config, batch, capacity, model.embedding.weight, queries)
         step = _compiled_step() if compiled else _step
         logits = _step(model, tokens, cache)
         continued = [tokens]

@@ -40,28 +40,46 @@ class _SourceLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, source: Tensor, queries: Tensor, eps: float) -> Tensor:
-        with _without_autocast(source):
-            rows = _rows(source)
-            wide = queries.to(rows.dtype)
-            # A norm, squared again: one pass without a square of everything in between.
-            scale = torch.rsqrt(torch.linalg.vector_norm(rows, dim=-1).square() / rows.shape[-1] + eps)
-            logits = (wide @ rows.T) * scale
+        logits, scale = logits_of(source, queries, eps)
         ctx.save_for_backward(source, queries, scale, logits)
-        return logits.view(len(queries), *source.shape[:-1])
+        return logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        source, queries, scale, logits = ctx.saved_tensors
-        with _without_autocast(source):
-            rows = _rows(source)
-            grad = grad.reshape(len(queries), -1)
-            scaled = grad * scale
-            # The norm's own part: every logit shrinks as the source grows along itself.
-            along = (grad * logits).sum(0) * scale.square() / rows.shape[-1]
-            grad_source = (scaled.T @ queries.to(rows.dtype)).addcmul_(rows, along.unsqueeze(-1), value=-1)
-            grad_queries = scaled @ rows
-        return grad_source.view_as(source).to(source.dtype), grad_queries.to(queries.dtype), None
+        return *logits_gradients(grad, None, *ctx.saved_tensors), None
+
+
+def logits_of(source: Tensor, queries: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The logits [R, B, T], and each token's inverse RMS [B, T]."""
+    with _without_autocast(source):
+        rows = _rows(source)
+        wide = queries.to(rows.dtype)
+        # A norm, squared again: one pass without a square of everything in between.
+        scale = torch.rsqrt(torch.linalg.vector_norm(rows, dim=-1).square() / rows.shape[-1] + eps)
+        logits = (wide @ rows.T) * scale
+    return logits.view(len(queries), *source.shape[:-1]), scale.view(source.shape[:-1])
+
+
+def logits_gradients(
+    grad: Tensor, more: Tensor | None, source: Tensor, queries: Tensor, scale: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of source and queries, from that of the logits and `more` of the source [B, T, D], overwritten."""
+    with _without_autocast(source):
+        rows = _rows(source)
+        scale = scale.flatten()
+        grad, logits = (each.reshape(len(queries), -1) for each in (grad, logits))
+        scaled = grad * scale
+        # The norm's own part: every logit shrinks as the source grows along itself.
+        along = (grad * logits).sum(0) * scale.square() / rows.shape[-1]
+        wide = queries.to(rows.dtype)
+        if more is None:
+            grad_source = scaled.T @ wide
+        else:
+            grad_source = more.view_as(rows).to(rows.dtype).addmm_(scaled.T, wide)
+        grad_source.addcmul_(rows, along.unsqueeze(-1), value=-1)
+        grad_queries = scaled @ rows
+    return grad_source.view_as(source).to(source.dtype), grad_queries.to(queries.dtype)
 
 
 def _rows(source: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ A transformer block reads and writes, and knows no residual type. Streams keep w
 registers tensor hooks in a compiled forward, torch 2.13 forgets attributes of Python objects that it bound anew.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnres.checks import check_count, check_output, check_sources
 from attnres.depth_attention import DepthAttention
-from attnres.logits import source_logits
+from attnres.linked import Link, scored
 from attnres.schedules import FusedStream, StackStream, TwoPhaseStream, chosen
 from attnres.stream import Stream
 
@@ -46,55 +46,62 @@ class PreNormStream(Stream):
         self.newest[0] = self.newest[0] + output
 
 
-class Full(nn.Module):
-    """Full AttnRes (Eq. 2-4): every read attends over the embedding and all outputs so far."""
+class AttnRes(nn.Module):
+    """What Full and Block have in common: a read for every layer, and one for the final state."""
 
-    def __init__(self, width: int, layers: int, eps: float = 1e-6):
+    layers_per_block: int
+    """1 is Full."""
+
+    def __init__(self, width: int, depth_sources: Sequence[int], eps: float):
         super().__init__()
-        check_count("layers", layers)
-        self.reads = nn.ModuleList(DepthAttention(width, row + 1, eps) for row in range(layers + 1))
+        self.reads = nn.ModuleList(DepthAttention(width, count, eps) for count in depth_sources)
         self.schedule = "auto"
         """The order of the arithmetic; see schedules.py."""
         self.recompute = False
         """Whether backward computes each mix again instead of keeping it (with "auto" and "no_stack" only)."""
 
-    def open(self, embedding: Tensor) -> Stream:
-        """The stream of one pass, from the embedding [B, T, D]; ValueError for an unknown schedule."""
-        return _opened(self, embedding, 1, lambda: FullStream(self.reads, embedding, self.recompute))
+    def queries(self) -> Tensor:
+        """The effective queries of all R reads, [R, D]."""
+        return torch.stack([read.effective_query() for read in self.reads])
+
+    def open(self, embedding: Tensor, queries: Tensor | None = None) -> Stream:
+        """The stream of one pass, from the embedding [B, T, D]; ValueError for an unknown schedule.
+
+        `queries` are those of `queries()`, where many passes with the same parameters work them out once.
+        """
+        check_sources("embedding", [embedding], len(self.reads[0].query))
+        schedule = chosen(self, embedding)
+        if schedule == "no_stack":
+            return self._no_stack(embedding, self.queries() if queries is None else queries)
+        stream = {"stack": StackStream, "two_phase": TwoPhaseStream, "fused": FusedStream}[schedule]
+        return stream(self.reads, embedding, self.layers_per_block)
 
 
-class Block(nn.Module):
+class Full(AttnRes):
+    """Full AttnRes (Eq. 2-4): every read attends over the embedding and all outputs so far."""
+
+    layers_per_block = 1
+
+    def __init__(self, width: int, layers: int, eps: float = 1e-6):
+        check_count("layers", layers)
+        super().__init__(width, range(1, layers + 2), eps)
+
+    def _no_stack(self, embedding: Tensor, queries: Tensor) -> Stream:
+        return FullStream(self.reads, queries, embedding, self.recompute)
+
+
+class Block(AttnRes):
     """Block AttnRes (Eq. 5-6): depth blocks of `layers_per_block` layers, the last one possibly ragged."""
 
     def __init__(self, width: int, layers: int, layers_per_block: int, eps: float = 1e-6):
-        super().__init__()
         check_count("layers", layers)
         check_count("layers_per_block", layers_per_block)
-        self.layers_per_block = layers_per_block
         counts = [block_sources(row, layers_per_block) for row in range(layers + 1)]
-        self.reads = nn.ModuleList(DepthAttention(width, count, eps) for count in counts)
-        self.schedule = "auto"
-        """The order of the arithmetic; see schedules.py."""
-        self.recompute = False
-        """Whether backward computes each mix again instead of keeping it (with "auto" and "no_stack" only)."""
+        super().__init__(width, counts, eps)
+        self.layers_per_block = layers_per_block
 
-    def open(self, embedding: Tensor) -> Stream:
-        """The stream of one pass, from the embedding [B, T, D]; ValueError for an unknown schedule."""
-        size = self.layers_per_block
-        return _opened(
-            self, embedding, size, lambda: BlockStream(self.reads, embedding, size, self.recompute)
-        )
-
-
-def _opened(
-    residual: Full | Block, embedding: Tensor, layers_per_block: int, no_stack: Callable[[], Stream]
-) -> Stream:
-    check_sources("embedding", [embedding], len(residual.reads[0].query))
-    schedule = chosen(residual, embedding)
-    if schedule == "no_stack":
-        return no_stack()
-    stream = {"stack": StackStream, "two_phase": TwoPhaseStream, "fused": FusedStream}[schedule]
-    return stream(residual.reads, embedding, layers_per_block)
+    def _no_stack(self, embedding: Tensor, queries: Tensor) -> Stream:
+        return BlockStream(self.reads, queries, embedding, self.layers_per_block, self.recompute)
 
 
 def block_sources(written: int, layers_per_block: int) -> int:
@@ -105,14 +112,14 @@ def block_sources(written: int, layers_per_block: int) -> int:
 class FullStream(Stream):
     """All sources so far, each with its logits for the reads still to come."""
 
-    def __init__(self, reads: nn.ModuleList, embedding: Tensor, recompute: bool = False):
+    def __init__(self, reads: nn.ModuleList, queries: Tensor, embedding: Tensor, recompute: bool = False):
         self.recompute = recompute
-        self.queries = torch.stack([read.effective_query() for read in reads])
+        self.queries = queries
         self.reads = list(reads)
         """Those still to come, the next one first."""
         self.sources: list[Tensor] = []
-        # One list per read still to come: the logits of its sources, oldest first, [B, T] each.
-        self.logits: list[list[Tensor]] = [[] for _ in reads]
+        # One list per read still to come: the logits of its sources, oldest first, [B, T] each, or the links to them.
+        self.logits: list[list[Tensor | Link]] = [[] for _ in reads]
         self.commit(embedding)
 
     def commit(self, source: Tensor) -> None:
@@ -123,7 +130,8 @@ class FullStream(Stream):
     def _score(self, source: Tensor, count: int) -> None:
         """Give the next `count` reads their logits of the source."""
         row = self.written
-        scores = source_logits(source, self.queries[row : row + count], self.reads[0].eps)
+        queries = self.queries[row : row + count]
+        scores = scored(source, queries, self.reads[0].eps, self.sources[0].dtype)
         for logits, score in zip(self.logits[:count], scores, strict=True):
             logits.append(score)
 
@@ -165,9 +173,14 @@ class BlockStream(FullStream):
     """The embedding, finished depth blocks, and the running partial sum of the unfinished one."""
 
     def __init__(
-        self, reads: nn.ModuleList, embedding: Tensor, layers_per_block: int, recompute: bool = False
+        self,
+        reads: nn.ModuleList,
+        queries: Tensor,
+        embedding: Tensor,
+        layers_per_block: int,
+        recompute: bool = False,
     ):
-        super().__init__(reads, embedding, recompute)
+        super().__init__(reads, queries, embedding, recompute)
         self.layers_per_block = layers_per_block
         self.partial: list[Tensor] = []
         """The running sum, or nothing where no layer of the depth block has written yet."""

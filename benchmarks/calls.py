@@ -14,6 +14,7 @@ from torch.nn import functional as F
 try:
     from attnres import Decoder, DecoderConfig
     from attnres.cache import Cache
+    from attnres.residual import AttnRes
 except ImportError as error:
     raise SystemExit(
         f"Run this from the repository's root as `python -m benchmarks.calls` ({error})."
@@ -71,8 +72,9 @@ def generation(options: argparse.Namespace, kind: str) -> dict[str, str]:
 
     model = decoder(options, kind).eval()
     step = torch.compile(lambda token, cache: model(token, cache)[:, -1], fullgraph=True)
-    cache = Cache(model.config, 1, options.context, model.embedding.weight)
     with torch.no_grad():
+        queries = model.residual.queries() if isinstance(model.residual, AttnRes) else None
+        cache = Cache(model.config, 1, options.context, model.embedding.weight, queries)
         _, (code,) = run_and_get_code(step, torch.zeros(1, 1, dtype=torch.long), cache)
     return {"token": code}
 

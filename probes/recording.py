@@ -26,6 +26,7 @@ from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, Masks
 from probes.mirrors import Mirror, Send
 from probes.parallel import Parallel
+from probes.pipeline import Pipeline
 from probes.place import join
 from probes.processes import Meeting, meet
 from probes.provenance import model_config, versions
@@ -36,6 +37,7 @@ from probes.run import place_of
 from probes.scaling import LossScale
 from probes.schedule import Schedule, Steps, schedule
 from probes.sites import Sites
+from probes.stages import told_of, whole
 from probes.together import Together
 from probes.vocabulary import METRICS, OF_ONE
 from probes.wrapped import unwrap_optimizer
@@ -48,7 +50,7 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 def record(
-    model: nn.Module,
+    model: nn.Module | object,
     path: str | os.PathLike,
     *,
     optimizer: Optimizers | None = None,
@@ -71,7 +73,8 @@ def record(
     """Attach probes to `model` and record its training at `path`, a new folder or, with `resume`, a run to continue.
 
     A `path` like s3://bucket/runs/a is recorded by way of a folder of this machine, from which it is sent in the
-    background; see docs/remote.md.
+    background; see docs/remote.md. Of a pipeline, `model` is the schedule (torch.distributed.pipelining) that runs the
+    stage of each process.
 
     Call it before the first forward, also before torch.compile has run. Step s is the number of optimizer
     steps completed; vectors are recorded every `every` steps, matrices (and vectors with them) every
@@ -105,10 +108,13 @@ def record(
     model without recognisable layers or one that has already
     run compiled, a bad interval.
     """
+    pipeline = Pipeline.of(model)
+    if pipeline is not None:
+        model = pipeline.module
     meeting = meet(ranks, model)
     with meeting or contextlib.nullcontext():
         vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
-        sites = find_sites(model, stack, layers, norms)
+        sites = find_sites(model, stack, layers, norms, staged=pipeline is not None)
         following = None if tokens_every is None else schedule_of("tokens_every", tokens_every)
         if following is not None and not sites.has_reads:
             raise RunError(
@@ -130,7 +136,7 @@ def record(
                 f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
             ) from error
         tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
-        parallel = Parallel.of(model, sites.root)
+        parallel = Parallel.of(model, sites.root, pipeline)
         manifest = Manifest(
             sites.layout, created, vectors, matrices, described, tags, versions(sites.root), step=step
         )
@@ -138,15 +144,25 @@ def record(
         shown = None if mirror is None or (meeting is not None and meeting.rank) else Mirror(mirror, path)
         # A bool is an int: step 0 is one to resume at, False is not.
         write = functools.partial(RunWriter, path, resume=resume is not False, upload=upload)
-        writer, together = _begin(
-            meeting, path, manifest, write, sites, parallel, upload, resume is not False
-        )
+        where = str(path) if upload is None else upload.address.shown  # homes of machines differ
+        writer, together = _begin(meeting, where, path, manifest, write, sites, parallel, pipeline)
     faults = Faults(strict)
     seconds = seconds_before(path, step)
     if upload is not None and step:
         seconds = max(seconds, seconds_before(place_of(given), step))
     recorder = Recorder(
-        sites, writer, manifest, optimizers, scale, masks, faults, seconds, shown, parallel, together
+        sites,
+        writer,
+        manifest,
+        optimizers,
+        scale,
+        masks,
+        faults,
+        seconds,
+        shown,
+        parallel,
+        together,
+        pipeline,
     )
     if following is not None:
         recorder._follow(following, decode)
@@ -172,13 +188,13 @@ def _place(path: str | os.PathLike, resume: bool, meeting: Meeting | None) -> "t
 
 def _begin(
     meeting: Meeting | None,
+    where: str,
     path: Path,
     manifest: Manifest,
     write: Callable[..., RunWriter],
     sites: Sites,
     parallel: Parallel | None,
-    upload: "Upload | None",
-    resume: bool,
+    pipeline: Pipeline | None,
 ) -> tuple[RunWriter, Together | None]:
     """The writer of this process, and what sums its values with those of others."""
     if parallel is not None:
@@ -187,25 +203,25 @@ def _begin(
         return write(manifest if parallel is None else alone), None
     merged = tuple(name for name in METRICS if name not in OF_ONE) if meeting.values == MERGED else ()
     ranks = Ranks(meeting.world, meeting.values, merged, parallel.describe())
-    whole = dataclasses.replace(manifest, ranks=ranks)
+    manifest = dataclasses.replace(manifest, ranks=ranks)
     mine: list[RunWriter] = []
 
-    def claim() -> tuple[int, float]:
-        mine.append(write(whole))
+    def claim(stages: list[dict]) -> tuple[int, float]:
+        of_all = dataclasses.replace(manifest, layout=whole(stages, sites).layout) if stages else manifest
+        mine.append(write(of_all))
         return mine[0].attempt, mine[0].created
 
     schedules = [manifest.vectors.to_json(), manifest.matrices.to_json(), manifest.step]
-    where = str(path) if upload is None else upload.address.shown  # homes of machines differ
-    agreed = meeting.begin(where, sites.layout, schedules, claim)
+    stage = told_of(sites, pipeline.index, pipeline.count) if pipeline and meeting.values == MERGED else None
+    agreed = meeting.begin(where, sites.layout, schedules, claim, stage)
     if agreed is None:
-        if upload is not None and meeting.rank:
-            upload.prepare(resume)
         return write(alone), None
     if mine:
         writer = mine[0]
     else:
-        own = whole if agreed.values == LOCAL else None
-        writer = write(whole, place=join(path, agreed.attempt, agreed.rank, agreed.created, own))
+        own = manifest if agreed.values == LOCAL else None
+        writer = write(manifest, place=join(path, agreed.attempt, agreed.rank, agreed.created, own))
+    parallel.first = agreed.first
     return writer, None if agreed.group is None else Together(agreed, parallel, sites)
 
 

@@ -1,11 +1,14 @@
 """The sums of one recorded step, on the device where the model is, and the metrics they make."""
 
+from math import nan
+
 import torch
 from torch import Tensor
 
+from probes.declared import out_of_order
 from probes.edges import EdgeSums
 from probes.expert_taps import EXPERT_METRICS, Loads, most
-from probes.identity import identity_error, tolerance
+from probes.identity import identity_error, tolerance_of
 from probes.passes import Passes
 from probes.read_errors import ReadErrors
 from probes.rows import block_rows, edge_sources, last_layers
@@ -38,8 +41,7 @@ class Tally:
             for _ in range(2)
         )
         self._loads = Loads(sites.experts, device)
-        self._is_sum = sites.is_plain
-        self._allowed = tolerance(next(sites.root.parameters()).dtype)
+        self._is_sum, self._named = sites.is_plain, len(sites.layers) if sites.named else 0
         self.errors = ReadErrors(sites.depth_sources, device) if sites.found is not None else None
         rows = len(sites.layers) + 1
         self.sample = Sample(rows, device, share)
@@ -50,6 +52,11 @@ class Tally:
         self.calls = torch.zeros(2, dtype=torch.int64, device=device)
         """How often the embedding and the final norm were seen in compiled forwards."""
         self.passes = Passes(self.live, self._counted)
+
+    @property
+    def counted(self) -> Tables:
+        """The sums of the forwards that count."""
+        return self._counted
 
     @property
     def nbytes(self) -> int:
@@ -147,12 +154,22 @@ class Tally:
         if not self._is_sum:
             return count
         errors = identity_error(self.sample, self.given).masked_fill(self._mixed_up(), torch.nan)
-        known = ~errors.isnan() & ~(errors > self._allowed).any()
+        known = ~errors.isnan() & ~(errors > tolerance_of(self.sample.about)).any()
         return count.where(known, 0)
 
     def _mixed_up(self) -> Tensor:
-        """Whether the sample has the states of one run and the outputs of another; bool [] on the device."""
-        return self._ran_again() | bool(self.passes.repeated)
+        """Whether the sample has the states of one run and the outputs of another, or states of other layers; bool [] on
+        the device."""
+        return self._ran_again() | (bool(self.passes.repeated) or self.misplaced is not None)
+
+    @property
+    def misplaced(self) -> int | None:
+        """Of layers that the user named, the first row of a state that cannot be that of its layer."""
+        if not self._named:
+            return None
+        at = {key: float(moment) for moment, key in enumerate(self.passes.met)}
+        states = [at.get(("state", row), nan) for row in range(self._named + 1)]
+        return out_of_order(states, [at.get(("output", row + 1), nan) for row in range(self._named)])
 
     def _ran_again(self) -> Tensor:
         """Whether compiled layers ran several times in one forward, so that the embedding's row holds later states

@@ -46,7 +46,7 @@ class Upload:
         self.spool, self.address = spool, spool.address
         self._store: Store | None = None
         self._place: Place | None = None
-        self._claimed = False
+        self._prepared = self._claimed = False
         self._sent: dict[Path, tuple[int, int]] = {}  # size and time of what has arrived
         self._signs: dict[Path, bytes] = {}
         self._beaten = self._compared = -float("inf")
@@ -72,7 +72,7 @@ class Upload:
 
     def prepare(self, resume: bool) -> None:
         """Look what is at the address; to `resume` a run, take what its next attempt has to know. Raises RunError."""
-        here = (self.run / files.MANIFEST).exists()
+        here, self._prepared = (self.run / files.MANIFEST).exists(), True
         try:
             claim = self._claim()
             if claim.begun():
@@ -101,6 +101,8 @@ class Upload:
 
     def take_place(self, manifest: Manifest, resume: bool) -> Place:
         """Claim the run, here and at the address. Raises RunError."""
+        if not self._prepared:  # of several processes one that records for itself
+            self.prepare(resume)
         if not resume:
             place = places.begin(self.run, manifest)
         else:

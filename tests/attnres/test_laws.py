@@ -116,8 +116,8 @@ def test_at_step_zero_attnres_is_the_ordinary_residual(kind):
 class DuplicatedEmbedding(Full):
     """A known mistake: the embedding is listed as a finished block and as the running partial."""
 
-    def open(self, embedding):
-        stream = FullStream(self.reads, embedding)
+    def open(self, embedding, queries=None):
+        stream = FullStream(self.reads, self.queries(), embedding)
         stream.commit(embedding)
         return stream
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from attnres.definition import depth_attention, rms_norm
-from attnres.depth_attention import softmax_mix
 from attnres.logits import source_logits
+from attnres.mixing import softmax_mix
 from tests.attnres.models import ATTNRES, RESIDUALS, defined_pass, lively_decoder, loss_of, tokens
 
 
