@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import click
@@ -32,7 +33,7 @@ def attribute_one(asked: Asked, path) -> None:
     step = asked.step if asked.step is not None else checkpoint.step
     if step is None:
         raise RunError(f"{path.name} does not tell its step: give it with --step.")
-    model, own_batch = _model(asked)
+    model, own_batch, own_loss = _model(asked)
     layout = find_sites(model, **asked.choice).layout
     if other := difference(run.layout, layout):
         raise RunError(f"The model is not the one that {run.name} was recorded of: {other}.")
@@ -44,18 +45,18 @@ def attribute_one(asked: Asked, path) -> None:
         click.echo(f"Attributed already: {result}.", err=True)
         _tell(read_attribution(run.path, result.name, run.layout), run.name)
         return
-    announced: list[float] = []
+    announced: list[tuple[float, float]] = []
 
     def announce(estimate: Estimate) -> None:
         _announce(asked, step, estimate)
-        announced.append(time.monotonic())
+        announced.append((time.monotonic(), estimate.seconds))
 
     with Parts(result.with_name(f".{result.name}.parts")) as parts:
         found = attribution.attribute(
             model,
             batch,
             methods=asked.methods,
-            loss=_loss(asked),
+            loss=_loss(asked, own_loss),
             mass=asked.mass,
             steps=asked.steps,
             samples=asked.samples,
@@ -71,17 +72,18 @@ def attribute_one(asked: Asked, path) -> None:
         found = replace(found, about=about, step=step)
         write_attribution(result, found)
         parts.finish()
-    took = words.age(time.monotonic() - announced[0])
+    ((begun, wanted),) = announced
+    took = f"{words.age(time.monotonic() - begun)} ({words.age(wanted)} were announced)"
     click.echo(f"Written after {took}{_peak()}: {result}", err=True)
     _tell(found, run.name)
 
 
-def _model(asked: Asked) -> tuple[nn.Module, Batch | None]:
-    """The model, and the batch that its maker gave with it."""
+def _model(asked: Asked) -> tuple[nn.Module, Batch | None, Callable | None]:
+    """The model, and the batch and the loss that its maker gave with it."""
     if asked.model is None:
-        return checkpoints.own_model(asked.run), None
+        return checkpoints.own_model(asked.run), None, None
     made = target.load(asked.model)
-    return made.model, None if made.args is None else (dict(made.kwargs) or made.args)
+    return made.model, None if made.args is None else (dict(made.kwargs) or made.args), made.loss
 
 
 def _batches(asked: Asked, model: nn.Module, own: Batch | None) -> tuple[str, Batch, Batch | None]:
@@ -106,7 +108,9 @@ def _halves(own: Batch, asked: Asked) -> tuple[Batch, Batch | None]:
     tensors = [x for x in values if isinstance(x, Tensor) and x.ndim]
     count = len(tensors[0]) if tensors else 0
     if count < (2 if asked.what_if else 1):
-        raise RunError(f"The batch of {asked.model} holds {count} sequences, too few: return more of them.")
+        raise RunError(
+            f"The batch of {asked.model} holds {words.counted(count, 'sequence')}, too few: return more of them."
+        )
 
     def cut(first: int, last: int) -> Batch:
         parts = [x[first:last] if isinstance(x, Tensor) and x.ndim and len(x) == count else x for x in values]
@@ -116,9 +120,9 @@ def _halves(own: Batch, asked: Asked) -> tuple[Batch, Batch | None]:
     return cut(0, size), cut(size, 2 * size) if asked.what_if else None
 
 
-def _loss(asked: Asked):
+def _loss(asked: Asked, own: Callable | None) -> Callable | None:
     if asked.target == LOSS:
-        return None
+        return own
     first, *rest = asked.tokens
     return logit(first, asked.position, *rest)
 
@@ -156,7 +160,7 @@ def _announce(asked: Asked, step: int, estimate: Estimate) -> None:
     done = f" {estimate.done:.0%} is done already." if estimate.done else ""
     click.echo(
         f"Step {words.step(step)} of {asked.run.name}: {estimate.forwards:,} forwards and {estimate.backwards:,} "
-        f"with backward, {estimate.at_once} of {estimate.sequences} sequences at a time; about "
+        f"with backward, {estimate.at_once} of {words.counted(estimate.sequences, 'sequence')} at a time; about "
         f"{words.age(estimate.seconds)} and {estimate.bytes / 1e9:.2g} GB.{done}",
         err=True,
     )

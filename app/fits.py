@@ -14,6 +14,7 @@ MEANING = (
     "the last: 0 is level, 0.5 grows like the square root of depth, 1 in proportion to it. R² tells how straight the "
     "points lie; a low one means that no single exponent describes them."
 )
+STRAIGHT = 0.5  # of R²: below it more of the variation is off the line than on it
 
 
 def slopes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -59,10 +60,17 @@ def over_training(run: Run, label: str, name: str) -> pd.DataFrame:
 
 
 def finding(lines: pd.DataFrame, name: str) -> str:
-    """ "Hidden-state RMS grows like depth^0.48 in prenorm (R² 0.91) and depth^0.12 in full (R² 0.20)"."""
-    told = [
-        f"depth^{row.exponent:.2f} in {row.run} (R² {row.r2:.2f})"
-        for row in lines.drop_duplicates("run").itertuples()
+    """ "Hidden-state RMS goes like depth^0.48 in prenorm (R² 0.91); no power of depth fits full (R² 0.08)"."""
+    each = lines.drop_duplicates("run")
+    bad = each["r2"] < STRAIGHT
+    good = [
+        f"depth^{row.exponent:.2f} in {row.run} ({'level' if np.isnan(row.r2) else f'R² {row.r2:.2f}'})"
+        for row in each[~bad].itertuples()
     ]
+    none = [f"{row.run} (R² {row.r2:.2f})" for row in each[bad].itertuples()]
+    parts = [f"goes like {words.joined(good)}"] if good else []
+    parts += [f"no power of depth fits {words.joined(none)}"] if none else []
     title = metric(name).title
-    return f"{title} goes like {words.joined(told)}" if told else f"{title}: too few layers for a fit"
+    if not parts:
+        return f"{title}: too few layers for a fit"
+    return f"{title} {'; '.join(parts)}" if good else f"{title}: {parts[0]}"

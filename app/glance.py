@@ -52,7 +52,7 @@ def glance(path: Path, stamp: int) -> Glance:
         if shards:
             end = shard_steps(shards[-1][0])[1]
             last = max(last, end if attempt.hidden_from is None else min(end, attempt.hidden_from - 1))
-            found = _loss(attempt.folder / RANK_FOLDER, tuple(shards), attempt.hidden_from)
+            found = _loss(attempt.folder / RANK_FOLDER, tuple(shards[-_NEWEST:]), attempt.hidden_from)
             loss = loss if found is None else found
     return Glance(run.status, run.status_reason, run.last_seen.timestamp(), last, loss, size)
 
@@ -74,13 +74,15 @@ def _shards(folder: Path) -> list[tuple[str, int, int]]:
 _NEWEST = 8  # shards looked through for a loss: it may be logged more rarely than shards are sealed
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(
+    4096
+)  # of few shards each: with all of them as a key, a long run would fill the memory as it grows
 def _loss(folder: Path, shards: tuple[tuple[str, int, int], ...], below: int | None) -> float | None:
-    """The last loss logged, at a step below `below`, in the newest shards that can be read.
+    """The last loss logged, at a step below `below`, in the newest shards, which are given, as far as they can be read.
 
     Read again only when a shard was added or changed.
     """
-    for name, _, _ in reversed(shards[-_NEWEST:]):
+    for name, _, _ in reversed(shards):
         try:
             tensors = read_shard(folder / name).tensors
         except (ShardError, OSError):

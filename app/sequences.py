@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from app import words
 from probes.manifest import RunError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def sequences(path: Path, count: int, context: int) -> np.ndarray:
     if ids.ndim == 2:
         if len(ids) < count or ids.shape[1] < context:
             raise RunError(
-                f"{path.name} holds {len(ids)} sequences of {ids.shape[1]} tokens, and {count} of {context} are asked for: "
+                f"{path.name} holds {words.counted(len(ids), 'sequence')} of {ids.shape[1]} tokens, and {count} of {context} are asked for: "
                 "give more, or ask for less with --sequences and --context."
             )
         chosen = np.linspace(0, len(ids) - 1, count).round().astype(int)
@@ -34,7 +35,7 @@ def windows(ids: np.ndarray, count: int, context: int, name: str) -> np.ndarray:
     """int64 [count, context]: windows of a text that do not overlap, evenly spread. RunError where it is too short."""
     if len(ids) < count * context:
         raise RunError(
-            f"{name} holds {len(ids):,} tokens, and {count} sequences of {context} take {count * context:,}: give more, or "
+            f"{name} holds {len(ids):,} tokens, and {words.counted(count, 'sequence')} of {context} take {count * context:,}: give more, or "
             "ask for less with --sequences and --context."
         )
     starts = np.linspace(0, len(ids) - context, count).astype(int)

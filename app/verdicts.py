@@ -207,8 +207,8 @@ def sentences(found: Attribution, name: str) -> list[str]:
     """All that is to be said of one file."""
     about = found.about
     told = [
-        f"{name} at step {words.step(found.step or 0)}: the {about.target} is {about.value:.4g} on {about.sequences} sequences "
-        f"of {about.tokens} tokens. {' '.join(about.notes)}".strip()
+        f"{name} at step {words.step(found.step or 0)}: the {about.target} is {about.value:.4g} on "
+        f"{words.counted(about.sequences, 'sequence')} of {about.tokens} tokens. {' '.join(about.notes)}".strip()
     ]
     methods = edge_methods(found)
     if methods:

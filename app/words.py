@@ -50,6 +50,11 @@ def age(seconds: float) -> str:
     return f"{max(0, seconds):.0f} s"
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 sequence", "8 sequences"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def joined(parts: Iterable[str], last: str = "and") -> str:
     """ "a", "a and b", "a, b and c"."""
     parts = list(parts)

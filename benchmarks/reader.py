@@ -3,7 +3,7 @@
 Each run is made up (benchmarks/long_run.py: all vectors at every recorded step, matrices at every hundredth), compacted, and
 opened in new processes: seconds to open it, to the numbers of a first chart, of a layer × step heatmap, of a zoom into a
 hundredth of the run and of one layer over all of training; memory of the process. Warm, and cold: with the run's files put
-out of the system's cache first. Runs of up to `--direct` steps are read without their digest too. `--browser` opens each
+out of the system's cache first (which it says how far that went; needs no rights). Runs of up to `--direct` steps are read without their digest too. `--browser` opens each
 run's Dilution page in Chromium: seconds to the first chart, and the server's memory. Medians of `--rounds`.
 
 The 1M run takes 4.4 GB of disk, a minute or two to make and another to compact; all defaults take about ten minutes.
@@ -11,7 +11,9 @@ Comparisons with TensorBoard and trackio: benchmarks/writer.py. `--smoke` takes 
 """
 
 import argparse
+import ctypes
 import json
+import mmap
 import os
 import platform
 import shutil
@@ -75,29 +77,51 @@ def memory(pid: int) -> float:
     return int(told["VmHWM"].split()[0]) / 1024
 
 
-def forget(path: Path) -> None:
-    """Put the files of a run out of the system's cache, as far as it lets them go."""
-    for file in path.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
+def forget(path: Path) -> float:
+    """Put the files of a run out of the system's cache, as far as it lets them go; the share of their bytes that stayed.
+
+    Nobody's rights are needed: a clean page that no process maps may be let go. It says nothing of the disk's own cache.
+    """
+    files = [file for file in path.rglob("*") if file.is_file() and file.stat().st_size]
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    return sum(map(_cached, files)) / max(1, sum(-(-file.stat().st_size // mmap.PAGESIZE) for file in files))
+
+
+def _cached(file: Path) -> int:
+    """How many pages of a file the system holds in memory."""
+    pages = -(-file.stat().st_size // mmap.PAGESIZE)
+    held = (ctypes.c_ubyte * pages)()
+    with (
+        open(file, "rb") as opened,
+        mmap.mmap(opened.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as view,
+    ):
+        start = (ctypes.c_char * len(view)).from_buffer(view)
+        try:
+            if ctypes.CDLL(None, use_errno=True).mincore(
+                ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(len(view)), held
+            ):
+                raise OSError(ctypes.get_errno(), "mincore")
+        finally:
+            del start  # else the view cannot be closed
+    return sum(one & 1 for one in held)
 
 
 def times(path: Path, rounds: int, cold: bool) -> dict[str, float]:
     """Medians of new processes; of warm ones a first does not count."""
     taken = []
     for number in range(rounds + (not cold)):
-        if cold:
-            forget(path)
+        stayed = forget(path) if cold else 1.0
         command = [sys.executable, "-m", "benchmarks.reader", "--measure", str(path)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)
         if cold or number:
-            taken.append(json.loads(done.stdout))
-    return {name: statistics.median(each[name] for each in taken) for name in TOLD}
+            taken.append(json.loads(done.stdout) | {"stayed": stayed})
+    return {name: statistics.median(each[name] for each in taken) for name in (*TOLD, "stayed")}
 
 
 def browsed(path: Path, rounds: int) -> dict[str, float]:
@@ -158,6 +182,11 @@ def table(found: list[dict]) -> list[str]:
                 lines.append(
                     f"| {one['steps']:,} | {one['bytes'] / 1e6:,.0f} | {one['digest'] / 1e6:,.0f} | {label} | {' | '.join(cells)} |"
                 )
+    stayed = max((one["cold"]["stayed"] for one in found if "cold" in one), default=0.0)
+    lines += [
+        "",
+        f"Cold: at most {stayed:.1%} of a run's bytes were in the system's cache when a process began.",
+    ]
     browsers = [one for one in found if "browser" in one]
     if browsers:
         lines += ["", "In the browser, until the first chart of the Dilution page:", ""]

@@ -1,9 +1,10 @@
 """How fast and how small recorded numbers are written: `python -m benchmarks.writer [--save]`.
 
 First what the writer's thread makes of rows that a deep model hands it as fast as it takes them, each row one recorded step
-with all vectors: rows a second, bytes a value. Then the same few tags by depthscope, TensorBoard's SummaryWriter and, with
+with all vectors: rows a second, bytes a row and a value, digests made meanwhile. Then the same few tags by depthscope, TensorBoard's SummaryWriter and, with
 `--trackio PYTHON` (an interpreter that has it), trackio: seconds to write, to read all back as arrays, and bytes a value;
-ratios within a round, medians over rounds. The defaults take about five minutes; `--smoke` takes seconds and proves nothing.
+ratios within a round, medians over rounds; what has half a million rows or more is written once. The defaults take about
+eight minutes and 4 GB of disk; `--smoke` takes seconds and proves nothing.
 """
 
 import argparse
@@ -28,10 +29,11 @@ except ImportError as error:
     ) from error
 
 RESULTS = Path(__file__).parent / "results"
+ONCE = 500_000  # rows from which on there is one round
 
 
 def rows(folder: Path, steps: int, layers: int) -> dict[str, float]:
-    """Rows a second and bytes a value of all vectors of a deep model."""
+    """Rows a second, and bytes a row, of all vectors of a deep model."""
     shape = long_run.layout(layers)
     random = np.random.default_rng(0)
     made = [
@@ -50,12 +52,14 @@ def rows(folder: Path, steps: int, layers: int) -> dict[str, float]:
             time.sleep(0.001)
     writer.close("finished")
     took = time.perf_counter() - start
-    values = steps * sum(value.size for _, value in made[0])
+    width = sum(value.size for _, value in made[0])
     shards = sum(path.stat().st_size for path in (folder / "run" / "rank-00000").glob("*.safetensors"))
     return {
+        "rows": steps,
         "rows_per_second": steps / took,
-        "bytes_per_value": shards / values,
-        "with_digest": rivals.size(folder) / values,
+        "bytes_per_row": shards / steps,
+        "bytes_per_value": shards / steps / width,
+        "with_digest": rivals.size(folder) / steps / width,
         "dropped": writer.dropped,
     }
 
@@ -69,6 +73,21 @@ def against(contenders: dict, steps: int, tags: int, rounds: int) -> dict[str, l
             with tempfile.TemporaryDirectory() as folder:
                 found[name].append(take(Path(folder), values))
     return found
+
+
+def sizes(alone: list[list[dict[str, float]]]) -> list[str]:
+    """Rows of markdown: medians for each number of rows."""
+    lines = [
+        "| recorded steps | rows a second | bytes a row | bytes a value | with the digest | dropped |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rounds in alone:
+        one = {what: statistics.median(each[what] for each in rounds) for what in rounds[0]}
+        lines.append(
+            f"| {one['rows']:,.0f} | {one['rows_per_second']:,.0f} | {one['bytes_per_row']:,.0f} | "
+            f"{one['bytes_per_value']:.2f} | {one['with_digest']:.2f} | {one['dropped']:.0f} |"
+        )
+    return lines
 
 
 def table(found: dict[str, list[rivals.Took]], values: int) -> list[str]:
@@ -91,10 +110,19 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=96)
-    parser.add_argument("--rows", type=int, default=20_000, help="recorded steps of the first part")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[1_000, 100_000, 1_000_000],
+        help="recorded steps of the first part",
+    )
     parser.add_argument("--steps", type=int, default=10_000, help="recorded steps of the comparison")
     parser.add_argument("--tags", type=int, default=97, help="values a step of the comparison")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--folder", type=Path, help="where runs are made, and deleted again (default: temporary)"
+    )
     parser.add_argument("--trackio", metavar="PYTHON", help="an interpreter that has trackio")
     parser.add_argument("--no-tensorboard", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
@@ -102,25 +130,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "writer.json", help="where --save writes")
     told = parser.parse_args(arguments)
     if told.smoke:
-        told.layers, told.rows, told.steps, told.tags, told.rounds = 4, 50, 40, 5, 1
+        told.layers, told.rows, told.steps, told.tags, told.rounds = 4, [50, 60], 40, 5, 1
     contenders = {"depthscope": rivals.depthscope}
     if not told.no_tensorboard:
         contenders["TensorBoard"] = rivals.tensorboard
     if told.trackio:
         contenders["trackio"] = rivals.trackio(told.trackio)
-    alone = []
-    for _ in range(told.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            alone.append(rows(Path(folder), told.rows, told.layers))
-    medians = {what: statistics.median(each[what] for each in alone) for what in alone[0]}
+    alone: list[list[dict[str, float]]] = []
+    for count in told.rows:
+        alone.append([])
+        for _ in range(told.rounds if count < ONCE else 1):
+            with tempfile.TemporaryDirectory(dir=told.folder) as folder:
+                alone[-1].append(rows(Path(folder), count, told.layers))
     found = against(contenders, told.steps, told.tags, told.rounds)
     lines = [
         f"`{provenance.command('writer', arguments)}`, commit {provenance.commit()}, {processor()}, "
         f"Python {platform.python_version()}. Medians of {told.rounds}.",
         "",
-        f"All vectors of {told.layers} layers, {told.rows:,} recorded steps: **{medians['rows_per_second']:,.0f} rows a "
-        f"second**, {medians['bytes_per_value']:.2f} bytes a value ({medians['with_digest']:.2f} with the digest), "
-        f"{medians['dropped']:.0f} dropped.",
+        f"All vectors of {told.layers} layers:",
+        "",
+        *sizes(alone),
         "",
         f"{told.tags} tags at {told.steps:,} steps; in brackets how many times as much as depthscope:",
         "",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from probes.careful import printable
+from probes.careful import legible, printable
 from probes.digest import FOLDER, Digest, DigestError
 from probes.layout import Layout
 from probes.life import Life
@@ -29,7 +29,6 @@ QUARANTINE = "quarantine"
 
 _STEP = ".step"
 _FOLDER = re.compile(r"attempt-([0-9]{5})")
-_LONGEST = 200  # characters of a metric's name
 
 Part = tuple[np.ndarray, np.ndarray]  # steps int64 [n], values [n, ...]
 
@@ -51,6 +50,9 @@ class Attempt:
         self.held = 0  # and in memory
         self.parts: dict[str, dict[str, Part]] = {}  # rows in memory, by metric and shard
         self.digests: list[Digest] = []  # of shards whose rows are not in memory
+        self.doubts: dict[
+            Path, tuple[str, object]
+        ] = {}  # digests that do not do: why, and which file that was
         self.sealed: dict[str, tuple[int | None, int, int]] = {}  # sound shards: number, first and last step
         self.sums: dict[str, str] = {}  # checksums of those that were only checked
         self.broken: dict[str, tuple[int, int, str]] = {}  # first and last step, and what is wrong
@@ -120,7 +122,7 @@ class Attempt:
         ]
         if self.digests:
             found += [
-                (digest.names[0], Stored(digest, name, direct=self._direct))
+                (digest.names[0], Stored(digest, name, direct=self._direct, doubt=self._doubt))
                 for digest in list(self.digests)
                 if name in digest.metrics
             ]
@@ -176,22 +178,34 @@ class Attempt:
     def rely(self, names: list[str], folder: Path, layout: Layout) -> bool:
         """Take the digests in a folder whose shards are all among these; their rows leave the memory. Whether there were any."""
         self._layout = layout
-        unseen = [path for name in shard_names(folder) if (path := folder / name) not in self._looked_at]
+        paths = [folder / name for name in shard_names(folder)]
+        unseen = [
+            path
+            for path in paths
+            if path not in self._looked_at or (path in self.doubts and self.doubts[path][1] != _stamp(path))
+        ]
         if not unseen:
             return False
         there, new = set(names), False
         taken = {name for digest in self.digests for name in digest.names}
         for path in unseen:
             self._looked_at.add(path)
+            self.doubts.pop(path, None)
             try:
                 digest = Digest(path, self.shards)
-            except (DigestError, FileNotFoundError):
+            except FileNotFoundError:
+                continue
+            except DigestError as error:
+                self._doubt(path, error)
                 continue
             covered = set(digest.names)
             if covered - there:
                 self._looked_at.discard(path)  # a shard may have been sealed since the folder was listed
                 continue
-            if covered & taken or digest.misfit(self.about) or not self._fits(digest):
+            if covered & taken:
+                continue
+            if wrong := digest.misfit(self.about) or self._misfit(digest):
+                self._doubt(path, wrong)
                 continue
             self.digests.append(digest)
             taken |= covered
@@ -208,12 +222,31 @@ class Attempt:
         self.parts = {name: parts for name, parts in self.parts.items() if parts} if new else self.parts
         return new
 
-    def _fits(self, digest: Digest) -> bool:
-        """Whether its metrics are as wide as this model has them."""
-        return all(
-            (name in METRICS or told.width == 1) and told.width == math.prod(row_shape(name, self._layout))
-            for name, told in digest.metrics.items()
-        )
+    def _misfit(self, digest: Digest) -> str:
+        """What sets its metrics apart from those of this model, in a clause; empty where nothing does."""
+        for name, told in digest.metrics.items():
+            if told.width != math.prod(row_shape(name, self._layout)):
+                return f"holds {name} {told.width} wide, which does not fit run.json"
+        return ""
+
+    def _doubt(self, digest: Path, why: object) -> None:
+        self.doubts[digest] = str(why), _stamp(digest)
+
+    @property
+    def doubted(self) -> Iterator[str]:
+        """A sentence on the run's own digests that do not do."""
+        own = {
+            path: why
+            for path, (why, stamp) in list(self.doubts.items())
+            if path.parent == self.shards / FOLDER and stamp == _stamp(path)
+        }
+        if own:
+            path, why = next(iter(own.items()))
+            others = f", and {len(own) - 1} more do not fit either" if len(own) > 1 else ""
+            yield (
+                f"The digest {path.name} {why}{others}: the shards are read instead, which takes longer. "
+                "Run depthscope compact."
+            )
 
     def _direct(self, name: str, wanted: str) -> Part | None:
         """Rows of a metric in a shard whose digest does not do; None where it cannot be read either."""
@@ -238,6 +271,15 @@ class Attempt:
             if shard.metadata.get(what, str(number)) != str(number):
                 raise ShardError(f"is of {what} {printable(shard.metadata[what], 20)}, and was put here")
         return rows_of(name, shard, layout)
+
+
+def _stamp(path: Path) -> object:
+    """Changes when a file is replaced."""
+    try:
+        about = os.lstat(path)
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns, about.st_size
 
 
 def hide(attempts: list[Attempt]) -> None:
@@ -274,7 +316,7 @@ def rows_of(name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
     for each, values in shard.tensors.items():
         if each.endswith(_STEP):
             continue
-        if len(each) > _LONGEST or not each.isprintable():
+        if not legible(each):
             raise ShardError("holds a metric with a name that nobody can read")
         if each not in METRICS and values.ndim != 1:
             continue  # of a later depthscope

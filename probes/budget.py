@@ -1,9 +1,7 @@
-"""What attribution costs here: seconds and bytes, measured on a forward and a backward, and how many sequences fit."""
+"""What attribution costs here: what is told of it, its bytes, measured on a forward and a backward, and how many sequences
+fit."""
 
 import os
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +13,12 @@ from probes.manifest import RunError
 from probes.objective import token_means
 
 _SPARE = 1.5  # what is computed and thrown away again takes memory beside what is kept
-_TIMED, _LONG = 3, 0.5  # at least so often, and so many seconds
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is to come: `seconds` in all, `bytes` at most (of the whole process, on the host), `forwards` and
-    `backwards` of `at_once` sequences, and the share that is `done` already."""
+    """What is to come: `seconds` in all, `bytes` at most (of the whole process, on the host), `forwards` without and
+    `backwards` with a backward, each of `at_once` sequences; and the share that is `done` already."""
 
     seconds: float
     bytes: int
@@ -62,41 +59,12 @@ def sequences_that_fit(each: int, wanted: int, memory: float | None, device: tor
     return max(1, min(wanted, int(room // max(each, 1))))
 
 
-def seconds_of(effects: Effects) -> tuple[float, float]:
-    """Of a forward under gates, and of one with its backward."""
-
-    def forward() -> None:
-        middle = len(effects.exists) // 2
-        one = torch.zeros_like(effects.exists)
-        one[middle, 0] = not effects.gates.no_edges
-        layers = None if one.any() else torch.zeros_like(effects.layers[0], dtype=torch.bool)
-        effects.without(one if one.any() else None, layers, only=middle)
-
-    def both() -> None:
-        with torch.enable_grad():
-            token_means(_gated(effects)).sum().backward()
-
-    return _median(forward, effects), _median(both, effects)
-
-
 def resident() -> int:
     """Bytes of memory that this process holds now."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
-
-
-def _median(call: Callable[[], None], effects: Effects) -> float:
-    taken: list[float] = []
-    call()  # the first one is slower
-    while len(taken) < _TIMED or sum(taken) < _LONG:
-        begun = time.perf_counter()
-        call()
-        if effects.edges.is_cuda:
-            torch.cuda.synchronize(effects.edges.device)
-        taken.append(time.perf_counter() - begun)
-    return statistics.median(taken)
 
 
 def _gated(effects: Effects) -> Tensor:

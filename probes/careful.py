@@ -6,6 +6,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+_LONGEST = 200  # characters of a metric's name
+
 
 def read_bytes(path: Path, most: int) -> bytes:
     """The content of `path`, at most `most` bytes.
@@ -54,6 +56,11 @@ def is_folder(path: Path) -> bool:
         return stat.S_ISDIR(os.lstat(path).st_mode)
     except (OSError, ValueError):
         return False
+
+
+def legible(name: str) -> bool:
+    """Whether a metric may be called so."""
+    return len(name) <= _LONGEST and name.isprintable()
 
 
 def printable(text: object, most: int = 300) -> str:

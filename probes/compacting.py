@@ -3,16 +3,18 @@
 import contextlib
 import logging
 import os
+import shutil
+import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from probes.attempts import Attempt
-from probes.careful import read_bytes
+from probes.careful import is_folder, read_bytes
 from probes.digest import FOLDER, Covered, Digest, DigestError, Piece, write_digest
 from probes.layout import Layout
 from probes.manifest import Manifest
@@ -32,6 +34,8 @@ ROWS = 1 << 15  # of one metric, in one file, or
 BYTES = 64 << 20  # of shards
 
 _PIECE = 64 << 10  # bytes of rows under one checksum, about
+_ROOM = 4 * BYTES  # that a disk must have left for who writes behind a recording: the shards need it more
+_LEFT_HOURS = 24  # after which a file that somebody began to write is nobody's
 
 
 @dataclass
@@ -65,7 +69,7 @@ class _Group:
         self.bytes += shard.size
         self.rows = max(self.rows, *(sum(map(len, steps)) for steps in self.steps.values()), 0, 0)
 
-    def write(self, into: Path, about: dict[str, str]) -> Path:
+    def write(self, into: Path, about: dict[str, str], rest: Callable[[], object]) -> Path:
         series = {
             name: (
                 np.concatenate(steps),
@@ -74,34 +78,42 @@ class _Group:
             )
             for name, steps in self.steps.items()
         }
-        into.mkdir(exist_ok=True)
+        if not is_folder(into):
+            into.mkdir()  # FileExistsError where it is a link: nothing is written outside the run
         path = into / shard_name(min(s.first for s in self.shards), max(s.last for s in self.shards))
-        write_digest(path, about, self.shards, series)
+        write_digest(path, about, self.shards, series, rest)
         return path
 
 
-def compact(attempt: Attempt, layout: Layout, into: Path, whole: bool = True) -> Iterator[Path]:
+def compact(
+    attempt: Attempt,
+    layout: Layout,
+    into: Path,
+    whole: bool = True,
+    rest: Callable[[], object] = lambda: None,
+) -> Iterator[Path]:
     """Cover the shards of an attempt that no digest in `into` covers yet; each file's path, when it is there.
 
-    Without `whole` shards that do not fill a file wait for more of them. A damaged shard is left out. Raises OSError when
-    the disk refuses.
+    Without `whole` shards that do not fill a file wait for more of them. A damaged shard is left out. `rest` is called
+    between two shards and between two metrics. Raises OSError when the disk refuses.
     """
     digests = [*attempt.digests, *fitting(attempt, into)]
     covered = {name for digest in digests for name in digest.names}
     group = _Group()
     for name in shard_names(attempt.shards):
+        rest()
         read = None if name in covered else _read(attempt, layout, name)
         if read is None:
             if group.shards and whole:
-                yield group.write(into, attempt.about)
+                yield group.write(into, attempt.about, rest)
             group = _Group()
             continue
         group.add(*read)
         if group.full:
-            yield group.write(into, attempt.about)
+            yield group.write(into, attempt.about, rest)
             group = _Group()
     if group.shards and whole:
-        yield group.write(into, attempt.about)
+        yield group.write(into, attempt.about, rest)
 
 
 def kept(attempt: Attempt, layout: Layout, cache: Path) -> Path:
@@ -149,21 +161,46 @@ class Behind:
         self._rows += max(count.values(), default=0)
         self._bytes += sum(value.nbytes for _, _, value in rows)
 
-    def work(self) -> None:
-        """At most the reading of a few shards more than fill a file. Never raises: a digest is no loss."""
+    def work(self, rest: Callable[[], bool]) -> None:
+        """Make what can be made. `rest` is called every few milliseconds; where it says False, the work is left for later.
+        Never raises: a digest is no loss."""
         if self._bytes < BYTES and self._rows < ROWS:
             return
+        before = self._bytes, self._rows
         self._bytes = self._rows = 0
+
+        def rested() -> None:
+            if not rest():
+                raise _Enough
+
         try:
             attempt = Attempt(self._run, self._number, self._manifest, self._rank)
-            for _ in compact(attempt, self._manifest.layout, attempt.shards / FOLDER, whole=False):
+            if shutil.disk_usage(attempt.shards).free < _ROOM:
+                return
+            for _ in compact(attempt, self._manifest.layout, attempt.shards / FOLDER, False, rested):
                 pass
+        except _Enough:
+            self._bytes, self._rows = before
         except Exception as error:
             log.debug("depthscope made no digest of %s: %s", self._run, error)
 
 
+class _Enough(Exception):
+    pass
+
+
 def tidy(attempt: Attempt, folder: Path) -> list[Path]:
-    """Remove the digests that readers would pass over; their paths."""
+    """Remove the digests that readers would pass over, and what killed writers left; the paths of the digests."""
+    if is_folder(folder):
+        for entry in os.scandir(folder):
+            old = time.time() - entry.stat(follow_symlinks=False).st_mtime > 3600 * _LEFT_HOURS
+            if (
+                entry.name.startswith(".")
+                and ".tmp-" in entry.name
+                and old
+                and entry.is_file(follow_symlinks=False)
+            ):
+                os.unlink(entry.path)
     sound = {digest.path for digest in fitting(attempt, folder)}
     gone = [folder / name for name in shard_names(folder) if folder / name not in sound]
     for path in gone:

@@ -9,12 +9,14 @@ import operator
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import fx, nn
 
 from probes.flow import Call, Flow, Term
 from probes.nodes import ancestors, has_matrix, is_sum, keeps, normalises, scales
-from probes.symbols import Recording, Untraceable
+from probes.recipes import Recipes
+from probes.symbols import OTHER_TOKENS, Recording, Untraceable
 
 _OPENED = 16  # children opened at most where the forward hands them the stream to add to
 
@@ -41,8 +43,9 @@ def _followed(module: nn.Module, optional: bool, within: bool = False) -> Flow:
     opened = {module}
     while True:
         recording = Recording(module, opened, optional)
+        twin = partial(Recording, module, opened, optional, OTHER_TOKENS)
         try:
-            reading = _Reading(recording)
+            reading = _Reading(recording, Recipes(recording, twin))
             if within and (adding := reading.may_add() - opened):
                 opened |= adding
                 continue
@@ -76,8 +79,8 @@ class _Path:
 class _Reading:
     """Reads the record of one forward backwards, from its result to its input."""
 
-    def __init__(self, recording: Recording):
-        self._recording = recording
+    def __init__(self, recording: Recording, recipes: Recipes):
+        self._recording, self._recipes = recording, recipes
         self._module = {name: module for module, name in recording.names.items()}
         self._paths: dict[fx.Node, _Path | None] = {}
         self._called = [node.target for node in recording.graph.nodes if node.op == "call_module"]
@@ -235,7 +238,9 @@ class _Reading:
         made = [(node, self._made_from(node)) for node in nodes]
         made = [(node, back) for node, back in made if back is not None]
         made.sort(key=lambda each: (len(each[1].included), position[each[0]]))
-        return [self._term(node, back) for node, back in made]
+        terms = {node for node, _ in made}  # others are added that no layer makes
+        before = [None, *made]
+        return [self._term(node, back, terms, before[i]) for i, (node, back) in enumerate(made)]
 
     def _made_from(self, term: fx.Node) -> "_Back | None":
         """Everything between a term and the states it was made from; None for one made without the stream."""
@@ -261,16 +266,51 @@ class _Reading:
         path = self._attempted(node)
         return path is not None and all(each in self._trunk or is_sum(each) for each in path.trunk)
 
-    def _term(self, node: fx.Node, back: "_Back") -> Term:
+    def _term(
+        self,
+        node: fx.Node,
+        back: "_Back",
+        terms: set[fx.Node],
+        before: "tuple[fx.Node, _Back] | None",
+    ) -> Term:
         inside = [n for n in self._recording.graph.nodes if n in back.nodes]
         calls = tuple(Call(n.target, self._module[n.target]) for n in inside if n.op == "call_module")
         root = self._recording.root
         names = [n.target for n in inside if n.op == "get_attr"]
         parameters = tuple(root.get_parameter(n) for n in names if n in dict(root.named_parameters()))
-        states = {s for s in back.states if set(self._path(s).terms) == back.included}
-        receivers = [n for n in inside if n.op == "call_module" and states & set(n.all_input_nodes)]
+        states = self._newest(back)
+        receivers = [n for n in inside if n.op == "call_module" and set(states) & set(n.all_input_nodes)]
         received = next(filter(None, map(self._received, receivers)), None)
-        return Term(calls, parameters, received, len(back.included), self._tail(node), self._after.get(node))
+        tail = self._tail(node)
+        begins = any(self._stripped(state) is self._recording.stream for state in states)
+        return Term(
+            calls,
+            parameters,
+            received,
+            len(back.included & terms),
+            tail,
+            self._after.get(node),
+            begins,
+            bool(states and self._path(states[0]).changes),
+            before is not None and self._adds_up(states, back, before),
+            self._recipes.of(states[0]) if received is None and states and not begins else None,
+            self._recipes.of(node) if tail is None else None,
+        )
+
+    def _newest(self, back: "_Back") -> list[fx.Node]:
+        """The states that hold all that a term was made from."""
+        return [s for s in dict.fromkeys(back.states) if set(self._path(s).terms) == back.included]
+
+    def _adds_up(self, states: list[fx.Node], back: "_Back", before: "tuple[fx.Node, _Back]") -> bool:
+        """Whether a state is the one before plus the term before, and nothing else."""
+        term, other = before
+        if not states or back.included != other.included | {term}:
+            return False
+        return any(
+            self._path(state).changes == self._path(old).changes
+            for state in states
+            for old in self._newest(other)
+        )
 
     def _tail(self, node: fx.Node) -> Call | None:
         node, key = self._stripped(node), 0

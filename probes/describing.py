@@ -93,14 +93,29 @@ class Description:
             reads = "none: no module says that it attends over depth"
         share = self.probe_bytes / self.model_bytes
         return [
-            f"final state  {sites.final or 'marked by the model'}",
+            f"final state  {sites.final or self._final()}",
             f"reads        {reads}",
             f"sources      {len(sites.layers) + 1}: the embedding and the output of each layer",
             f"identity     {self._identity()}",
             *(f"odd          {note}" for note in (sites.found.notes if sites.found is not None else ())),
             *([f"not seen     {', '.join(self.unseen)}"] if self.unseen else []),
+            *(
+                ["no gradient  of what is made of other tensors: the model shows none"]
+                if self._computes()
+                else []
+            ),
             f"memory       {self.probe_bytes / 2**20:.2f} MiB on the model's device ({_percent(share)} of its parameters)",
         ]
+
+    def _final(self) -> str:
+        """Where the final state is, if no module shows it."""
+        if len(self.sites.layers) in self.sites.computed_states:
+            return "made by its read"
+        return "not seen" if self.sites.found is not None else "marked by the model"
+
+    def _computes(self) -> bool:
+        """Whether a state or an output is computed."""
+        return bool(self.sites.computed_states or self.sites.computed_outputs)
 
     def _identity(self) -> str:
         where = "on invented inputs" if self.invented else "on the batch given"
@@ -187,8 +202,12 @@ def _percent(share: float) -> str:
 
 
 def _state_route(sites: Sites, site: LayerSite) -> str:
-    if site.state is not None:
-        return str(site.state)
+    if site.state is not None or site.state_made is not None:
+        return str(site.state or site.state_made)
+    if site.layer.index - 1 in sites.computed_states:
+        return "made by its read"
+    if not site.sums or sites.found is not None:
+        return "not seen"
     return "state + output before" if sites.final is not None else "marked by the model"
 
 

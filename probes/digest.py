@@ -9,7 +9,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,10 @@ import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 from probes import pyramid
-from probes.careful import open_file, printable, read_at
+from probes.careful import legible, open_file, printable, read_at
 from probes.pyramid import Bins
-from probes.shard import MOST_BYTES, MOST_HEADER, Place, parse_header, shard_name
+from probes.shard import MOST_BYTES, MOST_HEADER, Place, name_of, parse_header, shard_name
+from probes.vocabulary import MOST_STEP
 from probes.whole import write_whole
 
 FOLDER = "digest"
@@ -27,8 +28,15 @@ VERSION = "1"
 
 _CHUNK = 64 << 10  # bytes under one checksum
 _CRC = "crc"
+_FLOATS = {2: "<f2", 4: "<f4", 8: "<f8"}  # by the bytes of a number
+_KINDS = {
+    "shards": "int64", "steps": "int64", "order": "int64", "pieces": "int64", "level": "float32", "nonfinite": "int32",
+    "values": "float32", _CRC: "uint32",
+}  # fmt: skip
+
+# What a stranger's may say at most. Compacting takes 64 MiB of shards for a file, and the rest of the last of them.
 _MOST_SHARDS = 1_000_000
-_KINDS = {2: "<f2", 4: "<f4", 8: "<f8"}  # by the bytes of a number
+_MOST_COVERED = MOST_BYTES + (256 << 20)
 
 
 class DigestError(Exception):
@@ -77,8 +85,10 @@ def write_digest(
     about: dict[str, str],
     shards: Sequence[Covered],
     series: dict[str, tuple[np.ndarray, np.ndarray, Sequence[Piece]]],
+    rest: Callable[[], object] = lambda: None,
 ) -> int:
     """Write one file; `series` has for each metric steps [n], values [n, width] as they lie in the pieces. Returns its size.
+    `rest` is called every now and then: who has better things to do does them then.
 
     Raises OSError when the disk refuses; the file is whole or not there.
     """
@@ -86,6 +96,7 @@ def write_digest(
     told: dict[str, dict] = {}
     known: list[np.ndarray] = []
     for name, (steps, values, pieces) in series.items():
+        rest()
         if (steps[1:] < steps[:-1]).any():
             order = np.argsort(steps, kind="stable")
             tensors[f"order.{name}"] = order
@@ -124,6 +135,7 @@ def write_digest(
     }
     metadata["crc32"] = _checksum(metadata, places, tensors[_CRC].tobytes())
     content = safetensors_numpy.save(tensors, metadata)
+    rest()
     write_whole(path, content, durable=False)
     return len(content)
 
@@ -135,7 +147,7 @@ def _checksum(metadata: dict[str, str], places: dict[str, Place], sums: bytes) -
         crc = zlib.crc32(f"{key}={metadata[key]}\n".encode(), crc)
     for name in sorted(places):
         shape = "x".join(map(str, places[name].shape))
-        crc = zlib.crc32(f"{name} {places[name].dtype.name} {shape}\n".encode(), crc)
+        crc = zlib.crc32(f"{name} {name_of(places[name].dtype)} {shape}\n".encode(), crc)
     return f"{zlib.crc32(sums, crc):08x}"
 
 
@@ -153,7 +165,7 @@ class Digest:
             raise
         except DigestError:
             raise
-        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DigestError(f"is not a complete digest ({printable(error)})") from error
         except OSError as error:
             raise DigestError(f"cannot be read ({error.strerror or error})") from error
@@ -179,24 +191,47 @@ class Digest:
         if at != len(self._sums):
             raise ValueError("it has not a checksum for each part")
         self.about = {key: value for key, value in metadata.items() if key not in ("digest", "metrics")}
-        if self._places["shards"].shape[0] > _MOST_SHARDS:
-            raise ValueError("it covers more shards than any")
-        self.shards = [Covered(*map(int, row)) for row in self._tensor("shards", file, (None, 5))]
-        self.names = [shard.name for shard in self.shards]
-        self.metrics = {name: Column(**told) for name, told in json.loads(metadata["metrics"]).items()}
+        for name, place in self._places.items():
+            if name_of(place.dtype) != _KINDS.get(name.partition(".")[0], name_of(place.dtype)):
+                raise ValueError(f"its {name!r} are of another type")
+        self._read_shards(file)
+        self.metrics = {
+            name: self._column(name, told) for name, told in json.loads(metadata["metrics"]).items()
+        }
         # Each row has a step and numbers of two bytes at least: what is read can be no more than the shards hold.
         least = sum(told.rows * (8 + 2 * told.width) for told in self.metrics.values())
         if least > sum(shard.size for shard in self.shards):
             raise ValueError("it has more rows than its shards have room for")
-        for name, told in self.metrics.items():
-            if not all(type(n) is int and n >= 0 for n in (told.rows, told.width, told.first, told.last)):
-                raise ValueError(f"{name!r} has other numbers than sizes")
-            if self._places[told.steps].shape != (told.rows,) or not told.rows or not told.width:
-                raise ValueError(f"{name!r} has not a step for each row")
-            for level in range(1, pyramid.depth(told.rows) + 1):
-                shape = (told.width, 3, pyramid.size(told.rows, level))
-                if self._places[f"level.{level}.{name}"].shape != shape:
-                    raise ValueError(f"{name!r} has another pyramid than rows")
+
+    def _read_shards(self, file) -> None:
+        if self._places["shards"].shape[:1] > (_MOST_SHARDS,):
+            raise ValueError("it covers more shards than any")
+        self.shards = [Covered(*map(int, row)) for row in self._tensor("shards", file, (None, 5))]
+        self.names = [shard.name for shard in self.shards]
+        if self.names != sorted(set(self.names)) or any(shard.size < 0 for shard in self.shards):
+            raise ValueError("it covers shards twice, or in another order than theirs")
+        if sum(shard.size for shard in self.shards) > _MOST_COVERED:
+            raise ValueError("it covers more bytes than any")
+
+    def _column(self, name: str, told: dict) -> Column:
+        """What it says of one metric, checked against the shapes of its tensors."""
+        column = Column(**told)
+        if not legible(name):
+            raise ValueError("it has a metric with a name that nobody can read")
+        numbers = column.rows, column.width, column.first, column.last
+        if (
+            not all(type(n) is int and 0 <= n <= MOST_STEP for n in numbers)
+            or not column.rows
+            or not column.width
+        ):
+            raise ValueError(f"{name!r} has other numbers than sizes")
+        if column.first > column.last or self._places[column.steps].shape != (column.rows,):
+            raise ValueError(f"{name!r} has not a step for each row")
+        for level in range(1, pyramid.depth(column.rows) + 1):
+            shape = (column.width, 3, pyramid.size(column.rows, level))
+            if self._places[f"level.{level}.{name}"].shape != shape:
+                raise ValueError(f"{name!r} has another pyramid than rows")
+        return column
 
     def misfit(self, about: dict[str, str]) -> str:
         """What sets it apart from the shards beside it, in a clause; empty where it is theirs. They are not read for that."""
@@ -225,7 +260,7 @@ class Digest:
         """int64 [rows], ascending."""
         told = self.metrics[name]
         steps = self._tensor(told.steps)
-        if steps.dtype != np.int64 or (steps[1:] < steps[:-1]).any():
+        if (steps[1:] < steps[:-1]).any():
             raise DigestError("holds steps that are not in order")
         if (steps[0], steps[-1]) != (told.first, told.last):
             raise DigestError("holds other steps than it says")
@@ -240,11 +275,14 @@ class Digest:
         if f"order.{name}" in self._places:
             index = self._tensor(f"order.{name}", shape=(told.rows,))[index]
         table = self._tensor(f"pieces.{name}", shape=(None, 5))
-        ends = np.cumsum(table[:, 2])
+        rows = table[:, 2]
+        if ((rows < 1) | (rows > told.rows)).any() or rows.sum() != told.rows:
+            raise DigestError("has pieces of other rows than it says")
+        if len(index) and not 0 <= index.min() <= index.max() < told.rows:
+            raise DigestError("has other rows than it says")
+        ends = np.cumsum(rows)
         found = np.empty((len(index), told.width), np.float32)
         at = np.searchsorted(ends, index, side="right")
-        if len(index) and (ends[-1] != told.rows or index.min() < 0 or index.max() >= told.rows):
-            raise DigestError("has other rows than it says")
         order = np.argsort(at, kind="stable")
         bounds = np.flatnonzero(np.diff(at[order])) + 1
         file, opened = None, None
@@ -256,8 +294,8 @@ class Digest:
                     if file is not None:
                         file.close()
                     file, opened = self._open_shard(piece.shard), piece.shard
-                rows = self._piece(file, piece, told.width)
-                found[these] = rows[index[these] - (ends[number] - piece.rows)]
+                together = self._piece(file, piece, told.width)
+                found[these] = together[index[these] - (ends[number] - piece.rows)]
         finally:
             if file is not None:
                 file.close()
@@ -301,7 +339,7 @@ class Digest:
             raise DigestError(f"covers a shard that cannot be read ({printable(error)})") from error
 
     def _piece(self, file, piece: Piece, width: int) -> np.ndarray:
-        if piece.item not in _KINDS or min(piece.start, piece.rows) < 0:
+        if piece.item not in _FLOATS or min(piece.start, piece.rows) < 0:
             raise DigestError("has a piece of no shape")
         try:
             content = read_at(file, piece.start, self._bounded(piece.rows * width * piece.item))
@@ -309,7 +347,7 @@ class Digest:
             raise DigestError(f"covers a shard that cannot be read ({printable(error)})") from error
         if zlib.crc32(content) != piece.crc32:
             raise DigestError("covers a shard that was changed since")
-        return np.frombuffer(content, _KINDS[piece.item]).reshape(piece.rows, width)
+        return np.frombuffer(content, _FLOATS[piece.item]).reshape(piece.rows, width)
 
     def _bounded(self, size: int) -> int:
         if size > MOST_BYTES:

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,19 +16,23 @@ from torch import Tensor, nn
 from probes.attributed import ABLATION, EDGES, GRADIENT, INTEGRATED, LAYERS, OF_EDGES, REMOVAL, SHAPLEY
 from probes.gates import Gates
 from probes.manifest import RunError
-from probes.objective import token_means
+from probes.objective import Objective, token_means
 
 
 class Effects:
-    """The target of each sequence of one batch, under gates."""
+    """The target of each sequence of one batch, under gates.
+
+    `mask` [B, T] is zero where a token does not count. `passed` is called after each forward.
+    """
 
     def __init__(
         self,
         root: nn.Module,
         args: tuple,
         kwargs: Mapping,
-        objective: Callable[[object, tuple, Mapping], Tensor],
+        objective: Objective,
         gates: Gates,
+        mask: Tensor | None = None,
     ):
         self._root, self._args, self._kwargs = root, args, kwargs
         self._objective, self.gates = objective, gates
@@ -38,16 +43,17 @@ class Effects:
         self.exists = torch.as_tensor(gates.layout.triangle(), device=parameter.device)
         self.edges = torch.ones(self.sequences, *self.exists.shape, **options)
         self.layers = torch.ones(self.sequences, len(gates.layout.layers), **options)
+        self.counts = None if mask is None else mask.bool()
+        self.passed: Callable[[], object] = lambda: None
         self._base: Tensor | None = None
-        mask = kwargs.get("attention_mask")
-        self.counts = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None  # padding does not
 
     def value(
         self, edges: Tensor | None = None, layers: Tensor | None = None, only: int | None = None
     ) -> Tensor:
         """[B, T] targets under edges [B, R, S] (of read `only`) and layers [B, L]; T is 1 for one of a whole sequence."""
-        self.gates.edges, self.gates.layers, self.gates.only = edges, layers, only
-        found = self._objective(self._root(*self._args, **self._kwargs), self._args, self._kwargs)
+        found = self._target(edges, layers, only)
+        if isinstance(found, Tensor) and not found.ndim and self.sequences == 1:
+            found = found[None]
         if not isinstance(found, Tensor) or found.ndim not in (1, 2) or len(found) != self.sequences:
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise RunError(
@@ -55,6 +61,19 @@ class Effects:
                 f"it gave {shape}."
             )
         return found if found.ndim == 2 else found[:, None]
+
+    def _target(self, edges: Tensor | None, layers: Tensor | None, only: int | None) -> object:
+        self.gates.edges, self.gates.layers, self.gates.only = edges, layers, only
+        output = self._root(*self._args, **self._kwargs)
+        self.passed()
+        return self._objective(output, self._args, self._kwargs, self.counts)
+
+    @property
+    @torch.no_grad()
+    def is_one_number(self) -> bool:
+        """Whether the target is one of all sequences together: then they must go through one by one."""
+        found = self._target(None, None, None)
+        return isinstance(found, Tensor) and not found.ndim
 
     @property
     def base(self) -> Tensor:
@@ -96,18 +115,24 @@ class Found:
 @dataclass(frozen=True)
 class Job:
     """A part of one method: of the edges of read `row`, of one layer (removal), or of everything (None). It takes so many
-    forwards, and forwards with backward. `run` gives what was found of "edges" and of "layers"."""
+    passes, each a forward and, if `backward`, its backward; `once` does one of them, and those of a `kin` take as long,
+    at the same row. `run` gives what was found of "edges" and of "layers"."""
 
     method: str
     kind: str
     row: int | None
-    forwards: int
-    backwards: int
+    passes: int
     run: Callable[[Effects], dict[str, Found]]
+    once: Callable[["Effects"], object]
+    backward: bool = False
 
     @property
     def key(self) -> str:
         return f"{self.kind}.{self.method}.{'' if self.row is None else self.row}"
+
+    @property
+    def kin(self) -> str:
+        return f"{self.method} of {self.kind}" if self.backward else self.kind
 
 
 def jobs(gates: Gates, methods: Sequence[str], steps: int, samples: int, seed: int) -> list[Job]:
@@ -118,27 +143,20 @@ def jobs(gates: Gates, methods: Sequence[str], steps: int, samples: int, seed: i
     layers = [row for row, able in enumerate(gates.gated) if able]
     for method in sorted(methods, key=list((GRADIENT, REMOVAL, ABLATION, INTEGRATED, SHAPLEY)).index):
         if method == GRADIENT:
-            made.append(
-                Job(method, EDGES if with_edges else LAYERS, None, 0, 1, lambda e: _gradient(e, with_edges))
-            )
+            run = partial(_gradient, with_edges=with_edges)
+            made.append(Job(method, EDGES if with_edges else LAYERS, None, 1, run, run, backward=True))
         elif method == REMOVAL:
-            made += [Job(method, LAYERS, row, 1, 0, lambda e, row=row: _removal(e, row)) for row in layers]
+            made += [Job(method, LAYERS, row, 1, run := partial(_removal, row=row), run) for row in layers]
         elif method in OF_EDGES and with_edges:
             made += list(_of_reads(method, reads, steps, samples, seed))
         if method == INTEGRATED:
-            made.append(Job(method, LAYERS, None, 0, steps, lambda e: _integrated_layers(e, steps)))
+            run, once = (partial(_integrated_layers, steps=count) for count in (steps, 1))
+            made.append(Job(method, LAYERS, None, steps, run, once, backward=True))
         elif method == SHAPLEY:
             orders = _orders(len(layers), samples, seed)
-            made.append(
-                Job(
-                    method,
-                    LAYERS,
-                    None,
-                    1 + len(orders) * (len(layers) - 1),
-                    0,
-                    lambda e, orders=orders: _shapley_layers(e, layers, orders),
-                )
-            )
+            run = partial(_shapley_layers, able=layers, orders=orders)
+            once = partial(_removal, row=layers[len(layers) // 2]) if layers else run
+            made.append(Job(method, LAYERS, None, 1 + len(orders) * (len(layers) - 1), run, once))
     return made
 
 
@@ -146,36 +164,46 @@ def _of_reads(
     method: str, reads: list[tuple[int, int]], steps: int, samples: int, seed: int
 ) -> Iterator[Job]:
     for row, count in reads:
+        without_one = partial(_ablation, row=row, count=1)
         if method == ABLATION:
-            yield Job(method, EDGES, row, count, 0, lambda e, row=row, n=count: _ablation(e, row, n))
+            run = partial(_ablation, row=row, count=count)
+            yield Job(method, EDGES, row, count, run, without_one)
         elif method == INTEGRATED:
-            yield Job(method, EDGES, row, 0, steps, lambda e, row=row: _integrated(e, row, steps))
+            run, once = (partial(_integrated, row=row, steps=n) for n in (steps, 1))
+            yield Job(method, EDGES, row, steps, run, once, backward=True)
         else:
             orders = _orders(count, samples, seed + row)
-            yield Job(
-                method,
-                EDGES,
-                row,
-                1 + len(orders) * (count - 1),
-                0,
-                lambda e, row=row, n=count, orders=orders: _shapley(e, row, n, orders),
-            )
+            run = partial(_shapley, row=row, count=count, orders=orders)
+            yield Job(method, EDGES, row, 1 + len(orders) * (count - 1), run, without_one)
 
 
 def _gradient(e: Effects, with_edges: bool) -> dict[str, Found]:
     edges, layers = e.edges.clone().requires_grad_(), e.layers.clone().requires_grad_()
-    with torch.enable_grad():
-        total = token_means(e.value(edges if with_edges else None, layers)).sum()
-        # A sequence's target depends on its own gates alone.
-        wanted = (edges, layers) if with_edges else (layers,)
-        slopes = torch.autograd.grad(total, wanted, allow_unused=True)
-    slopes = [
-        torch.zeros_like(x) if slope is None else slope for slope, x in zip(slopes, wanted, strict=True)
-    ]
+    # A sequence's target depends on its own gates alone.
+    wanted = (edges, layers) if with_edges else (layers,)
+    slopes = _slopes(lambda: e.value(edges if with_edges else None, layers), wanted)
     found = {LAYERS: _plain(-slopes[-1])}
     if with_edges:
         found[EDGES] = _plain(-slopes[0].flatten(1))
     return found
+
+
+def _slopes(
+    target: Callable[[], Tensor], wanted: Sequence[Tensor], may_be_none: bool = False
+) -> list[Tensor]:
+    """Gradients of the summed targets of all sequences; RunError where there is nothing to differentiate, unless that
+    `may_be_none`: of one read, whose mix nobody may use."""
+    with torch.enable_grad():
+        total = token_means(target()).sum()
+    if not total.requires_grad:
+        if may_be_none:
+            return [torch.zeros_like(x) for x in wanted]
+        raise RunError(
+            "The target has no gradient: it is detached, or computed without one. Make it of the model's output as it is, or "
+            "ask for ablation, removal or shapley."
+        )
+    slopes = torch.autograd.grad(total, wanted, allow_unused=True)
+    return [torch.zeros_like(x) if slope is None else slope for slope, x in zip(slopes, wanted, strict=True)]
 
 
 def _removal(e: Effects, row: int) -> dict[str, Found]:
@@ -200,11 +228,8 @@ def _integrated(e: Effects, row: int, steps: int) -> dict[str, Found]:
         edges = e.edges.clone()
         edges[:, row] = (step + 0.5) / steps
         edges.requires_grad_()
-        with torch.enable_grad():
-            total = token_means(e.value(edges, only=row)).sum()
-            (slope,) = torch.autograd.grad(total, edges, allow_unused=True)
-        if slope is not None:
-            found -= slope[:, row] / steps
+        (slope,) = _slopes(lambda edges=edges: e.value(edges, only=row), (edges,), may_be_none=True)
+        found -= slope[:, row] / steps
     return {EDGES: _plain(found[:, : int(e.exists[row].sum())])}
 
 
@@ -212,8 +237,7 @@ def _integrated_layers(e: Effects, steps: int) -> dict[str, Found]:
     found = torch.zeros_like(e.layers)
     for step in range(steps):
         layers = torch.full_like(e.layers, (step + 0.5) / steps).requires_grad_()
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(token_means(e.value(None, layers)).sum(), layers)
+        (slope,) = _slopes(lambda layers=layers: e.value(None, layers), (layers,))
         found -= slope / steps
     return {LAYERS: _plain(found)}
 

@@ -61,8 +61,8 @@ class ExpertTaps:
     def _of_tokens(self, row: int, place: int) -> Counts:
         def add(table: Tensor, args: tuple, kwargs: dict, mask: Tensor | None) -> None:
             x = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
-            if x is not None and x.ndim:
-                table[row, place].add_(x.shape[:-1].numel())
+            if x is not None and x.ndim:  # a buffer of a fixed capacity is filled up with zeros
+                table[row, place].add_((x.detach() != 0).any(-1).sum())
 
         return add
 

@@ -6,13 +6,13 @@ from contextlib import suppress
 
 from torch import nn
 
-from probes.dataflow import follow
+from probes.declared import declared
 from probes.foreign import foreign_sites, may_read
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.names import matching
 from probes.sites import LayerSite, Place, Sites, unwrap
-from probes.stacks import Stack, entry_of, find_stacks, is_norm, is_read, kind_by_name, stack_at
+from probes.stacks import Stack, find_stacks, is_norm, is_read, stack_at
 from probes.symbols import Untraceable
 
 _BY_HAND = "name the modules yourself: layers=[patterns of sublayers], norms=[patterns of each layer's norm and the final norm]"
@@ -41,7 +41,7 @@ def find_sites(
             "Give layers= and norms= together: the one says what is added, the other what it is added to."
         )
     elif layers is not None:
-        found = _declared(root, layers, norms)
+        found = declared(root, layers, norms)
     elif stack is not None:
         found = _joined(root, [_stack(root, *each) for each in matching(root, stack, "stack").items()])
     else:
@@ -69,6 +69,7 @@ def find_sites(
         outputs,
         found.entry,
         norm and norm.module,
+        named=isinstance(layers, str | Sequence),
     )
     return _called(sites)
 
@@ -79,6 +80,8 @@ def _called(sites: Sites) -> Sites:
     if not hasattr(sites.root, "training_step"):
         return sites
     places = [sites.final, *(each for s in sites.layers for each in (s.state, s.output, s.after))]
+    made = [made for s in sites.layers for made in (s.state_made, s.output_made) if made is not None]
+    places += [leaf for each in made for leaf in each.leaves]
     seen = {place.module for place in places if place is not None} | {*sites.reads, *sites.outputs}
     for child in sites.root.children():
         if seen <= set(child.modules()):
@@ -153,7 +156,8 @@ def _joined(root: nn.Module, stacks: list[Stack]) -> Stack:
         moved = tuple(_moved(site, count, blocks) for site in stack.layers)
         change = first.change or stack.change
         layers = first.layers + moved
-        first = Stack(first.path, blocks + stack.blocks, layers, stack.final, change, first.entry)
+        mixes = first.mixes or stack.mixes
+        first = Stack(first.path, blocks + stack.blocks, layers, stack.final, change, first.entry, mixes)
     final = first.final or _final_norm(root, first.path)
     if final is None:
         raise RunError(
@@ -165,9 +169,7 @@ def _joined(root: nn.Module, stacks: list[Stack]) -> Stack:
 
 def _moved(site: LayerSite, layers: int, blocks: int) -> LayerSite:
     layer = Layer(site.layer.index + layers, site.layer.kind, site.layer.block + blocks, site.layer.name)
-    return LayerSite(
-        layer, site.state, site.output, site.after, site.given + layers, site.modules, site.parameters
-    )
+    return dataclasses.replace(site, layer=layer, given=site.given + layers)
 
 
 def _final_norm(root: nn.Module, path: str) -> Place | None:
@@ -187,40 +189,6 @@ def _above(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     return [(name, root.get_submodule(name)) for name in names]
 
 
-def _declared(root: nn.Module, layers: str | Sequence[str], norms: str | Sequence[str]) -> Stack:
-    """The layers that the user names."""
-    sublayers, receivers = matching(root, layers, "layers"), matching(root, norms, "norms")
-    if len(receivers) != len(sublayers) + 1:
-        raise RunError(
-            f"layers= matches {len(sublayers)} modules and norms= {len(receivers)}: expected one norm for each layer "
-            "and the final norm, in order."
-        )
-    states = [Place(name, module, is_input=True) for name, module in receivers.items()]
-    groups = list(dict.fromkeys(_group(name) for name in sublayers))
-    sites = [
-        LayerSite(
-            Layer(index, kind_by_name(name) or "mlp", groups.index(_group(name)) + 1, name),
-            state,
-            Place(name, module, is_input=False),
-            None,
-            index,
-            (module, state.module),
-        )
-        for index, ((name, module), state) in enumerate(zip(sublayers.items(), states, strict=False), 1)
-    ]
-    return Stack("", len(groups), tuple(sites), states[-1], entry=_declared_entry(root, groups[0]))
-
-
-def _declared_entry(root: nn.Module, group: str) -> Place | None:
-    """Where the first transformer block is given the embedding, if it mixes streams."""
-    block = root.get_submodule(group)
-    try:
-        follow(block)
-    except Untraceable:
-        return entry_of(group, block)
-    return None
-
-
 def _marked(count: int) -> Stack:
     """Layers that nothing but the author's marks shows."""
     if count < 1:
@@ -228,10 +196,3 @@ def _marked(count: int) -> Stack:
     layers = (Layer(index, "layer", index, f"marked {index}") for index in range(1, count + 1))
     sites = tuple(LayerSite(layer, None, None, None, layer.index, ()) for layer in layers)
     return Stack("", count, sites, None)
-
-
-def _group(name: str) -> str:
-    """The part of a name that says which transformer block it is: up to its first number."""
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-    return ".".join(parts[: number + 1])

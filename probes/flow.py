@@ -1,8 +1,14 @@
 """What following a forward says: the stream, what is added to it, and who receives it."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from probes.recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,9 @@ class Term:
     `calls` made it, first to last, with `parameters` used beside them. `state` is the call that receives the state it
     is made from (None: no call does, or it is the traced module's own input), which sums the input and the first
     `given` terms. `tail` is the call whose output is added as it is; None when something comes between, as a gate does.
-    `after` is a call that receives the stream with this term just added.
+    `after` is a call that receives the stream with this term just added. `begins`: the state is the module's own input;
+    `changed`: that input was scaled or normed on the way to it; `sums`: it is the state before plus the term before. `state_made` and `made` say how the state and the term come from
+    what is seen, where no call shows them (None: in no way that is known).
     """
 
     calls: tuple[Call, ...]
@@ -32,6 +40,11 @@ class Term:
     given: int
     tail: Call | None
     after: Call | None
+    begins: bool = False
+    changed: bool = False
+    sums: bool = False
+    state_made: Recipe | None = None
+    made: Recipe | None = None
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ class Following:
         self._texts: list[list[str]] | None = None
         self._due = False
         self._caught: dict[int, Tensor] | None = None  # [S, B, T] by read, while a snapshot is taken
+        self._window: Tensor | None = None  # [sequence or 1, token]: which tokens are followed
         self._found = ReadTaps(sites.found, self._computed) if sites.found is not None else None
         self._seen = torch.zeros(1, device=next(sites.root.parameters()).device)
         self._who = id(self)
@@ -147,6 +148,7 @@ class Following:
         weight: Tensor,
         sources: list[Tensor],
         state: Tensor | None,
+        mix: Tensor | None,
         error: Tensor,
         allowed: float,
     ) -> None:
@@ -177,11 +179,16 @@ class Following:
             caught.get(row, blank.expand(sources, *blank.shape[1:]))
             for row, sources in enumerate(self._sites.depth_sources)
         ]
-        weight = torch.cat([row[:, :, :MOST_TOKENS].float() for row in rows]).permute(1, 2, 0)
         mask = self._masks.of_model(args, kwargs)
-        if mask is None or mask.shape != like.shape[1:]:  # the model may add tokens of its own
+        if mask is not None and mask.shape != like.shape[1:]:  # the model may add tokens of its own
+            mask = None
+        self._window = _window(mask, like.shape[-1], like.device)
+        places = self._window.expand(sequences, -1)
+        rows = [row.take_along_dim(places.unsqueeze(0), 2) for row in rows]
+        weight = torch.cat([row.float() for row in rows]).permute(1, 2, 0)
+        if mask is None:
             return weight
-        return weight.where(mask[:, :MOST_TOKENS, None] != 0, torch.nan)
+        return weight.where(mask.take_along_dim(places, 1).unsqueeze(-1) != 0, torch.nan)
 
     def _hand_over(self, weight: Tensor) -> None:
         if self.silent:
@@ -190,7 +197,7 @@ class Following:
         if now.skips is not None:
             values["skips"] = now.skips
         if not self._read:  # the one time that a number is read back
-            self._read, self._ids = True, _ids(*self._arguments)
+            self._read, self._ids = True, _ids(*self._arguments, self._window)
             if self._ids is not None and self._ids.shape != weight.shape[:2]:
                 self._ids = None
             if self._decode is not None and self._ids is not None:
@@ -315,9 +322,22 @@ def _is_whole(x: Tensor) -> bool:
     return not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
 
 
-def _ids(args: tuple, kwargs: dict) -> np.ndarray | None:
+def _window(mask: Tensor | None, tokens: int, device: torch.device) -> Tensor:
+    """Places of the tokens that are followed, [sequence or 1, token]: as many as may be, from the first of each sequence
+    that counts on, for a long one may begin with padding."""
+    places = torch.arange(min(tokens, MOST_TOKENS), device=device).unsqueeze(0)
+    if mask is None or tokens <= MOST_TOKENS:
+        return places
+    first = (mask != 0).int().argmax(1, keepdim=True)
+    return places + first.clamp_max(tokens - MOST_TOKENS)
+
+
+def _ids(args: tuple, kwargs: dict, window: Tensor) -> np.ndarray | None:
     """Ids of the followed tokens, int64 [sequence, token]; None where the batch holds no ids."""
     tokens = _tokens(args, kwargs)
-    if tokens is None or tokens.ndim != 2 or not _is_whole(tokens):
+    if tokens is None or tokens.ndim != 2 or not _is_whole(tokens) or tokens.shape[1] < window.shape[1]:
         return None
-    return tokens[:, :MOST_TOKENS].cpu().numpy().astype(np.int64)
+    if int(window.max()) >= tokens.shape[1]:
+        return None
+    places = window.expand(len(tokens), -1).to(tokens.device)
+    return tokens.take_along_dim(places, 1).cpu().numpy().astype(np.int64)

@@ -13,8 +13,9 @@ from probes.statistics import DEPTH_METRICS
 class FoundTaps:
     """Hangs on the `taps` of a model (taps.py) what its found reads need; `forget` ends a forward."""
 
-    def __init__(self, found: FoundReads, taps):
-        self._taps = taps
+    def __init__(self, found: FoundReads, states: dict[int, int], taps):
+        """`states` are the rows of states that nothing but a read shows, by row of that."""
+        self._taps, self._states = taps, states
         self._embedding = found.embedding
         self._reads = ReadTaps(found, self._computed)
         self._parts: dict[int, Tensor] = {}  # of the embedding, in this forward
@@ -48,9 +49,12 @@ class FoundTaps:
         weights: Tensor,
         sources: list[Tensor],
         state: Tensor | None,
+        mix: Tensor | None,
         error: Tensor,
         allowed: float,
     ) -> None:
+        if mix is not None and row in self._states:
+            self._taps.values(mix, "state", self._states[row], error <= allowed)
         self._taps.depth(row, weights, sources)
         self._taps.read_errors.add(row, error, allowed)
         self._taps.edge_taps.read(row, state, weights, sources)

@@ -26,7 +26,8 @@ class Gates:
 
     `edges` [R, S] or [B, R, S] is the factor of each source in each read; `layers` [L] or [B, L] that of each layer's
     output, for all that read it. None leaves all as they are; with `only` a read, the edges of the others are. `mass`
-    says what becomes of the weight of a gated source in a softmax (`MASS`). `watch` is told what each read makes.
+    says what becomes of the weight of a gated source in a softmax (`MASS`), and of that of a source all of whose layers
+    are gated. `watch` is told what each read makes.
 
     `no_edges` says why the edges of this model cannot be gated, in a sentence, and is empty where they can; `reached` bool
     [R] tells the reads whose edges can, `gated` bool [L] the layers that can.
@@ -131,17 +132,37 @@ class Gates:
             self._outputs[0] = sources[0]
         if self.watch is not None:
             self.watch(row, sources, weight, mix)
-        if (gates := self._gates(row)) is None:
+        gates, left = self._gates(row), self._left(row, len(sources))
+        if gates is None and left is None:
             return mix
         weights = [w.unsqueeze(-1).to(mix.dtype) for w in weight]
-        changed = [_column(gates[..., s], mix) * w for s, w in enumerate(weights)]
+        changed = (
+            weights if gates is None else [_column(gates[..., s], mix) * w for s, w in enumerate(weights)]
+        )
         if self._mass == SHARED:
-            total = sum(changed).clamp_min(torch.finfo(mix.dtype).tiny)  # nothing at all where none is left
+            still = (
+                changed if left is None else [_column(g, mix) * w for g, w in zip(left, changed, strict=True)]
+            )
+            total = sum(still).clamp_min(torch.finfo(mix.dtype).tiny)  # nothing at all where none is left
             whole = sum(weights)  # one, where weights sum to it
             changed = [w * (whole / total) for w in changed]
         for source, before, after in zip(sources, weights, changed, strict=True):
             mix = mix + (after - before) * source
-        return mix * _column(_any(gates[..., : len(sources)]), mix)
+        return mix if gates is None else mix * _column(_any(gates[..., : len(sources)]), mix)
+
+    def _left(self, row: int, count: int) -> list[Tensor] | None:
+        """What the gates of layers leave of each source of a read where its weight goes with it, S times [] or [B]: all of
+        the embedding, of one layer as its gate says, of several all until the last of them is gone."""
+        if self._mass != SHARED or self.layers is None:
+            return None
+        found = []
+        for source in self.layout.sources[:count]:
+            # The output of layer l has number l; later ones are not there yet.
+            mine = self.layers[..., max(source.first, 1) - 1 : min(source.last, row)]
+            whole = not source.first or not mine.shape[-1]
+            one = torch.ones_like(self.layers[..., 0])
+            found.append(one if whole else mine[..., 0] if mine.shape[-1] == 1 else _any(mine).to(one.dtype))
+        return found
 
     def _at(self, place: Place, change: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
         """Put `change` of the tensor at a place in its stead."""

@@ -94,7 +94,7 @@ class Manifest:
         try:
             if int(data["format"]) > FORMAT_VERSION:
                 raise RunError(
-                    f"The run at {where} has format {int(data['format'])}, newer than this depthscope reads "
+                    f"The run at {where} has format {printable(int(data['format']), 20)}, newer than this depthscope reads "
                     f"({FORMAT_VERSION}): upgrade depthscope to open it."
                 )
             datetime.fromtimestamp(data["created"], UTC)

@@ -45,8 +45,9 @@ def recover(
     over tokens, of the condition the median. Tokens with a value that is not finite are left out, and rows that are
     NaN throughout count as not seen. Blank (NaN) is a state that was not seen, or one of whose sources was not, or that
     has more sources than a quarter of the width; a weight or share that rounding could have moved by more than 1e-4 (in
-    16 bits: 2e-2), for its source is tiny or the condition bad; the weight of a source that is zero at half of the tokens
-    or more (elsewhere the mean is over the others).
+    16 bits: 2e-2), for its source is tiny or the condition bad; a weight that what the sources leave unexplained of the
+    state could have moved as far, for it is no mix of them then; the weight of a source that is zero at half of the
+    tokens or more (elsewhere the mean is over the others).
     """
     rows, _, width = states.shape
     unseen = np.isnan(outputs).all((1, 2))
@@ -63,17 +64,23 @@ def recover(
     parts = [_solved(v[i : i + size], h[i : i + size], given) for i in range(0, len(v), size)]
     weight, share, r2, condition, moved, length = (np.concatenate(part) for part in zip(*parts, strict=True))
     noise = np.maximum.accumulate(eps)[solved, None]
+    # More than rounding at every sum may leave is something else, which need not be at random.
+    rest = np.sqrt(np.clip(1 - r2, 0, None))[:, :, None]
+    with np.errstate(invalid="ignore"):
+        other = np.where(rest > noise / 2 * np.sqrt(given)[:, None], rest, 0) * moved
     limit = np.where(noise > 1e-5, _TOLERANCE_16, _TOLERANCE)
     # Every sum on the way rounds once more, and of what rounding does only as much is seen as there are channels of it
     # in the span of the sources. A quarter of the epsilon is its standard deviation.
     moved *= noise / 4 * np.sqrt(given / width)[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
-        far = moved / length  # infinitely far for a source that is zero
+        far, astray = moved / length, other / length  # infinitely far for a source that is zero
     places = np.ix_(solved, np.arange(count))
     exists = np.arange(count) < given[:, None]
-    blank["mixing_weight"][places] = np.where(exists, _mean(weight, far, limit), np.nan)
+    blank["mixing_weight"][places] = np.where(exists, _mean(weight, far, limit, astray), np.nan)
     blank["mixing_share"][places] = np.where(exists, _mean(share, moved, limit), np.nan)
-    blank["mixing_r2"][solved] = r2.mean(0)
+    zero = np.isnan(r2)  # a state that is, as that of a padding token
+    told = np.where(zero, 0, r2).sum(0), (~zero).sum(0)
+    blank["mixing_r2"][solved] = np.divide(*told, out=np.full(len(given), np.nan), where=told[1] > 0)
     blank["mixing_condition"][solved] = np.median(condition, 0)
     return blank
 
@@ -104,11 +111,15 @@ def _solved(v: np.ndarray, h: np.ndarray, given: np.ndarray) -> tuple[np.ndarray
         r2 = (along**2).sum(1) / square
         relative = length[:, None] / np.sqrt(square)[:, :, None]
         weight = unit / length[:, None]
-    return weight, share, r2, condition, np.sqrt(inflation), relative
+    moved = np.where(square[:, :, None] > 0, np.sqrt(inflation), np.inf)
+    return weight, share, r2, condition, moved, relative
 
 
-def _mean(values: np.ndarray, deviation: np.ndarray, limit: np.ndarray) -> np.ndarray:
-    """Mean over tokens [T, ...]; NaN where three of its standard deviations are more than `limit`.
+def _mean(
+    values: np.ndarray, deviation: np.ndarray, limit: np.ndarray, astray: np.ndarray | float = 0.0
+) -> np.ndarray:
+    """Mean over tokens [T, ...]; NaN where three of its standard deviations are more than `limit`, or all that may lead
+    `astray` is, on average.
 
     Tokens at which nothing is known, for the source is zero there, are left out if they are fewer than half. No others
     are: those that are hard to tell have other weights than the rest.
@@ -118,4 +129,5 @@ def _mean(values: np.ndarray, deviation: np.ndarray, limit: np.ndarray) -> np.nd
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(known, values, 0).sum(0) / total
         spread = np.sqrt((np.where(known, deviation, 0) ** 2).sum(0)) / total
-    return np.where((2 * total > len(values)) & (3 * spread <= limit), mean, np.nan)
+        bias = np.where(known, astray, 0).sum(0) / total
+    return np.where((2 * total > len(values)) & (3 * spread <= limit) & (bias <= limit), mean, np.nan)

@@ -11,9 +11,13 @@ from probes.manifest import RunError
 _IGNORED = -100
 
 
-def next_token_losses(output: object, args: tuple, kwargs: Mapping) -> Tensor:
-    """Cross-entropy of the next token, [B, T-1], from logits [B, T, V]; NaN where it is padding (`attention_mask`), and
-    infinite where the model makes no number of it.
+# Of a model's output, the arguments it was called with, and the mask [B, T] in them that says which tokens count.
+Objective = Callable[[object, tuple, Mapping, Tensor | None], Tensor]
+
+
+def next_token_losses(output: object, args: tuple, kwargs: Mapping, mask: Tensor | None = None) -> Tensor:
+    """Cross-entropy of the next token, [B, T-1], from logits [B, T, V]; NaN where it, or the one it is told from, is
+    padding (`mask`), and where `labels` leave it out, and infinite where the model makes no number of it.
 
     RunError where there are no such logits.
     """
@@ -26,9 +30,12 @@ def next_token_losses(output: object, args: tuple, kwargs: Mapping) -> Tensor:
         )
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     next_ones = tokens[:, 1:].long()
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == tokens.shape:
-        next_ones = next_ones.masked_fill(mask[:, 1:] == 0, _IGNORED)
+    if mask is not None and mask.shape == tokens.shape:
+        known = mask.bool()
+        next_ones = next_ones.masked_fill(~(known[:, 1:] & known[:, :-1]), _IGNORED)
+    labels = kwargs.get("labels")
+    if isinstance(labels, Tensor) and labels.shape == tokens.shape:
+        next_ones = next_ones.masked_fill(labels[:, 1:] == _IGNORED, _IGNORED)
     each = F.cross_entropy(
         wide[:, :-1].flatten(0, 1), next_ones.flatten(), reduction="none", ignore_index=_IGNORED
     ).view(next_ones.shape)

@@ -35,6 +35,7 @@ class Passes:
     def __init__(self, live: Tables, counted: Tables):
         self._live, self._counted = live, counted
         self.repeated: set[tuple[str, int]] = set()  # rows tapped more than once in a forward
+        self.met: list[tuple[str, int]] = []  # rows in the order of an eager forward
         self.reset()
 
     def reset(self) -> None:
@@ -103,3 +104,4 @@ class Passes:
 
     def _note_repeats(self) -> None:
         self.repeated |= {row for row, times in self._last.calls.items() if times > 1}
+        self.met = list(self._last.calls) or self.met

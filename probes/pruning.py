@@ -1,5 +1,6 @@
 """What if? The target when the least important layers or edges are removed, by several rankings of importance."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,6 @@ from probes.attributed import (
     INTEGRATED,
     LAYERS,
     RANDOM,
-    RANKINGS,
     REMOVAL,
     SHAPLEY,
     SHARE,
@@ -25,6 +25,7 @@ from probes.effects import Effects
 from probes.gates import Gates
 from probes.objective import token_means
 
+MANY_EDGES = "edges of many reads"
 ORDERS = 3  # random ones
 _MOST = {LAYERS: 33, EDGES: 21}  # points of a curve
 _TRUSTED = {
@@ -47,8 +48,16 @@ class Plan:
     def key(self) -> str:
         return f"{self.kind}.{self.ranking}.{self.number}"
 
+    @property
+    def kin(self) -> str:
+        return LAYERS if self.kind == LAYERS else MANY_EDGES
+
+    @property
+    def passes(self) -> int:
+        return int(np.count_nonzero(self.counts))
+
     def run(self, effects: Effects) -> np.ndarray:
-        """[K] targets, means over the sequences."""
+        """[B, K] targets."""
         found = []
         for count in self.counts.tolist():
             shape = effects.exists.shape if self.kind == EDGES else effects.layers.shape[1:]
@@ -60,13 +69,21 @@ class Plan:
                 value = effects.without(removed)
             else:
                 value = effects.without(layers=removed)
-            found.append(token_means(value).mean().item())
-        return np.array(found)
+            found.append(token_means(value).double().cpu().numpy())
+        return np.stack(found, 1)
 
 
-def forwards(gates: Gates) -> int:
-    """At most how many forwards the what-ifs take, for one batch."""
-    return sum((len(RANKINGS) - 1 + ORDERS) * (len(_counts(kind, gates)) - 1) for kind in _kinds(gates))
+def once(gates: Gates) -> dict[str, Callable[[Effects], object]]:
+    """One pass of each kin of plans. Edges of all reads at once take more than those of one."""
+
+    def layer(e: Effects) -> object:
+        return e.without(layers=torch.arange(e.layers.shape[1], device=e.layers.device) == 0)
+
+    def edges(e: Effects) -> object:
+        half = torch.arange(e.exists.numel(), device=e.exists.device).view(e.exists.shape) % 2 == 0
+        return e.without(half)
+
+    return {LAYERS: layer} | ({} if gates.no_edges else {MANY_EDGES: edges})
 
 
 def plans(found: Attribution, gates: Gates, seed: int) -> list[Plan]:

@@ -25,9 +25,9 @@ class _Here:
 class ReadTaps:
     """`places` says where hooks are wanted and what to call there; `forget` ends a forward.
 
-    Each read is handed to `computed(row, weights [S, B, T], sources, state, error, allowed)`: `state` is the model's own
-    mix of those sources, None where it is not seen or the mix is of others; then how far weights times sources are from
-    the state, relative, on a few tokens, and how far they may be.
+    Each read is handed to `computed(row, weights [S, B, T], sources, state, mix, error, allowed)`: `state` is the model's
+    own mix of those sources, None where it is not seen or the mix is of others, `mix` the one computed where only that is
+    not seen; then how far weights times sources are from the state, relative, on a few tokens, and how far they may be.
     """
 
     def __init__(self, found: FoundReads, computed: Callable):
@@ -86,7 +86,11 @@ class ReadTaps:
                 error, allowed = _error(read, weights, sources, mix, mix if state is None else state)
                 if read.witness is not None:
                     error = torch.maximum(error, _apart(made, reached(tree, read.witness.path)))
-            self._computed(row, weights, sources, None if read.replay.normalised else state, error, allowed)
+            if read.replay.normalised:
+                state, mix = None, None
+            elif state is not None:
+                mix = None
+            self._computed(row, weights, sources, state, mix, error, allowed)
         for number in self._done_after[row]:
             self._kept.pop(number, None)
 

@@ -376,6 +376,7 @@ class Recorder:
         if kept:
             with self._faults.guard(*SAMPLED_METRICS):
                 solved = of_sample(kept, self._sites.layout, [site.given for site in self._sites.layers])
+                self._selfcheck.mixing(solved)
                 for name, value in solved.items():
                     yield name, step, value
 

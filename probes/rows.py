@@ -35,7 +35,11 @@ def rows_by_arithmetic(sites: Sites) -> tuple[set[int], set[int]]:
     summed = {
         row
         for row, site in enumerate(sites.layers)
-        if site.state is None and before[row] is not None and before[row].output is not None
+        if site.state is None
+        and site.state_made is None
+        and site.sums
+        and before[row] is not None
+        and before[row].output is not None
     }
     differences = {
         row for row, site in enumerate(sites.layers) if site.output is None and site.after is not None
@@ -46,8 +50,16 @@ def rows_by_arithmetic(sites: Sites) -> tuple[set[int], set[int]]:
 def unhooked_rows(sites: Sites) -> dict[str, set[int]]:
     """Rows that no hook sees, by place: those that marks may fill."""
     summed, _ = rows_by_arithmetic(sites)
-    states = {row for row, site in enumerate(sites.layers) if site.state is None and row not in summed}
-    outputs = {row for row, site in enumerate(sites.layers, 1) if site.output is None and site.after is None}
+    states = {
+        row
+        for row, site in enumerate(sites.layers)
+        if site.state is None and site.state_made is None and row not in summed
+    }
+    outputs = {
+        row
+        for row, site in enumerate(sites.layers, 1)
+        if site.output is None and site.after is None and site.output_made is None
+    }
     if sites.final is None:
         states.add(len(sites.layers))
     if 0 in states and not sites.has_reads:

@@ -130,9 +130,11 @@ class Run:
 
     @property
     def problems(self) -> list[str]:
-        """A sentence for each gap, for each attempt that cannot be read, and for processes that have stopped."""
+        """A sentence for each gap, for each attempt that cannot be read, for processes that have stopped, and for digests
+        that do not do."""
         ranks = self.attempts[-1].ranks.problems(self.status)
-        found = [*self._left_out.values(), *ranks, *map(str, self.gaps)]
+        doubted = [sentence for attempt in self.attempts for sentence in attempt.doubted]
+        found = [*self._left_out.values(), *ranks, *doubted, *map(str, self.gaps)]
         more = len(found) - _MOST_PROBLEMS
         return found[:_MOST_PROBLEMS] + (
             [f"And {more} more like these: run depthscope check."] if more > 0 else []

@@ -15,12 +15,15 @@ from probes.taps import Taps
 
 log = logging.getLogger("depthscope")
 
+_EXPLAINED = 0.999  # of a state, below which it is surely no mix of its sources
+
 
 class SelfCheck:
     def __init__(self, sites: Sites):
         self._sites, self._layout = sites, sites.layout
         self._name = type(sites.root).__name__
         self._rows_checked = self._identity_checked = self._broken = False
+        self._mixing_checked = False
         self._said: set[str] = set()
         for note in sites.found.notes if sites.found is not None else ():
             self._say(f"depthscope: {self._name}, whose depth reads were found by running it once: {note}.")
@@ -37,6 +40,12 @@ class SelfCheck:
             self._say(f"depthscope saw no forward of {self._name} in training mode before a step. {BEFORE}")
         if taps.masks.odd:
             self._say("depthscope takes masks of [B, T] only; here every token counts: pass mask=.")
+        if taps.misplaced is not None:
+            state = self._layout.states[taps.misplaced].replace("into", "state into")
+            self._say(
+                f"depthscope: what layers= and norms= name does not run in that order: the {state} comes when its layer has "
+                "run. Rows of the two do not belong together, and no mixing is recovered."
+            )
         if taps.matrices and taps.edge_taps.unknown:
             text = (
                 "depthscope leaves the depth attribution blank of what no RMSNorm or LayerNorm of its own feeds: "
@@ -61,13 +70,19 @@ class SelfCheck:
             name: [label for label, n in zip(rows, seen[name], strict=True) if not n]
             for name, rows in labels.items()
         }
+        # As `describe` says.
+        computed = {"hidden_rms": self._sites.computed_states, "output_rms": self._sites.computed_outputs}
         for name in ("hidden_rms", "output_rms"):
             gradients = name.replace("_rms", "_grad_rms")
             if gradients in seen:
                 # A gradient comes from the end: where it has come to a row, it has passed all later ones.
                 first = next((i for i, n in enumerate(seen[gradients]) if n), len(labels[name]))
-                rows = zip(labels[name][first:], seen[name][first:], seen[gradients][first:], strict=True)
-                blank[gradients] = [label for label, values, n in rows if values and not n]
+                rows = list(enumerate(zip(labels[name], seen[name], seen[gradients], strict=True)))[first:]
+                blank[gradients] = [
+                    label
+                    for row, (label, values, n) in rows
+                    if values and not n and row not in computed[name]
+                ]
         if any(blank.values()):
             rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
             self._say(f"depthscope saw nothing of {rows}. They are blank as long as that is so. {BEFORE}")
@@ -114,6 +129,31 @@ class SelfCheck:
                 f"by {errors[row]:.1e}): the model mixes its layers otherwise. Outputs are recorded as the modules "
                 "return them; `probes.describe(model)` shows which."
             )
+
+    def mixing(self, solved: dict[str, np.ndarray]) -> None:
+        """States that are no mix of the outputs that were seen, so that their weights are blank; runs in the writer's
+        thread."""
+        if self._mixing_checked or "mixing_r2" not in solved:
+            return
+        self._mixing_checked = True
+        r2 = solved["mixing_r2"]
+        few = [
+            f"{label} ({r:.3f})" for label, r in zip(self._layout.states, r2, strict=True) if r < _EXPLAINED
+        ]
+        if not few:
+            return
+        text = (
+            "depthscope: what was seen of the layers does not make up these states, so their mixing_weight is blank "
+            f"(in brackets the part that it explains): {', '.join(few)}."
+        )
+        if self._sites.named:
+            text += (
+                " Something else is added too, or what layers= names is changed before it is added: "
+                "`probes.describe(model)` finds layers by itself."
+            )
+            self._say(text)
+        else:
+            log.info("%s", text)  # a norm of the sum does that
 
     def _say(self, text: str) -> None:
         if text not in self._said:

@@ -42,10 +42,11 @@ class Held:
 class Stored:
     """The first `rows` rows of a metric in the shards that a digest covers; where that does not do, the shards are read."""
 
-    def __init__(self, digest: Digest, name: str, rows: int | None = None, direct=None):
+    def __init__(self, digest: Digest, name: str, rows: int | None = None, direct=None, doubt=None):
         told = digest.metrics[name]
         self._digest, self._name, self._all = digest, name, told.rows
         self._direct = direct  # reads rows of a metric from a shard of this name
+        self._doubt = doubt  # is told of a digest that does not do
         self._instead: Held | None = None
         self.rows = told.rows if rows is None else rows
         self.first = told.first
@@ -75,13 +76,14 @@ class Stored:
         if self.last < limit:
             return self
         shown = int(np.searchsorted(self.steps, limit)) if self.first < limit else 0
-        return Stored(self._digest, self._name, shown, self._direct)
+        return Stored(self._digest, self._name, shown, self._direct, self._doubt)
 
     def _try(self, ask, otherwise):
         if self._instead is None:
             try:
                 return ask()
-            except DigestError:
+            except DigestError as error:
+                self._doubt(self._digest.path, error)
                 self._instead = self._read()
         return otherwise(self._instead)
 
@@ -114,22 +116,13 @@ Stretch = Held | Stored
 
 
 @dataclass(frozen=True)
-class Binned:
-    """Bins of a series: `start` int64 [b] is the number of each one's first row, `first` and `last` are the steps of its
-    first and its last row; `low`, `mean` and `high` [b, ...] are those of the finite values, NaN where there are none;
-    `nonfinite` [b, ...] counts the others."""
+class Binned(Bins):
+    """Bins of a series, each with its place: `start` int64 [b] is the number of its first row, `first` and `last` are the
+    steps of its first and its last row. `low`, `mean`, `high` and `nonfinite` are [b, ...] in the metric's shape."""
 
     start: np.ndarray
     first: np.ndarray
     last: np.ndarray
-    count: np.ndarray
-    low: np.ndarray
-    mean: np.ndarray
-    high: np.ndarray
-    nonfinite: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.start)
 
 
 class Series:
@@ -230,15 +223,9 @@ class Series:
         begins = start + np.cumsum(bins.count) - bins.count
         shaped = self.shaped if chosen is None else lambda part: part
         ends = begins + bins.count - 1
-        told = (np.asarray(part, np.float32) for part in (bins.low, bins.mean, bins.high))
-        return Binned(
-            begins,
-            self.steps[begins],
-            self.steps[ends],
-            bins.count,
-            *map(shaped, told),
-            shaped(bins.nonfinite),
-        )
+        low, mean, high = (np.asarray(part, np.float32) for part in (bins.low, bins.mean, bins.high))
+        parts = map(shaped, (low, mean, high, bins.nonfinite))
+        return Binned(bins.count, *parts, begins, self.steps[begins], self.steps[ends])
 
     def first(self, test: Callable[[Binned], np.ndarray]) -> int | None:
         """The number of the first row for which `test` is true of any entry, None if none. It is asked of bins [b, ...] first,

@@ -23,6 +23,7 @@ from probes.whole import write_whole
 SUFFIX = ".safetensors"
 MOST_BYTES = 1 << 30  # a writer seals far less at once
 MOST_HEADER = 16 << 20
+_MOST_AXES = 16
 
 _NAME = re.compile(r"([0-9]{12,16})-([0-9]{12,16})\.safetensors")
 _TYPES = {
@@ -166,7 +167,10 @@ def parse_header(data: bytes, size: int) -> tuple[dict[str, Place], dict[str, st
         if set(entry) != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"its entry for {name!r} is another's")
         (first, last), shape, dtype = entry["data_offsets"], entry["shape"], np.dtype(_TYPES[entry["dtype"]])
-        if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
+        # Few and small numbers: the product of a million large ones would take for ever.
+        if len(shape) > _MOST_AXES or not all(
+            type(number) is int and 0 <= number < 1 << 62 for number in (first, last, *shape)
+        ):
             raise ValueError(f"its entry for {name!r} has other numbers than sizes")
         if first != at or last - first != math.prod(shape) * dtype.itemsize or start + last > size:
             raise ValueError(f"it has no room for {name!r}")
@@ -195,13 +199,13 @@ def checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
         crc = zlib.crc32(f"{key}={metadata[key]}\n".encode(), crc)
     for name in sorted(tensors):
         value = tensors[name]
-        crc = zlib.crc32(f"{name} {_name_of(value.dtype)} {'x'.join(map(str, value.shape))}\n".encode(), crc)
+        crc = zlib.crc32(f"{name} {name_of(value.dtype)} {'x'.join(map(str, value.shape))}\n".encode(), crc)
         crc = zlib.crc32(np.ascontiguousarray(value).data, crc)
     return f"{crc:08x}"
 
 
 @cache
-def _name_of(dtype: np.dtype) -> str:
+def name_of(dtype: np.dtype) -> str:
     # Numpy makes it anew each time, which takes longer than summing a small tensor.
     return dtype.name
 

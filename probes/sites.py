@@ -1,8 +1,10 @@
 """The sites of one model: where each layer's state and output can be seen, and what belongs to it."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
@@ -91,10 +93,33 @@ def put(tree: object, path: tuple, x: Tensor) -> object:
 
 
 @dataclass(frozen=True)
+class Made:
+    """A tensor computed from others: `run` is given those at `leaves`, the last of which is the last to be seen, then
+    the parameters and buffers that `held` names by module and attribute, or the parts of them that have the given (size,
+    stride, offset). It has no gradient that a hook could see."""
+
+    run: Callable[..., Tensor]
+    leaves: tuple[Place, ...]
+    held: tuple[tuple[nn.Module, str, tuple | None], ...]
+
+    def value(self, seen: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            held = [
+                getattr(module, name) if part is None else getattr(module, name).as_strided(*part)
+                for module, name, part in self.held
+            ]
+            return self.run(*seen, *held)
+
+    def __str__(self) -> str:
+        return f"made of {', '.join(map(str, self.leaves))}"
+
+
+@dataclass(frozen=True)
 class LayerSite:
-    """One layer. Its state is seen at `state`, or is the state before plus the output before (None). Its output is seen
-    at `output`, or is what the stream holds more at `after` than at `state`; where both are None it is not seen.
-    `given` is the number of sources that its state sums: all before it, but for layers side by side."""
+    """One layer. Its state is seen at `state`, or computed as `state_made` says, or is the state before plus the output
+    before (where it `sums`). Its output is seen at `output`, or is what the stream holds more at `after` than at
+    `state`, or computed as `output_made` says; otherwise it is not seen. `given` is the number of sources that its state
+    sums: all before it, but for layers side by side."""
 
     layer: Layer
     state: Place | None
@@ -103,13 +128,18 @@ class LayerSite:
     given: int
     modules: tuple[nn.Module, ...]
     parameters: tuple[nn.Parameter, ...] = ()
+    sums: bool = True
+    state_made: Made | None = None
+    output_made: Made | None = None
 
     @property
     def route(self) -> str:
         """How the output is seen, in words."""
         if self.output is not None:
             return str(self.output)
-        return f"{self.after} − state" if self.after is not None else "not seen"
+        if self.after is not None:
+            return f"{self.after} − state"
+        return str(self.output_made or "not seen")
 
 
 @dataclass(frozen=True)
@@ -131,6 +161,7 @@ class Sites:
     norm: nn.Module | None = None  # the norm after the stack, where one was found: it runs once in a forward
     found: FoundReads | None = None  # depth reads of a model that does not say where they are
     inner: nn.Module | None = None  # the child that a training step calls instead of the root
+    named: bool = False  # the user said which modules the layers are
 
     @property
     def called(self) -> nn.Module:
@@ -159,6 +190,29 @@ class Sites:
         if self.is_marked:
             return list(range(1, len(self.layers) + 2))
         return [read.depth_sources for read in self.reads]
+
+    @property
+    def states_of_reads(self) -> dict[int, int]:
+        """Rows of states that no module is given but a found read makes, by row of the read. They are seen where reads
+        are, with the matrices."""
+        if self.found is None:
+            return {}
+        last = len(self.layers)
+        row_of = [last if read.layer is None else read.layer - 1 for read in self.found.rows]
+        unseen = {row for row, site in enumerate(self.layers) if site.state is None}
+        unseen |= {last} if self.final is None else set()
+        return {read: row for read, row in enumerate(row_of) if row in unseen and row_of.count(row) == 1}
+
+    @property
+    def computed_states(self) -> set[int]:
+        """Rows of states that have values and no gradient, for no tensor of the model shows them."""
+        made = {row for row, site in enumerate(self.layers) if site.state_made is not None}
+        return made | set(self.states_of_reads.values())
+
+    @property
+    def computed_outputs(self) -> set[int]:
+        """The same of outputs."""
+        return {row for row, site in enumerate(self.layers, 1) if site.output_made is not None}
 
     @property
     def layout(self) -> Layout:

@@ -16,7 +16,8 @@ from probes.feeding import feeding
 from probes.flow import Call, Flow, Term
 from probes.layout import Layer
 from probes.nodes import has_matrix
-from probes.sites import LayerSite, Place
+from probes.recipes import Recipe
+from probes.sites import LayerSite, Made, Place
 from probes.symbols import Untraceable, reseed, undisturbed
 
 _ATTENTION = (
@@ -58,6 +59,7 @@ class Stack:
     final: Place | None
     change: str = ""
     entry: Place | None = None  # where the embedding is seen, if that is not the first state
+    mixes: bool = False  # its blocks mix several streams
 
     def __str__(self) -> str:
         return f"{self.path!r} ({self.blocks} blocks)"
@@ -81,7 +83,7 @@ def find_stacks(root: nn.Module) -> tuple[list[Stack], list[str]]:
             if stack is not None:
                 stacks.append(stack)
                 done.append(path)
-    adding = [stack for stack in stacks if stack.entry is None]
+    adding = [stack for stack in stacks if not stack.mixes]
     return adding or stacks, reasons
 
 
@@ -109,7 +111,10 @@ def stack_at(root: nn.Module, path: str, container: nn.Module) -> Stack | None:
     change = change or next((f"changed by {flow.norm.name}" for flow in flows.values() if flow.norm), "")
     last = next(reversed(members))
     final = Place(last, members[last], is_input=False, key=flows[last].result)
-    return Stack(path, len(members), tuple(layers), final, change)
+    (name, member), flow = next(iter(members.items())), next(iter(flows.values()))
+    changed = flow.terms[0].changed and not flow.terms[0].begins  # before the first layer reads it
+    entry = Place(name, member, is_input=True, keyword=flow.argument) if changed else None
+    return Stack(path, len(members), tuple(layers), final, change, entry)
 
 
 def _followed_from_above(root: nn.Module, path: str, members: dict[str, nn.Module]) -> Stack:
@@ -152,19 +157,42 @@ def _layers(
     """The layers of one flow, after `before` earlier ones. `within` a module, the stream is not its argument."""
     entry = None if within else Place(path, module, is_input=True, keyword=flow.argument)
     end = None if within or flow.norm else Place(path, module, is_input=False, key=flow.result)
+    last: LayerSite | None = None
     for index, term in enumerate(flow.terms):
-        state = (
-            _place(path, term.state, is_input=True) if term.state else (entry if term.given == 0 else None)
-        )
+        state = _place(path, term.state, is_input=True) if term.state else (entry if term.begins else None)
         output = _place(path, term.tail, is_input=False) if term.tail is not None else None
+        sums = index == 0 or (term.sums and last.output is not None)
+        state_made = _made(path, module, term.state_made) if state is None and not (index and sums) else None
         after = None
-        if output is None and term.given == index:
+        if output is None and term.given == index and (state or state_made or sums):
             is_last = index + 1 == len(flow.terms)
             after = _place(path, term.after, is_input=True) if term.after else (end if is_last else None)
+        output_made = _made(path, module, term.made) if output is None and after is None else None
         names = _sublayer(term)
         layer = Layer(before + index + 1, _kind(names), block_of(term), _named(path, names))
         modules = tuple(call.module for call in term.calls)
-        yield LayerSite(layer, state, output, after, before + term.given + 1, modules, term.parameters)
+        last = LayerSite(
+            layer, state, output, after, before + term.given + 1, modules, term.parameters, sums, state_made, output_made
+        )  # fmt: skip
+        yield last
+
+
+def _made(path: str, module: nn.Module, recipe: Recipe | None) -> Made | None:
+    """A recipe of the forward of `module` as one of the model."""
+    if recipe is None:
+        return None
+    leaves = [
+        _place(path, leaf, is_input=False)
+        if isinstance(leaf, Call)
+        else Place(path, module, is_input=True, key=leaf[0], keyword=leaf[1])
+        for leaf in recipe.leaves
+    ]
+    held = [(*name.rpartition("."), part) for name, part in recipe.held]
+    return Made(
+        recipe.run,
+        tuple(leaves),
+        tuple((module.get_submodule(within), key, part) for within, _, key, part in held),
+    )
 
 
 def _place(path: str, call: Call, is_input: bool) -> Place:
@@ -250,7 +278,8 @@ def _paired(path: str, members: dict[str, nn.Module]) -> Stack | None:
             index = len(layers) + 1
             layer = Layer(index, kind, block, f"{name}.{child_name}")
             layers.append(LayerSite(layer, state, output, None, index, (child, norm)))
-    return Stack(path, len(members), tuple(layers), None, entry=entry_of(*next(iter(members.items()))))
+    entry = entry_of(*next(iter(members.items())))
+    return Stack(path, len(members), tuple(layers), None, entry=entry, mixes=entry is not None)
 
 
 def _fed(path: str, members: dict[str, nn.Module]) -> Stack | None:
@@ -268,7 +297,7 @@ def _fed(path: str, members: dict[str, nn.Module]) -> Stack | None:
             modules = tuple(call.module for call in (fed.norm, *fed.fed))
             layers.append(LayerSite(layer, state, output, None, index, modules))
     entry = entry_of(*next(iter(members.items())))
-    return Stack(path, len(members), tuple(layers), None, "mixed by its blocks", entry)
+    return Stack(path, len(members), tuple(layers), None, "mixed by its blocks", entry, mixes=True)
 
 
 def _reads_streams(block: nn.Module, flow: Flow) -> bool:

@@ -21,6 +21,7 @@ class Untraceable(Exception):
 
 
 TOKENS = torch.Size((2, 8, 64))
+OTHER_TOKENS = torch.Size((3, 10, 96))
 STREAMS = torch.Size((2, 8, 4, 64))
 """Of blocks that are given several streams, [B, T, n, D]."""
 
@@ -65,6 +66,7 @@ class Recording(fx.Tracer):
         if not plain:
             raise Untraceable("its forward takes no argument by name")
         self.argument = plain[0].name
+        self.positions = [p.name for p in plain]
         given = [
             p for p in plain if p is plain[0] or p.default is p.empty or (optional and p.default is None)
         ]

@@ -1,8 +1,11 @@
 """The sums of one recorded step, on the device where the model is, and the metrics they make."""
 
+from math import nan
+
 import torch
 from torch import Tensor
 
+from probes.declared import out_of_order
 from probes.edges import EdgeSums
 from probes.expert_taps import EXPERT_METRICS, Loads, most
 from probes.identity import identity_error, tolerance
@@ -38,7 +41,7 @@ class Tally:
             for _ in range(2)
         )
         self._loads = Loads(sites.experts, device)
-        self._is_sum = sites.is_plain
+        self._is_sum, self._named = sites.is_plain, len(sites.layers) if sites.named else 0
         self._allowed = tolerance(next(sites.root.parameters()).dtype)
         self.errors = ReadErrors(sites.depth_sources, device) if sites.found is not None else None
         rows = len(sites.layers) + 1
@@ -151,8 +154,18 @@ class Tally:
         return count.where(known, 0)
 
     def _mixed_up(self) -> Tensor:
-        """Whether the sample has the states of one run and the outputs of another; bool [] on the device."""
-        return self._ran_again() | bool(self.passes.repeated)
+        """Whether the sample has the states of one run and the outputs of another, or states of other layers; bool [] on
+        the device."""
+        return self._ran_again() | (bool(self.passes.repeated) or self.misplaced is not None)
+
+    @property
+    def misplaced(self) -> int | None:
+        """Of layers that the user named, the first row of a state that cannot be that of its layer."""
+        if not self._named:
+            return None
+        at = {key: float(moment) for moment, key in enumerate(self.passes.met)}
+        states = [at.get(("state", row), nan) for row in range(self._named + 1)]
+        return out_of_order(states, [at.get(("output", row + 1), nan) for row in range(self._named)])
 
     def _ran_again(self) -> Tensor:
         """Whether compiled layers ran several times in one forward, so that the embedding's row holds later states

@@ -15,6 +15,7 @@ from probes.faults import Faults
 from probes.found_taps import FoundTaps
 from probes.hanging import Hanging
 from probes.hooks import Hook, tap_gradient_in_graph
+from probes.made_taps import MadeTaps
 from probes.marked_taps import MarkedTaps
 from probes.masks import Masks, fitting
 from probes.parallel import is_split
@@ -65,7 +66,8 @@ class Taps(Hanging):
         # By row, where an output is a difference of states or a state a sum.
         self._states: dict[int, Tensor] = {}
         self._marks = MarkedTaps(sites, self)
-        self._found = FoundTaps(sites.found, self) if sites.found is not None else None
+        self._found = FoundTaps(sites.found, sites.states_of_reads, self) if sites.found is not None else None
+        self._made = MadeTaps(sites, self)
         try:
             self._attach()
         except BaseException:
@@ -137,6 +139,11 @@ class Taps(Hanging):
         rows = {row for place, row in self.passes.repeated if place == "output"}
         return [site.layer.name for row, site in enumerate(self._sites.layers, 1) if row in rows]
 
+    @property
+    def misplaced(self) -> int | None:
+        """Of layers that the user named, the first row of a state that cannot be that of its layer."""
+        return self._tally.misplaced
+
     def reset(self) -> None:
         self._seconds = 0.0
         self.gradients.reset()
@@ -174,6 +181,7 @@ class Taps(Hanging):
                 self.at(site.output, lambda x, row=row: self._output(x, row))
             elif site.after is not None:
                 self.at(site.after, lambda x, row=row: self._difference(x, row))
+        self._made.attach()
         for module in sites.outputs:
             self.before(module, lambda args, kwargs, row=module.depth_output - 1: self._output(args[0], row))
         if sites.final is not None:
@@ -253,6 +261,7 @@ class Taps(Hanging):
         self._states.clear()
         self._turns.clear()
         self._marks.forget()
+        self._made.forget()
         if self._found is not None:
             self._found.forget()
 
@@ -283,6 +292,17 @@ class Taps(Hanging):
         if row == 0 and not self._sites.has_reads and not entered:
             # With its position and dropout, where a model has them.
             self.tap_embedding(x)
+        self._hold(x, row)
+
+    def made_state(self, x: Tensor, row: int) -> None:
+        """The same, computed: it has no gradient."""
+        self.values(x, "state", row)
+        if row == 0 and not self._sites.has_reads and self._sites.entry is None:
+            self.values(x, "output", 0)
+        self._hold(x, row)
+
+    def _hold(self, x: object, row: int) -> None:
+        """Keep a state that others are sums or differences of."""
         if row in self._kept_rows and isinstance(x, Tensor) and not self.recomputing:
             self._states[row] = x.detach()
 
@@ -319,9 +339,10 @@ class Taps(Hanging):
             self.values(x.detach()[..., 0, :] if streams else x.detach(), place, row)
             self.gradient(x, place, row, streams)
 
-    def values(self, x: Tensor, place: str, row: int) -> None:
+    def values(self, x: Tensor, place: str, row: int, known: Tensor | None = None) -> None:
+        """Add the values of `x`; where `known` (bool []) is false, of no token."""
         if torch.compiler.is_compiling():
-            mask = fitting(self.mask, x)
+            mask = _both(fitting(self.mask, x), known, x)
             self._add_values(x, place, row, mask)
             self._keep(x, place, row, mask)
         elif not self.recomputing:
@@ -330,6 +351,7 @@ class Taps(Hanging):
             if mask is None and self.passes.now.mask is not None and place == "state":
                 # It may be that of another stack, or leave out tokens that the model adds.
                 self.masks.odd = True
+            mask = _both(mask, known, x)
             self.eagerly(lambda: self._add_values(x, place, row, mask), *self._tally.metrics_of(place, "rms"))
             self.eagerly(lambda: self._keep(x, place, row, mask), "identity_error", *SAMPLED_METRICS)
 
@@ -400,3 +422,10 @@ class Taps(Hanging):
         if id(source) not in self._mean_squares:
             self._mean_squares[id(source)] = source, token_mean_square(source)
         return self._mean_squares[id(source)][1]
+
+
+def _both(mask: Tensor | None, known: Tensor | None, x: Tensor) -> Tensor | None:
+    """The tokens in `mask` [B, T], where all are `known`."""
+    if known is None:
+        return mask
+    return known.expand(x.shape[:-1]) if mask is None else mask & known

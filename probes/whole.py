@@ -1,6 +1,7 @@
 """Write a file that is complete or not there at all."""
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -9,9 +10,10 @@ def write_whole(path: Path, content: bytes, durable: bool = True) -> None:
 
     Raises OSError when the disk refuses; nothing is left behind then.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    # A name that nobody has: another machine may have a process of our number, and a stranger's folder a link in waiting.
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             if durable:
                 file.flush()

@@ -64,6 +64,7 @@ class RunWriter:
         self._lost = Lost(manifest.every)
         self._warned: set[str] = set()
         self._end: dict = {}
+        self._ended = False  # nothing more will be handed over
         # A SimpleQueue, because a signal's handler may put while training is putting.
         self._queue: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
         self._place = place or (places.resume if resume else places.begin)(path, manifest)
@@ -134,32 +135,42 @@ class RunWriter:
     # The thread
 
     def _work(self) -> None:
-        while True:
-            with contextlib.suppress(queue.Empty):
-                fetch = self._queue.get(timeout=0.2)
-                if fetch is None:
-                    break
-                self._take(fetch)
-            now = time.monotonic()
-            if now >= self._seal_at:
-                self._seal(self._complete)
-                # A run is looked at most in its first minutes; later, fewer and larger shards.
-                early = now - self._started < EARLY_SECONDS
-                wait = SEAL_SECONDS if early else LATE_SEAL_SECONDS
-                self._seal_at = time.monotonic() + (self._disk.wait if self._disk.refused else wait)
-            if now - self._beaten >= self._beat_seconds:
-                self._disk.do(lambda: beat(self._place.folder, self._last_step, **self._told()))
-                self._beaten = now
-                if self._place.resumed:
-                    self._warn("resumed", f"Another process has continued the run at {self.path} meanwhile.")
+        while self._turn(0.2):
             if self._queue.empty() and not self._disk.refused:
-                self._behind.work()
+                self._behind.work(self._turn)
         self._seal(None)
         if self._open:
             self._shed(len(self._open))
         end = {"time": time.time(), **self._end, "step": self._last_step, **self._told()}
         self._disk.do(lambda: write_json(self._place.folder / files.END, end))
-        self._behind.work()
+        if not self._disk.refused:
+            self._behind.work(lambda: True)
+
+    def _turn(self, patience: float = 0.0) -> bool:
+        """Take what was handed over, waiting at most so many seconds for it; seal and beat when it is time. False when nothing
+        more will come."""
+        with contextlib.suppress(queue.Empty):
+            for _ in range(max(1, self._queue.qsize())):
+                fetch = self._queue.get(timeout=patience) if patience else self._queue.get_nowait()
+                if fetch is None:
+                    self._ended = True
+                    break
+                self._take(fetch)
+        if self._ended:
+            return False
+        now = time.monotonic()
+        if now >= self._seal_at:
+            self._seal(self._complete)
+            # A run is looked at most in its first minutes; later, fewer and larger shards.
+            early = now - self._started < EARLY_SECONDS
+            wait = SEAL_SECONDS if early else LATE_SEAL_SECONDS
+            self._seal_at = time.monotonic() + (self._disk.wait if self._disk.refused else wait)
+        if now - self._beaten >= self._beat_seconds:
+            self._disk.do(lambda: beat(self._place.folder, self._last_step, **self._told()))
+            self._beaten = now
+            if self._place.resumed:
+                self._warn("resumed", f"Another process has continued the run at {self.path} meanwhile.")
+        return True
 
     def _told(self) -> dict:
         told = {"dropped": self.dropped, "shards": self._shards, "gaps": self._lost.gaps()}

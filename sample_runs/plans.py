@@ -27,7 +27,13 @@ class Plan:
 def plans(device: str) -> list[Plan]:
     """The runs of a kind of device: on a CPU the same ones, smaller."""
     gpu = device.startswith("cuda")
-    return [*_decoders(gpu, device), *_deep(gpu, device), *_kimi(gpu, device), _unhealthy(gpu, device)]
+    return [
+        *_decoders(gpu, device),
+        _block_24(gpu, device),
+        *_deep(gpu, device),
+        *_kimi(gpu, device),
+        _unhealthy(gpu, device),
+    ]
 
 
 def _decoders(gpu: bool, device: str) -> list[Plan]:
@@ -76,6 +82,27 @@ def _decoders(gpu: bool, device: str) -> list[Plan]:
 def _without_tokens(schedule: Schedule) -> Schedule:
     """For a baseline, which has no depth weights that a token could show."""
     return replace(schedule, tokens_every=None)
+
+
+def _block_24(gpu: bool, device: str) -> Plan:
+    """24 transformer blocks: what `depthscope attribute` is shown on."""
+    if gpu:
+        shape = {"width": 512, "blocks": 24, "heads": 8, "kv_heads": 4, "context": 512}
+        training = TrainingConfig(
+            steps=800, batch=32, context=512, lr=1e-3, warmup=80, device=device, dtype="bfloat16"
+        )
+        schedule = Schedule(every=4, matrices_every=40, validate_every=40, tokens_every=400)
+    else:
+        shape = {"width": 128, "blocks": 24, "heads": 4, "kv_heads": 2, "context": 128}
+        training = TrainingConfig(steps=400, batch=8, context=128)
+        schedule = Schedule(every=4, matrices_every=40, validate_every=40, tokens_every=200)
+    return Plan(
+        "block-24",
+        "Block AttnRes, 24 transformer blocks, 6 layers per depth block (8 depth blocks)",
+        lambda: DecoderConfig(**shape, residual="block", layers_per_block=6),
+        training,
+        schedule,
+    )
 
 
 def _deep(gpu: bool, device: str) -> list[Plan]:

@@ -1,6 +1,7 @@
 """Weight and attribution: of one read side by side, of all reads against each other, and how far they agree."""
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
 from app.charts import axes, palette
@@ -151,7 +152,37 @@ def scatter(
     points = marked.mark_point(filled=True, size=80, opacity=1).encode(
         x=x, y=y, color=colour, shape=shape, tooltip=tips
     )
-    labels = marked.mark_text(align="left", dx=8, dy=-6, fontSize=11).encode(
-        x=x, y=y, text="label:N", color=colour
-    )
-    return alt.layer(dots, points, labels).properties(title=axes.title(title), height=height)
+    labels = [
+        alt.Chart(odd.iloc[[number]])
+        .mark_text(align=align, dx=8 if align == "left" else -8, dy=dy, fontSize=11)
+        .encode(x=x, y=y, text="label:N", color=colour)
+        for number, (align, dy) in enumerate(_apart(odd, frame, y.to_dict().get("scale", {}), height))
+    ]
+    return alt.layer(dots, points, *labels).properties(title=axes.title(title), height=height)
+
+
+_LINE, _LABEL = 13, 0.1  # height of a label [px], and its length in widths of the chart
+
+
+def _apart(odd: pd.DataFrame, frame: pd.DataFrame, scale: dict, height: int) -> list[tuple[str, int]]:
+    """Side and height [px] of each label beside its point, so that none lies on another."""
+
+    def place(values: pd.Series) -> np.ndarray:
+        size = float(scale.get("constant", 1)) if scale.get("type") == "symlog" else None
+        return values.to_numpy() if size is None else np.sign(values) * np.log1p(np.abs(values) / size)
+
+    every = place(frame["value"])
+    low, span = min(every.min(), 0), max(np.ptp([*every, 0]), 1e-30)
+    across = odd["even"].to_numpy() / max(frame["even"].max(), 1e-30)
+    sides = ["right" if x > 0.9 else "left" for x in across]
+    starts = across - [_LABEL if side == "right" else 0 for side in sides]
+    points = height * (1 - (place(odd["value"]) - low) / span)
+    heights = points - 6
+    taken: list[int] = []
+    for number in np.argsort(points, kind="stable"):
+        for other in sorted(taken, key=lambda other: heights[other]):
+            near = abs(starts[number] - starts[other]) < _LABEL
+            if near and abs(heights[number] - heights[other]) < _LINE:
+                heights[number] = heights[other] + _LINE
+        taken.append(int(number))
+    return [(side, round(dy)) for side, dy in zip(sides, heights - points, strict=True)]

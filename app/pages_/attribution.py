@@ -10,7 +10,7 @@ from app.charts.lines import lines
 from app.charts.needed import ranked, removal
 from app.charts.triangle import triangle
 from app.derived import has, metric
-from probes.attributed import EDGES, KEPT, LAYERS, MASS, METHODS, TITLES, Attribution
+from probes.attributed import EDGES, GRADIENT, INTEGRATED, KEPT, LAYERS, MASS, METHODS, TITLES, Attribution
 
 LIVE = "live"
 PLAIN = "A plain residual gives every source weight one: there is no routing to compare the attribution with, edge by edge."
@@ -26,6 +26,13 @@ MEANING = (
     "standard errors is below a thousandth of the loss. A *what-if* removes the least important first and is measured on "
     "other sequences than those that ranked them; its rankings are compared by the mean rise while half of all are removed. "
     "Of a logit neither direction is worse: there the size of the effect counts, and small is a hundredth of the largest. "
+)
+
+
+SLOPES = (GRADIENT, INTEGRATED)
+SIGNED = (
+    "Signed: behind a norm, which forgets how large its input is, the values of one read sum to about zero. They say what a "
+    "source adds to the others’ direction or takes from it, and are no shares."
 )
 
 
@@ -53,7 +60,8 @@ def _look(able: list[room.Shown]) -> None:
     names = {one.name: one.name for one in able}
     name = pick.one("caused", "Run", names, where=left)
     one = next(one for one in able if one.name == name)
-    found = {each.name: each for each in reversed(one.run.attributions())}
+    newest = sorted(one.run.attributions(), key=lambda each: (each.about.created, each.step), reverse=True)
+    found = {each.name: each for each in newest}
     options = {key: _label(each) for key, each in found.items()}
     if has(one.run, causes.LIVE):
         options[LIVE] = "Recorded while training: gradient × activation"
@@ -97,13 +105,15 @@ def _file(one: room.Shown, found: Attribution) -> None:
     st.caption(
         words.plain(
             f"{words.capital(about.target)} {words.number(about.value)} of {about.checkpoint or 'the model'} on "
-            f"{about.sequences} sequences of {about.tokens} tokens ({about.data or 'a batch'}); {MASS.get(about.mass, about.mass)}. "
+            f"{words.counted(about.sequences, 'sequence')} of {about.tokens} tokens ({about.data or 'a batch'}); {MASS.get(about.mass, about.mass)}. "
             + " ".join(about.notes)
         )
     )
     methods = causes.edge_methods(found)
     if methods:
         method = pick.choice("cause", "Method", {name: TITLES[name] for name in methods})
+        if method in SLOPES:
+            st.caption(SIGNED)
         _edges(one, causes.edges(found, method), about.unit, found.step or 0)
         if (links := verdicts.idle(found)) is not None:
             st.info(words.plain(links.sentence()), icon=":material/link_off:")

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from app import causes, verdicts
+from app.charts.causes import _apart
 from probes import open_run
 from probes.attributed import FOLDER, Curve
 from probes.layout import Layout
@@ -43,6 +44,7 @@ def test_a_run_with_all_of_it(attributed):
         "block has no attribution yet: depthscope attribute RUN --checkpoint FILE --data FILE",
     ):
         assert wanted in told.replace("`", "").replace("**", ""), wanted
+    assert not any("and are no shares" in each.value for each in at.caption)  # by ablation
     charts = plotted(at)
     assert len(charts) == 10
     found = open_run(attributed / "full").attributions()[-1]
@@ -57,6 +59,7 @@ def test_a_read_and_a_method_can_be_chosen(attributed):
     at = opened(attributed, PAGE, runs=["full"], cause_read="6", cause="gradient", cause_layers="gradient")
     assert not at.exception
     assert "Layer 6 (MLP) gives" in said(at)
+    assert any("and are no shares" in each.value for each in at.caption)
     (bars, *_) = plotted(at)[2][1]
     assert bars["what"].tolist() == ["Weight"] * 6 + ["Attribution"] * 6
     assert bars["relative"].abs().groupby(bars["what"]).max().tolist() == pytest.approx([1, 1])
@@ -235,3 +238,22 @@ def test_shares_are_those_that_were_recorded_where_none_were_measured(tmp_path):
     run = open_run(tmp_path / "run")
     assert np.isnan(causes.recorded_share(run, 10)).all()
     assert isinstance(run.layout, Layout)
+
+
+def test_the_newest_is_shown_first(attributed, tmp_path):
+    """Whatever its step, and whatever its digest."""
+    root = tmp_path / "runs"
+    shutil.copytree(attributed, root)
+    made.attribution(root / "full", step=100, digest="ffffffffffff", created=2e9)
+    at = opened(root, PAGE, runs=["full"])
+    assert next(box for box in at.selectbox if box.label == "Attribution").options[0].startswith("Step 100:")
+
+
+def test_labels_of_neighbours_lie_apart():
+    frame = pd.DataFrame({"even": [0.0, 2.0, 2.01, 2.02, 1.98], "value": [-1.0, 1.0, 1.01, 1.0, 1.02]})
+    odd = frame.iloc[1:]
+    placed = _apart(odd, frame, {}, 340)
+    assert {side for side, _ in placed} == {"right"}  # at the edge of the chart they hang to the left
+    points = 340 * (1 - (odd["value"].to_numpy() + 1) / 2.02)
+    heights = np.sort(points + [dy for _, dy in placed])
+    assert np.diff(heights).min() > 11

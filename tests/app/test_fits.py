@@ -36,6 +36,10 @@ def test_the_fit_is_drawn_and_told():
     lines = fits.fitted(frame.assign(depth=[1, 2, 3], value=[1.0, 2.0, 3.0]))
     assert lines["value"].tolist() == pytest.approx([1, 3])
     assert fits.finding(lines, "hidden_rms") == "Hidden-state RMS goes like depth^1.00 in a (R² 1.00)"
+    bad = lines.assign(run="b", r2=0.08)
+    assert fits.finding(bad, "hidden_rms") == "Hidden-state RMS: no power of depth fits b (R² 0.08)"
+    both = fits.finding(pd.concat([lines, bad]), "hidden_rms")
+    assert both.endswith("depth^1.00 in a (R² 1.00); no power of depth fits b (R² 0.08)")
     growth(frame, lines, "hidden_rms", {"a": "#0072B2"}, "t").to_dict()
     assert fits.finding(lines.iloc[:0], "hidden_rms").endswith("too few layers for a fit")
 

@@ -10,6 +10,7 @@ import pytest
 
 from app import glance, opener, settings, table
 from app.charts import palette
+from benchmarks import long_run
 from probes import open_run
 from probes.manifest import HEARTBEAT, RANK_FOLDER, Manifest
 from probes.shard import read_shard
@@ -116,3 +117,13 @@ def test_a_resumed_run_is_glanced_at_as_it_is_read(tmp_path):
     assert (now.status, now.last_step, now.loss) == ("finished", run.last_step, float(run["loss"][-1]))
     assert now.size == run.size
     assert "Continued from step 30." in said(opened(tmp_path))
+
+
+def test_a_glance_keeps_little_of_a_long_run(tmp_path, monkeypatch):
+    """What is kept is kept by names of shards: of all of them, it would grow with the square of a run's length."""
+    long_run.make(tmp_path / "run", 300, 4, rows=10)
+    keys, sound = [], glance._loss
+    monkeypatch.setattr(glance, "_loss", lambda *key: keys.append(key) or sound(*key))
+    (entry,) = opener.find([tmp_path])
+    assert opener.glanced(entry).last_step == 299
+    assert [len(shards) for _, shards, _ in keys] == [8]

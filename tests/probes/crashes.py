@@ -25,7 +25,7 @@ import torch._dynamo  # here once, not in each child
 
 import probes
 import probes.recording
-from probes import manifest, writer
+from probes import compacting, manifest, writer
 from tests.probes.models import decoder, train, wait_for
 
 STEPS = 60
@@ -88,6 +88,7 @@ def forked(work) -> int:
 def kill(folder: Path, count: int, seed: int, seal_seconds: float, longest: float) -> None:
     """Kill `count` jobs at random moments, several in each folder; then let the last job of each folder finish."""
     writer.SEAL_SECONDS = seal_seconds
+    compacting.ROWS = 10  # so that many are killed while they make a digest
     moments = random.Random(seed)
     for number in range(count):
         place = folder / f"{number // PREEMPTED:03d}"
@@ -270,6 +271,7 @@ def troubled(name: str, place: Path) -> None:
     logging.getLogger("depthscope").addHandler(heard)
     logging.getLogger("depthscope").setLevel(logging.INFO)
     writer.SEAL_SECONDS = 0.02
+    compacting.ROWS, compacting._ROOM = 10, 0
     manifest.HEARTBEAT_SECONDS = 0.1
     trouble = TROUBLES[name](place)
     model = decoder("full", blocks=1)

@@ -1,255 +1,219 @@
-"""Runs that a stranger made: the golden ones, changed at random, some so cleverly that every checksum is right.
+"""Runs that a stranger made: sound ones of every kind, changed at random, some so cleverly that every checksum is right.
 
     python -m tests.probes.hostile FOLDER COUNT SEED
 
-opens COUNT of them within little memory, and says what was raised that is no explanation.
+opens COUNT of them within little memory, and says what was raised that is no explanation. Long counts can be cut by their
+seeds: each run is made from its number alone.
 """
 
-import json
+import contextlib
 import os
 import random
 import resource
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import traceback
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import probes
-from probes import checking
+from app import glance
+from probes import checking, compacting
+from probes import manifest as files
+from probes.careful import is_folder
+from probes.digest import FOLDER
+from probes.jsonfile import write_json
+from probes.manifest import Manifest
+from probes.ranks import Ranks, rank_folder
+from probes.run import Run
+from tests.app import made
+from tests.probes import digested
+from tests.probes.mutations import GOLDEN, changed, other_thing
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 MEMORY = 512 << 20  # bytes more than an idle reader
 SECONDS = 20  # for one run; it takes milliseconds
 
-NUMBERS = [
-    0,
-    -1,
-    1,
-    2,
-    7,
-    255,
-    2**31,
-    2**53,
-    2**63,
-    2**64,
-    10**400,
-    0.5,
-    -0.0,
-    1e308,
-    float("nan"),
-    float("inf"),
-]
-VALUES = [
-    *NUMBERS, None, True, False, "", "x", "12", "\x1b[2J", "<script>alert(1)</script>", "\ud800", "\0", "ä" * 5000,
-    "../../etc/passwd", [], {}, [[]], [0] * 1000, {"a": {"b": {}}}, {"every": 0},
-]  # fmt: skip
-NAMES = [
-    "000000000000-000000000000.safetensors", "000000000009-000000000000.safetensors", "٠-٠.safetensors",
-    f"{0:012}-{10**15:012}.safetensors", f"{'9' * 100}-{'9' * 100}.safetensors", ".safetensors", "a\x1b[2Jb.safetensors",
-]  # fmt: skip
+
+# What is changed
 
 
-def changed_bytes(content: bytes, chance: random.Random) -> bytes:
-    """A few bytes flipped, cut, doubled, filled or put in."""
-    data = bytearray(content)
-    for _ in range(chance.choice([1, 1, 2, 5])):
-        place = chance.randrange(len(data) + 1)
-        until = min(len(data), place + chance.choice([1, 1, 8, 100]))
-        match chance.randrange(6):
-            case 0 if until > place:
-                data[place] ^= 1 << chance.randrange(8)
-            case 1:
-                del data[place:until]
-            case 2:
-                data[place:place] = data[place:until]
-            case 3:
-                data[place:until] = bytes([chance.choice([0, 255, 0x22, 0x5B, 0x7B, 0x39])]) * (until - place)
-            case 4:
-                data[place:place] = chance.randbytes(chance.randrange(9))
-            case 5:
-                del data[place:]
-    return bytes(data)
+def two_digests(path: Path) -> None:
+    """Two attempts, in digests but for the last shards of each."""
+    digested.two_attempts(path, (4, 3), 70)
+    digested.compacted(path, whole=False)
 
 
-def changed_value(value: object, chance: random.Random) -> object:
-    """JSON with another value, or one more or less, somewhere in it."""
-    if isinstance(value, dict) and value and chance.random() < 0.85:
-        key = chance.choice(list(value))
-        if chance.random() < 0.1:
-            return {k: v for k, v in value.items() if k != key}
-        if chance.random() < 0.05:
-            return {**value, str(chance.choice(VALUES)): chance.choice(VALUES)}
-        return {**value, key: changed_value(value[key], chance)}
-    if isinstance(value, list) and value and chance.random() < 0.85:
-        place = chance.randrange(len(value))
-        if chance.random() < 0.1:
-            return value[:place] + value[place:] * chance.choice([2, 3000])
-        return [*value[:place], changed_value(value[place], chance), *value[place + 1 :]]
-    if type(value) is int and chance.random() < 0.3:
-        return value + chance.choice([-1, 1, 10, 1000, 10**9])
-    return chance.choice(VALUES)
+def many_ranks(path: Path) -> None:
+    """Three processes that recorded each its own rows."""
+    digested.begin(path)
+    ranks = Ranks(3, "local", (), {"by": "DDP", "data": 3, "meshes": [{"shape": [3], "names": ["dp"]}]})
+    told = replace(Manifest(digested.LAYOUT, 1000.0, 1, 3), ranks=ranks).to_json()
+    write_json(path / files.MANIFEST, told)
+    for rank in range(3):
+        folder = rank_folder(path, rank)
+        folder.mkdir(exist_ok=True)
+        for number in range(2):
+            digested.seal(folder, range(40 * number, 40 * number + 40), number, rank=rank)
+        if rank:
+            write_json(folder / "rank.json", told)
+            write_json(folder / files.HEARTBEAT, {"time": 2000.0, "step": 79, "pid": 1, "machine": "x"})
+            write_json(folder / files.END, {"time": 2000.0, "status": "finished", "reason": "", "step": 79})
 
 
-def changed_json(content: bytes, chance: random.Random) -> bytes:
-    """Another value in it, and the checksum right again."""
-    data = json.loads(content)
-    data.pop("crc32", None)
-    if chance.random() < 0.02:
-        return b'{"config": ' + b"[" * 10 ** chance.choice([2, 5]) + b"]" * 10 + b"}"
-    data = changed_value(data, chance)
-    text = json.dumps(data, indent=1)
-    if not isinstance(data, dict) or not data:
-        return text.encode()
-    body = (text[:-2] + ",\n ").encode("utf-8", "surrogatepass")
-    return body + b'"crc32": "%08x"\n}\n' % zlib.crc32(body)
+def followed(path: Path) -> None:
+    """Token snapshots and attributions."""
+    made.run(path, "block", blocks=2, steps=6)
+    made.follow(path, (0, 50), tokens=5)
+    made.attribution(path, step=50)
 
 
-def changed_shard(content: bytes, chance: random.Random) -> bytes:
-    """Another header or other numbers, and the checksum right again as far as that can be told."""
-    (length,) = struct.unpack_from("<Q", content)
-    header, data = json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
-    if chance.random() < 0.5:
-        name = chance.choice([name for name in header if name.endswith(".step")])
-        first, last = header[name]["data_offsets"]
-        step = chance.choice([-1, 0, 1, 5, 2**40, 2**62, -(2**63)])
-        place = first + 8 * chance.randrange((last - first) // 8)
-        data[place : place + 8] = struct.pack("<q", step)
-    else:
-        header = changed_value(header, chance)
-        if not isinstance(header, dict):
-            header = {}
-    metadata = header.get("__metadata__")
-    if isinstance(metadata, dict):
-        metadata.pop("crc32", None)
-        try:
-            metadata["crc32"] = f"{_sum(header, bytes(data)):08x}"
-        except Exception:  # the header makes no sense, and so no sum does
-            metadata["crc32"] = "00000000"
-    text = json.dumps(header).encode("utf-8", "surrogatepass")
-    return struct.pack("<Q", len(text)) + text + bytes(data)
+KINDS = {
+    "format-1": lambda path: shutil.copytree(GOLDEN / "format-1", path, copy_function=shutil.copyfile),
+    "format-2": lambda path: shutil.copytree(GOLDEN / "format-2", path, copy_function=shutil.copyfile),
+    "digests": two_digests,
+    "ranks": many_ranks,
+    "followed": followed,
+}
+OFTEN = ["format-1", "format-2", "format-2", "digests", "digests", "digests", "ranks", "followed", "followed"]
 
 
-def _sum(header: dict, data: bytes) -> int:
-    types, crc = {"F32": "float32", "I64": "int64", "F16": "float16"}, 0
-    for key in sorted(header["__metadata__"]):
-        crc = zlib.crc32(f"{key}={header['__metadata__'][key]}\n".encode(), crc)
-    for name in sorted(set(header) - {"__metadata__"}):
-        entry = header[name]
-        shape = "x".join(map(str, entry["shape"]))
-        crc = zlib.crc32(f"{name} {types[entry['dtype']]} {shape}\n".encode(), crc)
-        crc = zlib.crc32(data[slice(*entry["data_offsets"])], crc)
-    return crc
+def make(folder: Path) -> dict[str, Path]:
+    """A sound run of each kind."""
+    for name, begin in KINDS.items():
+        begin(folder / name)
+    return {name: folder / name for name in KINDS}
 
 
-def other_thing(path: Path, chance: random.Random) -> None:
-    """Something that is no regular file in a file's or a folder's place, or one too many."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    match chance.randrange(6):
-        case 0:
-            os.mkfifo(path)
-        case 1:
-            path.symlink_to(
-                chance.choice(["/dev/zero", "/etc/passwd", "/", path.name, "..", GOLDEN / "format-1"])
-            )
-        case 2:
-            path.mkdir()
-        case 3:
-            with open(path, "wb") as file:
-                file.truncate(chance.choice([1 << 20, 1 << 31, 1 << 40]))
-        case 4:
-            path.parent.joinpath(chance.choice(NAMES)).write_bytes(chance.randbytes(100))
-        case 5:
-            path.parent.joinpath(f"attempt-{chance.randrange(99999):05}").symlink_to(
-                chance.choice([".", "/", GOLDEN])
-            )
-
-
-def changed_run(folder: Path, chance: random.Random) -> None:
-    """One of the golden runs in `folder`, changed in a few places."""
-    shutil.copytree(
-        GOLDEN / chance.choice(["format-1", "format-2", "format-2"]), folder, copy_function=shutil.copyfile
-    )
+def changed_run(sound: dict[str, Path], folder: Path, chance: random.Random) -> tuple[str, bool]:
+    """A sound run, changed in a few places: its kind, and whether nothing but digests was changed, without a right checksum."""
+    kind, harmless = chance.choice(OFTEN), True
+    shutil.copytree(sound[kind], folder, copy_function=shutil.copyfile)
+    spare = chance.random() < 0.3
     for _ in range(chance.choice([1, 1, 2, 3])):
         paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or path.exists())
-        path = chance.choice(paths)
+        digests = [path for path in paths if path.parent.name == FOLDER]
+        path = chance.choice(digests if spare and digests else paths)
+        clever = False
         if chance.random() < 0.1:
             other_thing(path, chance)
         elif path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 20:
-            content, way = path.read_bytes(), chance.random()
-            try:
-                if way < 0.4:
-                    content = changed_bytes(content, chance)
-                elif path.suffix == ".json":
-                    content = changed_json(content, chance)
-                else:
-                    content = changed_shard(content, chance)
-            except (
-                ValueError,
-                struct.error,
-                KeyError,
-                TypeError,
-                IndexError,
-                AttributeError,
-                RecursionError,
-            ):
-                content = changed_bytes(content, chance)  # it had been changed already
-            path.write_bytes(content)
+            clever = changed(path, chance)
+        else:
+            continue
+        harmless &= path in digests and not clever
+    return kind, harmless
 
 
-def look(folder: Path, thoroughly: bool) -> None:
+# How it is looked at
+
+
+def numbers(run: Run) -> dict[str, int]:
+    """A CRC-32 of the steps and the rows of each metric."""
+    return {
+        name: zlib.crc32(run[name].tobytes(), zlib.crc32(run.steps(name).tobytes())) for name in run.metrics
+    }
+
+
+def look(folder: Path, aside: Path, thoroughly: bool) -> None:
     """Everything that a reader asks of a run, and a check of it. RunError is an explanation; whatever else is raised is none."""
-    try:
-        run = probes.open_run(folder)
-    except probes.RunError as error:
-        assert "\n" not in str(error) and str(error).isprintable() and len(str(error)) < 1500
-    else:
-        repr(run), run.last_seen, run.created, run.size
-        for name in run.metrics:
-            assert len(run.steps(name)) == len(run[name]) and name in run
-        said = [*run.problems, run.status_reason, repr(run.attempts)]
-        assert all(text.isprintable() for text in said)
-        [layer.label for layer in (*run.layers, *run.reads, *run.sources)]
-        run.manifest.vectors(10), run.manifest.matrices.next(10)
-        run.refresh()
+    for rank in (0, 1) if is_folder(rank_folder(folder, 1)) else (0,):
+        try:
+            read(Run(folder, rank, cache=aside if thoroughly else None))
+        except probes.RunError as error:
+            assert explains(str(error))
+    with contextlib.suppress(probes.RunError):
+        glance.glance(folder, 0)
     if thoroughly:
         assert str(checking.check(folder)).replace("\n", "").isprintable()
+        mend(folder)
+
+
+def explains(text: str) -> bool:
+    return text.isprintable() and len(text) < 1500
+
+
+def read(run: Run) -> None:
+    repr(run), run.last_seen, run.created, run.size, run.ranks, run.gaps
+    for number, name in enumerate(run.metrics):
+        assert len(run.steps(name)) == len(run[name]) and name in run and explains(name)
+        if number < 6:  # of the others it would be no other code
+            series = run.series(name)
+            bins = series.bins(7)
+            assert bins.count.sum() == len(series) and len(series.at([0, len(series) - 1])) == 2
+            series.bins(3, int(bins.first[-1]), int(bins.last[-1]), columns=[0])
+    for step in run.token_steps[:3]:
+        try:
+            run.tokens(step)
+        except probes.RunError as error:
+            assert explains(str(error))
+    assert all(explains(note) for one in run.attributions() for note in one.about.notes)
+    said = [*run.problems, *run.attribution_problems, run.status_reason, repr(run.attempts)]
+    assert all(text.isprintable() for text in said)
+    [layer.label for layer in (*run.layers, *run.reads, *run.sources)]
+    run.manifest.vectors(10), run.manifest.matrices.next(10)
+    run.refresh()
+
+
+def mend(folder: Path) -> None:
+    """`depthscope compact` and `depthscope check --repair`."""
+    with contextlib.suppress(probes.RunError, OSError):
+        run = glance.Unread(folder)
+        for attempt in run.attempts:
+            into = attempt.shards / FOLDER
+            compacting.tidy(attempt, into)
+            list(compacting.compact(attempt, run.layout, into))
+        checking.repair(checking.check(folder))
 
 
 def main(folder: Path, count: int, seed: int) -> int:
     def late(number, frame):
         raise TimeoutError(f"longer than {SECONDS} s")
 
-    look(GOLDEN / "format-2", True)
+    # In memory, where there is such a place: making and removing small files is most of the work.
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else folder))
+    compacting.ROWS, compacting.BYTES = 60, 20_000
+    sound = make(folder / "sound")
+    wanted = {kind: numbers(Run(path)) for kind, path in sound.items()}
+    for path in sound.values():
+        shutil.copytree(path, folder / "first")
+        look(folder / "first", folder / "cache", True)
+        shutil.rmtree(folder / "first")
     signal.signal(signal.SIGALRM, late)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     warnings.simplefilter("ignore")
-    wrong = 0
-    # In memory, where there is such a place: making and removing small files is most of the work.
-    memory = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else folder))
+    wrong = spare = 0
     for number in range(seed, seed + count):
         place = folder / str(number)
-        changed_run(place, random.Random(number))
+        kind, harmless = changed_run(sound, place, random.Random(number))
         signal.alarm(SECONDS)
         try:
-            look(place, number % 8 == 0)
+            if harmless:
+                spare += 1
+                assert numbers(Run(place)) == wanted[kind], "a digest hides what the shards say"
+            look(place, folder / "cache", number % 8 == 0)
         except BaseException:
             wrong += 1
-            print(f"run {number}:", traceback.format_exc(), flush=True)
+            print(f"run {number} of {kind}:", traceback.format_exc(), flush=True)
         finally:
             signal.alarm(0)
         if not wrong:
             shutil.rmtree(place)
+            shutil.rmtree(folder / "cache", ignore_errors=True)
         if wrong == 10:
             break
+        if (number + 1 - seed) % 1000 == 0:
+            print(
+                f"{number + 1 - seed} runs from {seed} on, {spare} of them changed in digests only",
+                flush=True,
+            )
     if not wrong:
-        folder.rmdir()
+        shutil.rmtree(folder)
     return wrong
 
 

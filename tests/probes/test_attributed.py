@@ -276,6 +276,18 @@ def own():
     return Decoder(DecoderConfig(residual="full", **shape)), torch.randint(256, (4, 12))
 
 
+def test_a_loss_of_ones_own(run):
+    code, told = said(run, "--model", "tests.probes.test_attributed:with_loss", "--methods", "removal")
+    assert code == 0, told
+    (found,) = probes.open_run(run).attributions()
+    assert found.about.unit == "units of the target" and found.about.value == pytest.approx(7.0)
+
+
+def with_loss():
+    model, batch = own()
+    return {"model": model, "batch": batch, "loss": lambda logits: 7 + 0 * logits.mean()}
+
+
 def slow():
     model = own()[0]
     model.register_forward_hook(lambda *_: time.sleep(0.1))

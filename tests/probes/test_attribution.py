@@ -224,7 +224,7 @@ def test_what_cannot_be_is_one_sentence():
         ({"steps": 0}, "steps must be a whole number"),
         ({"mass": "lost"}, "mass must be 'kept' or 'shared'"),
         ({"mass": "shared", "methods": [INTEGRATED]}, 'need mass="kept"'),
-        ({"loss": lambda logits: logits.mean()}, "one number for each sequence"),
+        ({"loss": lambda logits: logits.mean((1, 2), keepdim=True)}, "one number for each sequence"),
         ({"loss": lambda logits: 0.5}, "it gave float"),
         ({"loss": lambda logits: logits["x"]}, "A forward of Decoder and its target failed on one sequence"),
         ({"loss": lambda logits: logits[:, 0, 0] / 0}, "is no finite number on sequence 1"),

@@ -56,6 +56,7 @@ def test_killed_at_random_moments(count, seal_seconds, longest, tmp_path, capsys
         missing = set(range(run.last_step + 1)) - set(run.steps("loss").tolist())
         assert missing == {step for gap in run.gaps for step in range(gap.first, gap.last + 1)}, run.gaps
     assert losses, "some had begun"
+    assert list(tmp_path.glob("after */run/**/digest/*")), "some were killed beside a digest"
     with capsys.disabled():
         print(
             f"\n{count} kills, sealed every {seal_seconds} s: the worst lost {max(losses):.2f} s of training"
@@ -75,6 +76,11 @@ def judged(folder: Path, whole: dict) -> float | None:
     rows = plain_reader.read(folder / "run")
     for step, value in rows.get("loss", ()):
         assert value == whole[step]
+    run = probes.open_run(folder / "run")  # perhaps by a digest that somebody was at work on
+    for name in run.metrics:
+        assert run.steps(name).tolist() == [step for step, _ in rows[name]]
+    assert len(rows) == len(run.metrics) and not any(attempt.doubts for attempt in run.attempts)
+    assert not rows or run["loss"].tolist() == [value for _, (value,) in rows["loss"]]
     last = max((step for step, _ in rows.get("hidden_rms", ())), default=-1)
     if told[-1][0] != "killed":
         return 0.0

@@ -3,12 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import struct
-import subprocess
-import sys
 import tempfile
-import time
 import zlib
 from pathlib import Path
 
@@ -18,77 +14,13 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import probes
 from app.cli import main
-from benchmarks import long_run
 from probes import compacting, series
 from probes import manifest as files
-from probes.attempts import row_shape
 from probes.digest import FOLDER, Digest, DigestError
-from probes.jsonfile import write_json
-from probes.manifest import Manifest
 from probes.run import Run
 from probes.shard import shard_name, write_shard
-from probes.writer import RunWriter
-
-LAYOUT = long_run.layout(4)
-NAMES = ("hidden_rms", "output_rms", "depth_weight", "mixing_weight", "loss")
-
-
-def begin(path: Path, step: int = 0, number: int = 0, created: float = 1000.0) -> Path:
-    """An attempt's folder, with its manifest and an end."""
-    folder = path / f"attempt-{number:05d}" if number else path
-    (folder / files.RANK_FOLDER).mkdir(parents=True)
-    manifest = Manifest(LAYOUT, created + number, 1, 3, step=step)
-    write_json(folder / (files.ATTEMPT if number else files.MANIFEST), manifest.to_json())
-    write_json(folder / files.END, {"time": 2000.0, "status": "finished", "reason": "", "step": 0})
-    return folder / files.RANK_FOLDER
-
-
-def seal(folder: Path, steps, number: int, attempt: int = 0, seed: int = 0, blanks: bool = True) -> Path:
-    """A shard of these steps: vectors at each, matrices at every third, the loss twice a step."""
-    random = np.random.default_rng([seed, number, attempt])
-    steps, tensors = np.array(steps, np.int64), {}
-    for name in NAMES:
-        when = steps[steps % 3 == 0] if "weight" in name else np.repeat(steps, 2 if name == "loss" else 1)
-        if not len(when):
-            continue
-        values = random.normal(0, 1, (len(when), *row_shape(name, LAYOUT))).astype(np.float32)
-        if blanks:
-            values[random.random(values.shape) < 0.05] = np.nan
-            values[random.random(values.shape) < 0.02] = np.inf
-        tensors |= {name: values, f"{name}.step": when}
-    about = {"rank": "0", "attempt": str(attempt), "shard": str(number), "format": "2"}
-    path = folder / shard_name(int(steps[0]), int(steps[-1]))
-    write_shard(path, tensors, about, durable=False)
-    return path
-
-
-def compacted(path: Path, whole: bool = True) -> int:
-    """Make the digests of a run; how many files."""
-    run = Run(path)
-    made = [
-        list(compacting.compact(attempt, run.layout, attempt.shards / FOLDER, whole))
-        for attempt in run.attempts
-    ]
-    return sum(map(len, made))
-
-
-def values(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    return {name: (run.steps(name), run[name]) for name in run.metrics}
-
-
-def same(found: Run, wanted: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    assert found.metrics == sorted(wanted)
-    for name, (steps, numbers) in wanted.items():
-        np.testing.assert_array_equal(found.steps(name), steps)
-        np.testing.assert_array_equal(found[name], numbers)
-
-
-@pytest.fixture
-def few(monkeypatch):
-    """A file of a digest is full with 100 rows of one metric."""
-    monkeypatch.setattr(compacting, "ROWS", 100)
+from tests.probes.digested import begin, compacted, same, seal, values
 
 
 @pytest.fixture
@@ -101,34 +33,22 @@ def believed(monkeypatch):
     monkeypatch.setattr(series.Stored, "_read", never)
 
 
-@pytest.fixture
-def run(tmp_path, few):
-    """Two attempts, the second from step 200 on; nine shards of 30 steps each in the first, some in the second."""
-    first = begin(tmp_path / "run")
-    for number in range(9):
-        seal(first, range(30 * number, 30 * number + 30), number)
-    second = begin(tmp_path / "run", 200, 1)
-    for number in range(4):
-        seal(second, range(200 + 25 * number, 225 + 25 * number), number, 1)
-    return tmp_path / "run"
-
-
-def test_it_gives_every_row_of_every_metric_and_attempt(run, believed):
-    wanted = values(Run(run))
-    assert compacted(run, whole=False) > 4
-    found = Run(run)
+def test_it_gives_every_row_of_every_metric_and_attempt(digestible, believed):
+    wanted = values(Run(digestible))
+    assert compacted(digestible, whole=False) > 4
+    found = Run(digestible)
     assert any(attempt.parts for attempt in found.attempts), "the last shards fill no file: they are read"
     assert all(attempt.digests for attempt in found.attempts)
     same(found, wanted)
-    assert (found.last_step, found.size, found.problems) == (299, Run(run).size, [])
-    assert compacted(run) > 0
-    found = Run(run)
+    assert (found.last_step, found.size, found.problems) == (299, Run(digestible).size, [])
+    assert compacted(digestible) > 0
+    found = Run(digestible)
     assert not any(attempt.parts for attempt in found.attempts)
     same(found, wanted)
     for name, (steps, numbers) in wanted.items():
         index = np.random.default_rng(0).integers(0, len(steps), 40)
         np.testing.assert_array_equal(found.series(name).at(index), numbers[index])
-    done = CliRunner().invoke(main, ["check", str(run)])
+    done = CliRunner().invoke(main, ["check", str(digestible)])
     assert done.exit_code == 0 and "sound" in done.output and "Note" not in done.output
 
 
@@ -141,10 +61,10 @@ def binned(numbers: np.ndarray, start: int, count: int) -> tuple[np.ndarray, ...
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 40, 1000])
-def test_bins_are_of_the_rows_they_say(run, believed, most):
-    wanted = values(Run(run))
-    compacted(run, whole=False)
-    found = Run(run)
+def test_bins_are_of_the_rows_they_say(digestible, believed, most):
+    wanted = values(Run(digestible))
+    compacted(digestible, whole=False)
+    found = Run(digestible)
     for name, (steps, numbers) in wanted.items():
         for first, last in ((None, None), (17, 251), (100, 101), (290, 999), (400, 500)):
             bins = found.series(name).bins(most, first, last)
@@ -194,16 +114,16 @@ def test_a_spike_of_one_step_is_in_the_bins_at_every_zoom(rows, at, most, span, 
 # What cannot be trusted
 
 
-def test_a_damaged_digest_is_passed_over(run):
-    wanted = values(Run(run))
-    compacted(run)
-    digest = sorted((run / files.RANK_FOLDER / FOLDER).iterdir())[0]
+def test_a_damaged_digest_is_passed_over(digestible):
+    wanted = values(Run(digestible))
+    compacted(digestible)
+    digest = sorted((digestible / files.RANK_FOLDER / FOLDER).iterdir())[0]
     content = digest.read_bytes()
     places = np.linspace(0, len(content) - 1, 60).astype(int)
     unseen = 0
     for place in places:
         digest.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
-        found = Run(run)
+        found = Run(digestible)
         for name in ("hidden_rms", "loss"):  # a pyramid is not read by this
             np.testing.assert_array_equal(found.steps(name), wanted[name][0])
             np.testing.assert_array_equal(found[name], wanted[name][1])
@@ -211,39 +131,39 @@ def test_a_damaged_digest_is_passed_over(run):
             flat = wanted[name][1].reshape(len(wanted[name][1]), -1)
             assert np.nanmax(bins.high) == np.nanmax(flat[np.isfinite(flat)])
         try:
-            Digest(digest, run / files.RANK_FOLDER).verify()
+            Digest(digest, digestible / files.RANK_FOLDER).verify()
             unseen += 1
         except DigestError as error:
             assert "\n" not in str(error)
     assert unseen == 0
     for length in (0, 7, 100, len(content) // 2, len(content) - 1):
         digest.write_bytes(content[:length])
-        same(Run(run), wanted)
+        same(Run(digestible), wanted)
 
 
-def test_a_digest_of_other_shards_is_passed_over_and_made_anew(run, tmp_path):
-    wanted = values(Run(run))
-    compacted(run)
+def test_a_digest_of_other_shards_is_passed_over_and_made_anew(digestible, tmp_path):
+    wanted = values(Run(digestible))
+    compacted(digestible)
     other = begin(tmp_path / "other", created=5.0)
     for number in range(9):
         seal(other, range(30 * number, 30 * number + 30), number, seed=1, blanks=False)
-    shutil.copytree(run / files.RANK_FOLDER / FOLDER, other / FOLDER)
+    shutil.copytree(digestible / files.RANK_FOLDER / FOLDER, other / FOLDER)
     found = Run(tmp_path / "other")
     assert not found.attempts[0].digests and np.isfinite(found["hidden_rms"]).all()
     done = CliRunner().invoke(main, ["check", str(tmp_path / "other")])
     assert done.exit_code == 1 and "is of another created" in done.output
-    done = CliRunner().invoke(main, ["compact", str(tmp_path / "other"), str(run)])
+    done = CliRunner().invoke(main, ["compact", str(tmp_path / "other"), str(digestible)])
     assert (
         done.exit_code == 0 and "that did not fit deleted" in done.output and "nothing to do" in done.output
     )
     assert CliRunner().invoke(main, ["check", str(tmp_path / "other")]).exit_code == 0
-    same(Run(run), wanted)
+    same(Run(digestible), wanted)
 
 
-def test_a_shard_that_is_gone_or_damaged_takes_its_digest_with_it(run):
-    compacted(run)
-    shards = sorted((run / files.RANK_FOLDER).glob("*.safetensors"))
-    opened = Run(run)
+def test_a_shard_that_is_gone_or_damaged_takes_its_digest_with_it(digestible):
+    compacted(digestible)
+    shards = sorted((digestible / files.RANK_FOLDER).glob("*.safetensors"))
+    opened = Run(digestible)
     content = shards[1].read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     shards[1].write_bytes(content[:start] + bytes(len(content) - start))
@@ -251,119 +171,44 @@ def test_a_shard_that_is_gone_or_damaged_takes_its_digest_with_it(run):
     found = opened["hidden_rms"]
     assert np.isnan(found[30:60]).all() and len(found) == len(opened.steps("hidden_rms"))
     assert any("000000000030" in problem for problem in opened.problems)
-    done = CliRunner().invoke(main, ["check", str(run), "--repair"])
+    done = CliRunner().invoke(main, ["check", str(digestible), "--repair"])
     assert (
         "which is damaged" in done.output and "was put aside" in done.output and "was deleted" in done.output
     )
-    assert CliRunner().invoke(main, ["check", str(run)]).exit_code == 0  # the gap is a note
-    found = Run(run)
+    assert CliRunner().invoke(main, ["check", str(digestible)]).exit_code == 0  # the gap is a note
+    found = Run(digestible)
     assert set(range(30, 60)).isdisjoint(found.steps("hidden_rms").tolist())
-    assert CliRunner().invoke(main, ["compact", str(run)]).exit_code == 0
-    same(Run(run), values(found))
+    assert CliRunner().invoke(main, ["compact", str(digestible)]).exit_code == 0
+    same(Run(digestible), values(found))
 
 
-def test_links_and_pipes_in_the_place_of_a_digest_are_passed_over(run):
-    wanted = values(Run(run))
-    compacted(run)
-    folder = run / files.RANK_FOLDER / FOLDER
+def test_links_and_pipes_in_the_place_of_a_digest_are_passed_over(digestible):
+    wanted = values(Run(digestible))
+    compacted(digestible)
+    folder = digestible / files.RANK_FOLDER / FOLDER
     first, second, *_ = sorted(folder.iterdir())
-    elsewhere = run.parent / "elsewhere"
+    elsewhere = digestible.parent / "elsewhere"
     shutil.move(first, elsewhere)
     first.symlink_to(elsewhere)
     second.unlink()
     os.mkfifo(second)
-    same(Run(run), wanted)
-    shutil.move(folder, run.parent / "digests")
-    folder.symlink_to(run.parent / "digests", target_is_directory=True)
-    found = Run(run)
+    same(Run(digestible), wanted)
+    shutil.move(folder, digestible.parent / "digests")
+    folder.symlink_to(digestible.parent / "digests", target_is_directory=True)
+    found = Run(digestible)
     assert not found.attempts[0].digests
     same(found, wanted)
-
-
-KILLED = """
-import sys
-from pathlib import Path
-from probes import compacting
-from probes.digest import FOLDER
-from probes.run import Run
-compacting.ROWS = 50
-run = Run(Path(sys.argv[1]))
-print("ready", flush=True)
-while True:
-    for attempt in run.attempts:
-        into = attempt.shards / FOLDER
-        for path in compacting.compact(attempt, run.layout, into):
-            pass
-        for path in into.iterdir():
-            path.unlink()
-"""
-
-
-def test_a_compaction_that_is_killed_does_no_harm(run):
-    wanted = values(Run(run))
-    child = [sys.executable, "-c", KILLED, str(run)]
-    for moment in (0.0, 0.013, 0.031):
-        with subprocess.Popen(child, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(moment)
-            process.send_signal(signal.SIGKILL)
-        same(Run(run), wanted)
-        assert CliRunner().invoke(main, ["check", str(run)]).exit_code == 0
-    compacted(run)
-    same(Run(run), wanted)
-
-
-# Who makes it
-
-
-def test_a_writer_makes_its_own_and_a_reader_that_looks_on_lets_go_of_the_rows(tmp_path, monkeypatch, few):
-    monkeypatch.setattr("probes.writer.SEAL_SECONDS", 0.0)
-    writer = RunWriter(tmp_path / "run", Manifest(LAYOUT, time.time(), 1, 1))
-
-    def put(steps) -> None:
-        for step in steps:
-            writer.put(lambda step=step: [("hidden_rms", step, np.full(5, step, np.float32))], step)
-            while writer._queue.qsize() > 100:
-                time.sleep(0.001)
-
-    put(range(40))
-    while not list((tmp_path / "run" / files.RANK_FOLDER).glob("*.safetensors")):
-        time.sleep(0.01)
-    found = Run(tmp_path / "run")
-    put(range(40, 300))
-    folder = tmp_path / "run" / files.RANK_FOLDER / FOLDER
-    deadline = time.monotonic() + 30
-    while not (folder.is_dir() and len(list(folder.iterdir()))) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    writer.close("finished")
-    found.refresh()
-    (attempt,) = found.attempts
-    assert attempt.digests
-    covered = sum(digest.metrics["hidden_rms"].rows for digest in attempt.digests)
-    assert covered >= 100 and attempt.held < 300 * 28
-    np.testing.assert_array_equal(found["hidden_rms"][:, 0], np.arange(300))
-    assert CliRunner().invoke(main, ["check", str(tmp_path / "run")]).exit_code == 0
-
-
-def test_a_disk_that_refuses_a_digest_is_no_matter(tmp_path, monkeypatch, few):
-    writer = RunWriter(tmp_path / "run", Manifest(LAYOUT, time.time(), 1, 1))
-    (tmp_path / "run" / files.RANK_FOLDER / FOLDER).write_text("in the way")
-    rows = [("loss", step, np.float32(step)) for step in range(200)]
-    writer.put(lambda: rows, 200)
-    writer.close("finished")
-    found = probes.open_run(tmp_path / "run")
-    assert found.status == "finished" and found["loss"].tolist() == list(range(200))
 
 
 # By its page alone
 
 
-def test_the_page_is_enough_to_read_one(run):
+def test_the_page_is_enough_to_read_one(digestible):
     """docs/run-format.md with struct, json and zlib: sums, steps, a row from its shard, and the pyramid."""
-    compacted(run)
-    wanted = values(Run(run))
+    compacted(digestible)
+    wanted = values(Run(digestible))
     at = 0
-    for path in sorted((run / files.RANK_FOLDER / FOLDER).iterdir()):
+    for path in sorted((digestible / files.RANK_FOLDER / FOLDER).iterdir()):
         data = path.read_bytes()
         (length,) = struct.unpack_from("<Q", data)
         header = json.loads(data[8 : 8 + length])
@@ -393,7 +238,7 @@ def test_the_page_is_enough_to_read_one(run):
         found = b""
         for shard, start, count, crc32, item in pieces:
             name = "{:012d}-{:012d}.safetensors".format(*shards[shard][:2])
-            piece = (run / files.RANK_FOLDER / name).read_bytes()[start : start + count * width * item]
+            piece = (digestible / files.RANK_FOLDER / name).read_bytes()[start : start + count * width * item]
             assert zlib.crc32(piece) == crc32
             found += piece
         shown = sum(step < 200 for step in steps)  # what the second attempt does not hide

@@ -42,35 +42,80 @@ def test_what_is_no_loss_is_ranked_by_the_size_of_its_effects():
 # A part at a time
 
 
-def test_it_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "probes.attribution.seconds_of", lambda effects: (1.0, 1.0)
-    )  # its forwards are not counted here
+class Counted:
+    """How many forwards a model does from the announcement on."""
+
+    def __init__(self, model):
+        self.calls, self.told = 0, []
+        model.register_forward_pre_hook(self._call)
+
+    def _call(self, *_):
+        self.calls += 1
+
+    def announce(self, estimate):
+        self.told.append(estimate)
+        self.calls = 0
+
+    def passes(self):
+        return self.told[-1].forwards + self.told[-1].backwards
+
+
+@pytest.mark.parametrize("kind", ["full", "deepnorm"])
+def test_the_passes_announced_are_those_that_are_made(kind, monkeypatch):
+    model, batch = lively_decoder(blocks=2, **RESIDUALS[kind]), tokens(batch=3, length=4)
+    monkeypatch.setattr("probes.work.sequences_that_fit", lambda *_: 2)
+    counted = Counted(model)
+    how = {"methods": list(METHODS), "steps": 2, "samples": 2, "announce": counted.announce}
+    attribute(model, batch, what_if=batch.flip(1), **how)
+    assert counted.told[-1].at_once == 2 and counted.calls == counted.passes()
+    assert counted.told[-1].backwards == 2 * (1 + 2 + (0 if kind == "deepnorm" else 5 * 2))
+
+
+def test_it_goes_on_where_it_was(tmp_path):
     model, batch = lively_decoder(blocks=2, **RESIDUALS["full"]), tokens()
     whole = attribute(model, batch, methods=[ABLATION, REMOVAL])
-    path, calls = tmp_path / "parts" / "x", []
-    model.register_forward_hook(lambda *_: calls.append(len(calls)))
+    path, counted = tmp_path / "parts" / "x", Counted(model)
 
     class Interrupting(Parts):
         def __setitem__(self, name, value):
             super().__setitem__(name, value)
-            if name.startswith("0.edges.ablation.2"):
+            if name.startswith("edges.ablation.2"):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), Interrupting(path) as parts:
         attribute(model, batch, methods=[ABLATION, REMOVAL], parts=parts)
-    first, told = len(calls), []
     with Parts(path) as parts:
-        kept = [name for name in parts if name != "at once"]
-        found = attribute(model, batch, methods=[ABLATION, REMOVAL], parts=parts, announce=told.append)
+        kept = list(parts)
+        found = attribute(model, batch, methods=[ABLATION, REMOVAL], parts=parts, announce=counted.announce)
         parts.finish()
-    assert len(kept) > 4 and 0 < told[0].done < 1 and not list(path.parent.iterdir())
-    left = round(told[0].forwards * (1 - told[0].done))
-    assert left <= len(calls) - first <= left + 3  # a look at the stream, at the memory and at the weights
+    assert len(kept) > 4 and 0 < counted.told[0].done < 1 and not list(path.parent.iterdir())
+    # Of 4 layers and 1 + 2 + 3 + 4 + 5 edges, all layers and the reads of layers 1 and 2 are done.
+    assert counted.calls == counted.passes() == 1 + 3 + 4 + 5
     np.testing.assert_array_equal(found.edges[ABLATION], whole.edges[ABLATION])
     np.testing.assert_array_equal(found.layers[REMOVAL], whole.layers[REMOVAL])
     # Of read 2 the effects were kept and their squares were not.
     np.testing.assert_array_equal(found.edges_token_std[ABLATION], whole.edges_token_std[ABLATION])
+
+
+@pytest.mark.parametrize("before, after", [(4, 2), (1, 3)])
+def test_what_is_done_stays_of_use_where_fewer_or_more_fit(before, after, monkeypatch):
+    model, batch, parts = lively_decoder(blocks=1, **RESIDUALS["full"]), tokens(batch=4), {}
+    how = {"methods": [REMOVAL, ABLATION], "what_if": tokens(batch=4).flip(1)}
+    whole = attribute(model, batch, **how)
+    monkeypatch.setattr("probes.work.sequences_that_fit", lambda *_: before)
+    attribute(model, batch, **how, parts=parts)
+    for name in [name for name in parts if "edges" in name]:
+        del parts[name]
+    monkeypatch.setattr("probes.work.sequences_that_fit", lambda *_: after)
+    counted = Counted(model)
+    found = attribute(model, batch, **how, parts=parts, announce=counted.announce)
+    curves = 3 + 3  # by weight, share and attribution, and three random orders: each of 6 edges
+    assert counted.calls == counted.passes() == -(-4 // after) * (1 + 6 + 1 + curves * 6)
+    np.testing.assert_allclose(found.layers[REMOVAL], whole.layers[REMOVAL], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.edges_std[ABLATION], whole.edges_std[ABLATION], rtol=1e-6, atol=1e-12)
+    for kind, curve in found.curves.items():
+        for ranking, values in curve.values.items():
+            np.testing.assert_allclose(values, whole.curves[kind].values[ranking], rtol=1e-9)
 
 
 def test_what_a_damaged_part_held_is_computed_again(tmp_path):
@@ -86,13 +131,13 @@ def test_memory_bounds_what_goes_through_at_once(monkeypatch):
     from probes import budget
 
     model, batch, told = lively_decoder(blocks=2, **RESIDUALS["full"]), tokens(batch=5), []
-    whole = attribute(model, batch, methods=[GRADIENT, ABLATION], announce=told.append)
+    monkeypatch.setattr("probes.work.resident", lambda: 0)
     monkeypatch.setattr(budget, "resident", lambda: 0)
-    sizes = []
+    whole = attribute(model, batch, methods=[GRADIENT, ABLATION], announce=told.append)
+    sizes, one = [], told[0].bytes / 5
     with pytest.raises(probes.RunError, match="Too little memory: one sequence takes") as refused:
         attribute(model, batch, methods=[GRADIENT], memory=1000)
     assert "Allow more, or take shorter sequences" in str(refused.value)
-    one = _bytes_of_one(model, batch)
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     parted = attribute(model, batch, methods=[GRADIENT, ABLATION], memory=2.5 * one, announce=told.append)
     assert told[0].at_once == 5 and told[1].at_once == 2 and max(sizes) == 2
@@ -100,18 +145,6 @@ def test_memory_bounds_what_goes_through_at_once(monkeypatch):
         np.testing.assert_allclose(parted.edges[method], whole.edges[method], rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(parted.edges_std[method], whole.edges_std[method], rtol=1e-6, atol=1e-12)
     np.testing.assert_allclose(parted.weight, whole.weight, rtol=1e-6)
-
-
-def _bytes_of_one(model, batch) -> int:
-    from probes.budget import bytes_of_one
-    from probes.effects import Effects
-    from probes.finding import find_sites
-    from probes.gates import Gates
-    from probes.objective import next_token_losses
-
-    gates = Gates(find_sites(model))
-    with gates.hung():
-        return bytes_of_one(Effects(model, (batch[:1],), {}, next_token_losses, gates))
 
 
 # Models nobody adapted, and baselines

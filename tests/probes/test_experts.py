@@ -68,11 +68,11 @@ def kimi():
 class Sparse(nn.Module):
     """A list of experts, each called with its own tokens."""
 
-    def __init__(self, experts=4, dense=False):
+    def __init__(self, experts=4, dense=False, capacity=0):
         super().__init__()
         self.gate = nn.Linear(16, experts, bias=False)
         self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(experts))
-        self.dense, self.chosen = dense, []
+        self.dense, self.capacity, self.chosen = dense, capacity, []
 
     def forward(self, x):
         flat = x.flatten(0, 1)
@@ -83,6 +83,10 @@ class Sparse(nn.Module):
             weight = (weights * (chosen == number)).sum(1, keepdim=True)
             if self.dense:
                 out = out + weight * expert(flat)
+            elif self.capacity:
+                here = (chosen == number).any(1).nonzero().flatten()[: self.capacity]
+                buffer = flat.new_zeros(self.capacity, 16).index_copy(0, torch.arange(len(here)), flat[here])
+                out = out.index_add(0, here, weight[here] * expert(buffer)[: len(here)])
             else:
                 here = (chosen == number).any(1)
                 out[here] = out[here] + weight[here] * expert(flat[here])
@@ -156,10 +160,11 @@ def test_the_load_is_what_the_router_chose(make, tmp_path):
             assert np.isnan(load[row]).all() and np.isnan(balance[row])
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_a_list_of_experts_each_called_with_its_tokens(recomputed, tmp_path):
+@pytest.mark.parametrize(("recomputed", "capacity"), [(False, 0), (True, 0), (False, 18)])
+def test_a_list_of_experts_each_called_with_its_tokens(recomputed, capacity, tmp_path):
+    """Or with a buffer for as many as may be, of which its tokens fill a part."""
     torch.manual_seed(0)
-    model = Model(recomputed)
+    model = Model(recomputed, capacity=capacity)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with probes.record(model, tmp_path / "run", optimizer=optimizer, every=1, matrices_every=2):
         for _ in range(3):

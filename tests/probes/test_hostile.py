@@ -19,19 +19,24 @@ from probes import run as reader
 from probes.layout import Layer, Layout
 from probes.manifest import Manifest
 from probes.shard import shard_name, write_shard
-from tests.probes.hostile import GOLDEN, SECONDS
+from tests.probes.hostile import SECONDS
 from tests.probes.models import shards
+from tests.probes.mutations import GOLDEN
+
+LONG = (pytest.mark.long, pytest.mark.timeout(7200))
 
 
+# The many in ranges, so that one that is stopped is not all that is lost.
 @pytest.mark.parametrize(
     ("first", "count"),
-    [(0, 2000), pytest.param(10_000, 100_000, marks=(pytest.mark.long, pytest.mark.timeout(7200)))],
+    [(0, 2000), *(pytest.param(first, 10_000, marks=LONG) for first in range(10_000, 110_000, 10_000))],
 )
 def test_changed_runs_get_sentences_within_little_memory(first, count, tmp_path):
     """No exception but RunError, no hang, and no more than 512 MiB more than an idle reader has."""
     command = [sys.executable, "-m", "tests.probes.hostile", str(tmp_path), str(count), str(first)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{count} runs from {first} on" in done.stdout
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -195,6 +196,27 @@ def test_as_many_as_there_are(tmp_path):
     its = probes.open_run(tmp_path / "run").tokens()
     assert its.weight.shape == (1, 128, 3, 3) and its.ids.shape == (1, 128)
     np.testing.assert_allclose(np.nansum(its.weight, -1), 1, atol=1e-3)
+
+
+def test_a_long_batch_that_begins_with_padding(tmp_path):
+    """As for generation. Of each sequence the tokens that count are followed, not the padding before them."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = attnres.convert(transformers.LlamaForCausalLM(config), "full")
+    real = torch.tensor([20, 140])
+    mask = (torch.arange(150) >= 150 - real[:, None]).long()
+    tokens = torch.randint(1, 64, (2, 150)) * mask
+    own = weights_of(model, input_ids=tokens, attention_mask=mask)
+    optimizer = sgd(model)
+    with probes.record(model, tmp_path / "run", optimizer=optimizer, tokens_every=1, **ALL):
+        model(input_ids=tokens, attention_mask=mask, labels=tokens).loss.backward()
+        optimizer.step()
+    its = probes.open_run(tmp_path / "run").tokens(0)
+    own[0, :130] = np.nan
+    np.testing.assert_array_equal(its.ids, np.stack([tokens[0, 22:], tokens[1, 10:138]]))
+    np.testing.assert_allclose(its.weight, np.stack([own[0, 22:], own[1, 10:138]]), **FLOAT16)
 
 
 def test_a_loop_without_an_optimizer(tmp_path):
