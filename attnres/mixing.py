@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnres.linked import Link, along, linked_mix, plain, weighted_sum
+from attnres.linked import Link, plain, weighted_sum
 
 
 def softmax_mix(
@@ -15,13 +15,14 @@ def softmax_mix(
 ) -> tuple[Tensor, Tensor]:
     """The mix of S sources [B, T, D], in the dtype of the first, and the weights [S, B, T] (Eq. 3-4)."""
     links, logits = [each for each in logits if isinstance(each, Link)], plain(logits)
-    # A hook may have put others in their place.
-    if len(links) == len(sources) and all(
-        link.source is source for link, source in zip(links, sources, strict=True)
-    ):
-        return linked_mix(links)
     if not torch.compiler.is_compiling():
-        return _SoftmaxMix.apply(torch.stack(logits), *sources)
+        shares, ways = (), ()
+        # A hook may have put others in their place.
+        if len(links) == len(sources) and all(
+            link.source is source for link, source in zip(links, sources, strict=True)
+        ):
+            _, _, shares, ways = zip(*links, strict=True)
+        return _SoftmaxMix.apply(torch.stack(logits), *sources, *shares, *ways)
     # The compiler fuses the plain sum and its gradients by itself, and torch 2.13 fails on the function's form where
     # nothing needs a gradient.
     if torch.is_grad_enabled():
@@ -40,20 +41,47 @@ def _softmax(logits: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _SoftmaxMix(torch.autograd.Function):
-    """As `linked_mix`, of sources without links: a gradient for each pair of read and source."""
+    """An unstacked weighted sum: a stack would copy every source again at every read.
+
+    Its gradients by hand, since autograd would write out more of D channels than it has to. Where the sources are linked,
+    they get theirs over the links.
+    """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, *sources: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, logits: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        sources = rest[: len(logits)]
+        ctx.linked = len(rest) > len(logits)
+        ctx.set_materialize_grads(False)
         weight = torch.softmax(logits, dim=0)
         ctx.save_for_backward(weight, *sources)
         return weighted_sum(weight.unbind(0), sources), weight
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, grad_weight: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx, grad: Tensor | None, grad_weight: Tensor | None) -> tuple[Tensor | None, ...]:
         weight, *sources = ctx.saved_tensors
-        memory: list[Tensor] = []
-        grad_weight = grad_weight + torch.stack([along(grad, each, weight.dtype, memory) for each in sources])
-        shares = zip(weight.to(grad.dtype).unsqueeze(-1), sources, strict=True)
-        grads = [(share * grad).to(source.dtype) for share, source in shares]
-        return weight * (grad_weight - (weight * grad_weight).sum(0)), *grads
+        nothing = [None] * len(sources)
+        total = torch.zeros_like(weight) if grad_weight is None else grad_weight
+        if grad is not None:
+            total = total + _along(grad, sources, weight.dtype)
+        grad_logits = weight * (total - (weight * total).sum(0))
+        if grad is None:
+            return grad_logits, *nothing, *(2 * nothing if ctx.linked else ())
+        if ctx.linked:
+            shares = torch.stack((weight, torch.ones_like(weight)), dim=1).unbind(0)
+            return grad_logits, *nothing, *shares, *[grad for _ in sources]
+        pairs = zip(weight.to(grad.dtype).unsqueeze(-1), sources, strict=True)
+        return grad_logits, *((share * grad).to(source.dtype) for share, source in pairs)
+
+
+def _along(grad: Tensor, sources: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """grad · source over the channels, [S, B, T]."""
+    memory, along = None, []
+    for source in sources:
+        # Into the same memory each time: fresh memory is what takes time here.
+        if memory is None or memory.dtype != torch.result_type(grad, source):
+            memory = torch.mul(grad, source)
+        else:
+            torch.mul(grad, source, out=memory)
+        along.append(memory.sum(-1, dtype=dtype))
+    return torch.stack(along)
