@@ -74,14 +74,14 @@ class Idle:
 
 def idle(found: Attribution) -> Idle | None:
     """Which links have a high weight and no effect, by ablation: the effect and two of its standard errors together are
-    small. None where edges were not ablated or the weights are not known."""
+    small. None where edges were not ablated, or the weights are not known or all one, as in a plain sum."""
     if ABLATION not in found.edges or found.weight is None:
         return None
     frame = edges(found, ABLATION)
+    if np.isfinite(frame["even"]).any() and np.allclose(frame["weight"].dropna(), 1):
+        return None
     heavy = frame[(frame["sources"] > 2) & (frame["even"] >= HIGH)].sort_values("even", ascending=False)
     limit = small(found)
-    if np.isfinite(frame["even"]).any() and np.allclose(frame["weight"].dropna(), 1):
-        heavy = heavy.iloc[:0]  # a plain sum: every source has weight one
     links = heavy[heavy["value"].abs() + 2 * heavy["error"] <= limit]
     return Idle(links, heavy, limit, found.about.unit, found.about.sequences)
 

@@ -96,7 +96,7 @@ def _live(one: room.Shown) -> None:
                 icon=":material/info:",
             )
     st.caption(
-        "Single layers, spread over sequences and ablation need a saved model: `depthscope attribute` measures them."
+        f"{SIGNED} Single layers, spread over sequences and ablation need a saved model: `depthscope attribute` measures them."
     )
 
 
@@ -125,7 +125,10 @@ def _file(one: room.Shown, found: Attribution) -> None:
 def _edges(one: room.Shown, frame: pd.DataFrame, unit: str, step: int) -> None:
     """Weight and attribution of every edge, of one read, read by read, and against each other."""
     frame = frame.assign(row=frame["number"] - 1)
-    st.subheader("Does the weight go to what matters?", anchor=False)
+    plain = frame["weight"].notna().any() and frame["weight"].dropna().sub(1).abs().max() < 1e-6
+    if plain:  # a plain sum: weights of one all over tell nothing
+        frame = frame.assign(weight=float("nan"), even=float("nan"))
+    st.subheader("Which edges matter?" if plain else "Does the weight go to what matters?", anchor=False)
     legends = {"weight": "Weight (share of the read)", "value": f"Attribution ({unit})"}
     told = {
         "weight": findings.routing(frame.assign(depth_weight=frame["weight"], step=step), one.name),
@@ -150,6 +153,10 @@ def _edges(one: room.Shown, frame: pd.DataFrame, unit: str, step: int) -> None:
                 fields=("number", "source"),
                 on_click=lambda told: view.change(cause_read=_number(told)),
             )
+    if plain:
+        _one_read(one, frame, unit)
+        st.caption(PLAIN)
+        return
     if "weight" not in columns:
         st.caption(
             "The weights were not recorded at this step, so there is nothing to compare the attribution with."
@@ -158,9 +165,6 @@ def _edges(one: room.Shown, frame: pd.DataFrame, unit: str, step: int) -> None:
         )
         return
     _one_read(one, frame, unit)
-    if frame["weight"].dropna().sub(1).abs().max() < 1e-6:
-        st.caption(PLAIN)
-        return
     _compared(one, frame, unit)
 
 
@@ -196,9 +200,11 @@ def _one_read(one: room.Shown, frame: pd.DataFrame, unit: str) -> None:
             if part[name].notna().any()
         }
         told = f"{words.capital(words.the(reads[number]))}"
+        if "value" in top:
+            told += f": {words.the(top['value'])} has the largest effect"
         if len(top) == 2:
             same = top["weight"] == top["value"]
-            told += (
+            told = words.capital(words.the(reads[number])) + (
                 f" gives {words.the(top['weight'])} most weight, and that has the largest effect too"
                 if same
                 else f" gives {words.the(top['weight'])} most weight; {words.the(top['value'])} has the largest effect"
