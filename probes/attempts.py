@@ -331,7 +331,7 @@ def rows_of(name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
             continue
         if not legible(each):
             raise ShardError("holds a metric with a name that nobody can read")
-        if each not in METRICS and values.ndim != 1:
+        if each not in METRICS and (values.ndim != 1 or each + _STEP not in shard.tensors):
             continue  # of a later depthscope
         steps = shard.tensors.get(each + _STEP)
         if steps is None or steps.dtype != np.int64 or steps.shape != values.shape[:1]:
