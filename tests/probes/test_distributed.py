@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from tests.probes import plain_reader
 from tests.probes.models import decoder, sgd, train
 
 ROOT = Path(__file__).parents[2]
+HANGS = 900  # seconds
 DEPTH = {"depth_weight", "depth_weight_std", "contribution_rms", "depth_entropy", "query_norm"}
 
 SHORT = [
@@ -52,8 +55,16 @@ COMPILED = ["compiled_ddp", "compiled_fsdp"]
 def play(folder: Path, world: int, *cases: str) -> Path:
     command = [sys.executable, "-m", "tests.probes.ranks_at_work", str(folder), str(world), *cases]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        said, _ = started.communicate(timeout=HANGS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)  # the processes that it began too
+    assert started.returncode == 0, said
     return folder
 
 
@@ -277,7 +288,7 @@ def test_trainers_of_others_under_torchrun(tmp_path):
     for how, world in ((launch, 2), ([], 1)):
         script = ["-m", "tests.probes.ranks_trainers", str(tmp_path / f"{world}"), f"{world}"]
         command = [sys.executable, *how, *script]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=HANGS)
         assert done.returncode == 0, done.stdout + done.stderr
     for name in ("trainer", "accelerate", "lightning"):
         run, alone = (probes.open_run(tmp_path / world / name) for world in "21")
@@ -334,7 +345,8 @@ def test_what_was_sealed_outlives_the_process_that_writes(tmp_path, monkeypatch)
     monkeypatch.setattr(files, "SILENT_SECONDS", 0)
     run = probes.open_run(tmp_path / "headless")
     assert run.status == "stopped" and run.ranks[1] == ("finished", "")
-    assert run.steps("hidden_rms").tolist() == [0, 1, 2] and not checking.check(run.path).defects
+    # Step 2 was not sealed yet: until the next one is recorded, the script may still log of it.
+    assert run.steps("hidden_rms").tolist() == [0, 1] and not checking.check(run.path).defects
 
 
 @pytest.mark.parametrize("tokens", [(4, 4), (0, 4), (4, 0), (0, 0), (3, 1)])
