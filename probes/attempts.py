@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from probes import elsewhere
 from probes.careful import legible, printable
 from probes.digest import FOLDER, Digest, DigestError
 from probes.layout import Layout
@@ -29,6 +30,7 @@ QUARANTINE = "quarantine"
 
 _STEP = ".step"
 _FOLDER = re.compile(r"attempt-([0-9]{5})")
+_TOGETHER = 64  # shards fetched at once where they lie elsewhere
 
 Part = tuple[np.ndarray, np.ndarray]  # steps int64 [n], values [n, ...]
 
@@ -144,9 +146,14 @@ class Attempt:
         names, new = shard_names(folder), False
         for place in (folder / FOLDER, digests) if room is not None else ():
             new |= place is not None and self.rely(names, place, layout)
-        for name in names:
-            if name in self.sealed or (name in self.broken and name not in self.unreadable):
-                continue
+        unread = [
+            name
+            for name in names
+            if name not in self.sealed and (name not in self.broken or name in self.unreadable)
+        ]
+        for at, name in enumerate(unread):
+            if at % _TOGETHER == 0:
+                elsewhere.soon(folder / each for each in unread[at : at + _TOGETHER])
             try:
                 shard = read_shard(folder / name)
                 rows = self.rows(name, shard, layout)
@@ -308,6 +315,12 @@ def claimed(run: Path) -> list[int]:
         return []
     found = [_FOLDER.fullmatch(name) for name in names]
     return sorted(int(match[1]) for match in found if match is not None and int(match[1]))
+
+
+def attempt_number(name: str) -> int:
+    """The number of an attempt after the first by the name of its folder; 0 for other names."""
+    found = _FOLDER.fullmatch(name)
+    return int(found[1]) if found else 0
 
 
 def rows_of(name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
