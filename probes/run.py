@@ -12,7 +12,7 @@ from probes import compacting, elsewhere
 from probes import manifest as files
 from probes.attempts import Attempt, attempt_folder, claimed, hide, row_shape
 from probes.attributed import Attribution, attribution_names, read_attribution
-from probes.careful import is_folder, printable
+from probes.careful import is_folder, printable, visible
 from probes.gaps import Gap, gaps_of
 from probes.layout import Layout, difference
 from probes.manifest import Manifest, RunError
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        return visible(self.path.resolve().name)
 
     @property
     def layout(self) -> Layout:
