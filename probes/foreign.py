@@ -1,24 +1,24 @@
 """The sites of a model whose states are depth reads, found by running it once on a few tokens."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import suppress
 
 import torch
 from torch import nn
 
+from probes.columns import columns_of
+from probes.few_tokens import two_tapes
 from probes.found import FoundRead, FoundReads, Replay, Spot
-from probes.layout import Layer, Read, Source
-from probes.mixes import Mix, Mixes, widths
+from probes.layout import Layer, Read
+from probes.mixes import Mixes, widths
 from probes.naming import blocks_of, common_name
 from probes.oddities import oddities
 from probes.replay import Unreplayable, moment_of, replay_of, witness_of
 from probes.sites import LayerSite, Place, Sites, place_of
 from probes.stacks import Stack, is_norm, kind_by_name
 from probes.symbols import Untraceable
-from probes.tape import Node, Tape, record_tape
-
-_SIZES = (((3, 11), (2, 7)), ((3, 16), (2, 8)), ((3, 64), (2, 32)))  # items and tokens of the two forwards
+from probes.tape import Node, Tape
+from probes.walks import Mix, name_of
 
 
 def foreign_sites(root: nn.Module) -> Sites:
@@ -34,12 +34,14 @@ def foreign_sites(root: nn.Module) -> Sites:
 
 
 def _found(root: nn.Module) -> Sites:
-    tape, twin = _tapes(root)
+    tape, twin = two_tapes(root)
+    reasons = []
     for width in list(widths(tape))[:2]:
         mixes = Mixes(tape, width)
-        if sum(len(mix.edges) > 1 for mix in mixes.found.values()) > 1:
+        if mixes.reason is None:
             return _Finding(tape, twin, mixes).sites()
-    raise Untraceable("no state in it is a weighted sum of several sources")
+        reasons.append(mixes.reason)
+    raise Untraceable(max(reasons, key=len, default="no module of it hands tokens on"))
 
 
 def may_read(root: nn.Module, stack: Stack) -> bool:
@@ -66,35 +68,6 @@ def may_read(root: nn.Module, stack: Stack) -> bool:
             if slim and p.ndim <= 3 and p.shape[-1] in widths:
                 return True
     return False
-
-
-def _tapes(root: nn.Module) -> tuple[Tape, Tape]:
-    reason = "it is not known what its forward takes"
-    for pair in _SIZES:
-        try:
-            return tuple(record_tape(root, *_tokens(root, *size), *size) for size in pair)
-        except Exception as error:
-            reason = f"a forward on a few tokens fails ({type(error).__name__}: {error})".splitlines()[0]
-    raise Untraceable(reason)
-
-
-def _tokens(root: nn.Module, items: int, tokens: int) -> tuple[tuple, dict]:
-    """What a language model may be called with: tokens, for every argument that must be given."""
-    parameter = next(root.parameters())
-    embedding = next((m for m in root.modules() if isinstance(m, nn.Embedding)), None)
-    parameters = inspect.signature(root.forward).parameters.values()
-    needed = [
-        p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    generator = torch.Generator().manual_seed(0)
-    if embedding is not None:
-        shape = items, tokens
-        most = min(m.num_embeddings for m in root.modules() if isinstance(m, nn.Embedding))
-        given = torch.randint(min(embedding.num_embeddings, max(most, 2)), shape, generator=generator)
-    else:
-        matrix = next((p for p in root.parameters() if p.ndim == 2), parameter)
-        given = torch.randn(items, tokens, matrix.shape[-1], generator=generator).to(parameter.dtype)
-    return (given.to(parameter.device),) * max(1, len(needed)), {}
 
 
 class _Finding:
@@ -125,13 +98,19 @@ class _Finding:
         rows, reads, notes = self._rows(layers)
         if not reads:
             raise Untraceable(f"its depth reads cannot be computed from what hooks see: {notes[0]}")
-        columns = self._columns(layers)
+        constant = max(sum(self._mixes.is_constant(s) for s in mix.sources) for mix in self._reads)
+        columns = columns_of(
+            [[self._members(source) for source in mix.sources] or [(0,)] for mix in self._reads],
+            layers,
+            constant,
+        )
         odd = oddities(
             self._tape,
             self._reads,
             self._final,
             lambda node: self._mixes.terms(node, self._embedding),
             self._members,
+            self._mixes.carried,
         )
         found = FoundReads(
             tuple(reads),
@@ -147,10 +126,21 @@ class _Finding:
 
     def _find_embedding(self, mixes: list[Mix]) -> Node:
         """The oldest source, or what that began with."""
-        sources = {source for mix in mixes for source in mix.sources if source.value.any()}
+        sources = {
+            s for mix in mixes for s in mix.sources if s.value.any() and not self._mixes.is_constant(s)
+        }
         oldest = min(sources, key=lambda each: each.index)
-        terms = self._mixes.terms(oldest)
+        terms = [term for term in self._mixes.terms(oldest) if term.value.any()]
         first = min(terms, key=lambda each: each.index)
+        looked_up = [
+            each
+            for each in self._tape.ancestors(first)
+            if self._mixes.is_stream(each)
+            and all(name_of(term) == "embedding" for term in self._mixes.terms(each))
+        ]
+        # Where the embedding is no source, the first is what a layer made of it.
+        if looked_up and any(p.ndim > 1 for p in self._parameters(first, {looked_up[-1]}).values()):
+            return looked_up[-1]
         return first if any(self._tape.made_from(term, first) for term in terms) else oldest
 
     def _find_final(self) -> Node | None:
@@ -184,13 +174,17 @@ class _Finding:
         found = [
             t
             for t in terms
-            if t not in reads and t is not self._embedding and t.value.any() and t.func is not None
+            if t not in reads
+            and t not in self._mixes.gated
+            and t is not self._embedding
+            and t.value.any()
+            and t.func is not None
         ]
         return sorted((t for t in found if self._tape.made_from(t, self._embedding)), key=lambda t: t.index)
 
     def _state_of(self, output: Node) -> Node:
         """What a layer receives: the newest mix, sum or embedding that its output was made from."""
-        candidates = {mix.node for mix in self._reads} | self._stops
+        candidates = {self._mixes.carried(mix.node) for mix in self._reads} | self._stops
         return max(
             (each for each in candidates if self._tape.made_from(output, each)), key=lambda each: each.index
         )
@@ -319,7 +313,7 @@ class _Finding:
                 which = f", read {number} of {len(several)}" if len(several) > 1 else ""
                 yield site.layer.label + which, site.layer.kind, site.layer.index, mix
         for number, mix in enumerate(rest, 1):
-            is_final = mix.node is self._final or number == len(rest)
+            is_final = self._mixes.carried(mix.node) is self._final or number == len(rest)
             yield ("final read" if is_final else f"read {number} after the layers"), "final", None, mix
 
     def _read(self, mix: Mix) -> FoundRead:
@@ -385,36 +379,6 @@ class _Finding:
         """Layers whose outputs a source sums; 0 is the embedding."""
         number = {output: index for index, output in enumerate(self._outputs, 1)} | {self._embedding: 0}
         return tuple(sorted(number[t] for t in self._mixes.terms(source, self._embedding) if t in number))
-
-    def _columns(self, layers: list[LayerSite]) -> tuple[Source, ...]:
-        count = max(max(1, len(mix.edges)) for mix in self._reads)
-        inside: list[set[int]] = [set() for _ in range(count)]
-        for mix in self._reads:
-            for column, source in enumerate(mix.sources):
-                inside[column] |= set(self._members(source))
-        inside[0] |= {0}
-        full = all(len(members) <= 1 for members in inside)
-        columns = []
-        for column, members in enumerate(inside):
-            first, last = (min(members), max(members)) if members else (column, column)
-            if column == count - 1 and not full:
-                last = len(layers)  # what the last block still gets after the last read
-            if column == 0 and members == {0}:
-                columns.append(Source("embedding", "embedding", 0, 0))
-            elif full:
-                site = layers[first - 1].layer
-                columns.append(Source(site.label, site.kind, first, last))
-            elif members and 0 not in members:
-                which = f"layers {first}–{last}" if last > first else f"layer {first}"
-                columns.append(Source(f"depth block {column} ({which})", "depth block", first, last))
-            else:
-                columns.append(Source(f"source {column}", "depth block", first, last))
-        if full:  # the last layers' outputs are sources too, though no read has them
-            columns += [
-                Source(site.layer.label, site.layer.kind, site.layer.index, site.layer.index)
-                for site in layers[len(columns) - 1 :]
-            ]
-        return tuple(columns)
 
 
 def _of_one(*parts: torch.Tensor) -> tuple:

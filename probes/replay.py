@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from probes.found import Moment, Replay, Spot
 from probes.kernels import by_definition, certain
-from probes.mixes import Mix
 from probes.tape import Node, Tape
+from probes.walks import Edge, Mix
 
 _DRAWING = {
     "rand",
@@ -87,7 +87,7 @@ class _Cutting:
             self._real[node] = self._graph.placeholder(f"x{node.index}")
         spots = tuple(self._spot(node) for node in self._inputs if self._spot(node) is not None)
         held = tuple(self._holder(node) for node in self._inputs if self._spot(node) is None)
-        sources = [self._emit(edge.source) for edge in self._mix.edges]
+        sources = [self._emit(self._alike(edge)) for edge in self._mix.edges]
         law = self._mix.law
         if law is not None:
             vectors = [self._emit(self._mix.node.slots[slot]) for slot in law.slots]
@@ -104,6 +104,12 @@ class _Cutting:
         module = fx.GraphModule(nn.Module(), self._graph)
         by_mix = self._mix.normalised or (law is not None and law.gain is not None)
         return Replay(module.forward, spots, held, by_mix)
+
+    def _alike(self, edge: Edge) -> Node:
+        """A source as it enters the mix, where it has the mix's shape there and not before, as with tokens first."""
+        entering, shape = edge.user.slots[edge.slot], self._mix.node.tensor.shape
+        before = edge.source.tensor.shape != shape and entering.tensor.shape == shape
+        return entering if before else edge.source
 
     def _collect(self) -> None:
         """What the program starts from: tensors that hooks see first, then those that are held."""
