@@ -99,7 +99,7 @@ class Recorder:
             self._hooks.append(sites.called.register_forward_pre_hook(look))
         if pipeline is not None:
             pipeline.watch(self._reduced)
-        self._ending = Ending(self.close)
+        self._ending = Ending(self.close, early=writer.uploads)
 
     # What a training script calls
 

@@ -134,7 +134,10 @@ def test_a_writer_makes_its_own_and_a_reader_that_looks_on_lets_go_of_the_rows(t
     while not list((tmp_path / "run" / files.RANK_FOLDER).glob("*.safetensors")):
         time.sleep(0.01)
     found = Run(tmp_path / "run")
-    put(range(40, 300))
+    put(range(40, 200))
+    # Somebody else does the same meanwhile, and leaves what fills no file to the writer.
+    assert CliRunner().invoke(main, ["compact", str(tmp_path / "run")]).exit_code == 0
+    put(range(200, 300))
     folder = tmp_path / "run" / files.RANK_FOLDER / FOLDER
     deadline = time.monotonic() + 30
     while not (folder.is_dir() and len(list(folder.iterdir()))) and time.monotonic() < deadline:
