@@ -324,7 +324,8 @@ class _Finding:
             # The embedding where it is made, so that what the layer receives is compared with it.
             made = [each for each in self._embedding_spots() if each.moment <= spot.moment]
             replay = Replay(_of_one, tuple(made) or (spot,), (), False)
-            return FoundRead("the embedding as it is", replay, self._tape.moments[spot.moment], spot, ())
+            moment = self._tape.moments[spot.moment]
+            return FoundRead("the embedding as it is", replay, moment, spot, (), is_source=True)
         route, query = self._route(mix), self._query(mix)
         if spot is None and (found := witness_of(self._tape, mix.node)) is not None:
             witness, seen = found
