@@ -12,7 +12,7 @@ from app.glance import Glance, Unread
 from app.snapshot import Followed, Snapshot
 from probes import RunError
 from probes.manifest import MANIFEST
-from probes.run import find_runs
+from probes.run import find_runs, place_of
 
 DEFAULT_FOLDERS = ("runs", "sample_runs")
 _LOOKED_AT = 24  # newest runs from which the first choice is made
@@ -32,8 +32,15 @@ class Entry:
 
 def folders() -> list[Path]:
     """The folders to look in: the script's arguments, else runs/ and sample_runs/ where they exist."""
-    given = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("-")]
+    given = [_place(argument) for argument in sys.argv[1:] if not argument.startswith("-")]
     return given or default_folders()
+
+
+def _place(argument: str) -> Path:
+    try:
+        return place_of(argument)
+    except RunError:  # which the command line has told
+        return Path(argument)
 
 
 def default_folders() -> list[Path]:
@@ -42,7 +49,7 @@ def default_folders() -> list[Path]:
 
 def find(roots: list[Path]) -> list[Entry]:
     """Every run at or below the roots, oldest first, unreadable ones with their problem."""
-    paths = list(dict.fromkeys(path for root in roots if root.is_dir() for path in find_runs(root)))
+    paths = list(dict.fromkeys(path for root in roots for path in find_runs(root)))
     names = _names(paths, roots)
     found = []
     for path in paths:

@@ -38,6 +38,7 @@ DOCUMENTED = (
     ("depth-attention-read", "depth_attention?runs=full&focus=full&read=18&source=15", "dark", 1000, 560),
     ("depth-attention-deep", "depth_attention?runs=deep-block", "dark", 800, 0),
     ("tokens", "tokens?runs=full&focus=full&read=18&source=15", "light", 800, 0),
+    ("attribution", "attribution?runs=block-24&cause_read=16", "light", 1200, 1320),
     ("compare", "compare?runs=prenorm&runs=full&first=prenorm&second=full", "light", 800, 0),
 )
 LIVE_STEPS = 20  # of every run, before a live one is taken

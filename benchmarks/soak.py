@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(lines))
     if told.save:
         told.out.parent.mkdir(parents=True, exist_ok=True)
-        kept = {"recorded": recorded, "samples": list(map(asdict, samples))}
+        kept = {"recorded": recorded, "minutes": {who: by_minute(samples, who) for who in WHO}}
         told.out.write_text(json.dumps(kept, indent=1))
         told.out.with_suffix(".md").write_text("\n".join(["# Soak", "", *lines, ""]))
     return 0 if told.smoke or all(flat for flat, _ in verdicts) else 1

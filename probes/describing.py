@@ -9,7 +9,7 @@ from torch import nn
 
 from probes import trial
 from probes.finding import find_sites
-from probes.identity import first_broken
+from probes.identity import first_broken, tolerance
 from probes.manifest import RunError
 from probes.sites import LayerSite, Sites
 from probes.taps import MATRICES, Taps
@@ -187,7 +187,7 @@ def describe(
         probe_bytes=taps.nbytes + Updates(sites).nbytes,
         model_bytes=sum(p.nbytes for p in sites.root.parameters()),
         errors=errors,
-        first_broken=first_broken(errors, dtype) if errors is not None else None,
+        first_broken=first_broken(errors, tolerance(dtype)) if errors is not None else None,
         unseen=() if reason else tuple(_unseen(sites, taps)),
         invented=batch is None,
         read_errors=metrics.get("read_error"),

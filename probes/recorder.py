@@ -19,8 +19,10 @@ from probes.gradients import NORMS, GradientNorms
 from probes.hooks import Hook
 from probes.manifest import Manifest
 from probes.masks import Masks
+from probes.merging import END
 from probes.mirrors import Mirror
 from probes.parallel import Parallel
+from probes.pipeline import Pipeline
 from probes.sampled import SAMPLED_METRICS, of_sample
 from probes.scalars import Scalars
 from probes.scaling import LossScale
@@ -30,7 +32,7 @@ from probes.sites import Sites
 from probes.statistics import DEPTH_METRICS
 from probes.tally import ACTIVATIONS
 from probes.taps import MATRICES, OFF, VECTORS, Taps
-from probes.together import Found, Together
+from probes.together import Done, Found, Said, Together
 from probes.updates import UPDATE_RATIO, Updates
 from probes.vocabulary import GRADIENTS, METRICS
 from probes.writer import RunWriter
@@ -56,7 +58,9 @@ class Recorder:
         mirror: Mirror | None,
         parallel: Parallel | None = None,
         together: Together | None = None,
+        pipeline: Pipeline | None = None,
     ):
+        self._pipeline = pipeline
         self._mirror, self._parallel, self._together = mirror, parallel, together
         self._following: Following | None = None
         self._writer, self._manifest, self._optimizers = writer, manifest, optimizers
@@ -67,7 +71,9 @@ class Recorder:
         self._asked = False
         self._retry = OFF  # a look was in vain, for the update was skipped on the device
         self._closed = False
-        self._selfcheck = SelfCheck(sites)
+        # What is told is of the whole model, of which this process may have one stage.
+        self._whole = sites if together is None else together.sites
+        self._selfcheck = SelfCheck(self._whole)
         self._handed = self._solved = 0  # samples given to the writer's thread, and taken up by it
         self._owed = False  # the writer waits to hear that the recorded step is complete
         self._process = os.getpid()
@@ -75,7 +81,7 @@ class Recorder:
         self._stepped_at = time.perf_counter()
         self._began = self._stepped_at - seconds  # of a clock that nobody sets, as if there had been no pause
         senders, copies = (1, 1) if together is None else (together.merging.senders, parallel.copies)
-        self._taps = Taps(sites, masks, faults, senders, copies)
+        self._taps = Taps(sites, masks, faults, senders, copies, pipeline)
         self._skipped: torch.Tensor | None = None  # attempts at this step that the scaler skipped
         self._sites = sites
         self._watch_parameters()
@@ -91,7 +97,9 @@ class Recorder:
         if parallel is not None and not parallel.known:
             look = Hook(lambda *_: None if torch.compiler.is_compiling() else parallel.look())
             self._hooks.append(sites.called.register_forward_pre_hook(look))
-        self._ending = Ending(self.close)
+        if pipeline is not None:
+            pipeline.watch(self._reduced)
+        self._ending = Ending(self.close, early=writer.uploads)
 
     # What a training script calls
 
@@ -168,9 +176,13 @@ class Recorder:
         self._backwards.detach()
         for hook in self._hooks:
             hook.remove()
+        if self._pipeline is not None:
+            self._pipeline.release()
         self._ending.release()
         try:
             self._put()
+            if self._together is not None and self._together.staged:
+                self._put_last()
         finally:
             if self._together is not None and not self._together.close(status):
                 self._writer.lose(self._step, "the other processes did not answer before the end")
@@ -247,6 +259,15 @@ class Recorder:
                 self._taps.drop()
                 return
             self._taps.commit()
+        if self._pipeline is None:
+            self._measure()
+
+    def _reduced(self) -> None:
+        """The gradients of all micro-batches of a pipeline are complete."""
+        if self._taps.mode != OFF and self._taps.seen and self._backwards.counts:
+            self._measure()
+
+    def _measure(self) -> None:
         with self._faults.guard(*NORMS):
             # Parameters change slowly, and reading them all takes as long as reading all gradients.
             self._gradients.measure(parameters=self._taps.mode == MATRICES)
@@ -291,6 +312,10 @@ class Recorder:
         metrics = self._taps.finish() | self._gradients.finish(self._scale.value)
         with self._faults.guard(UPDATE_RATIO):
             metrics |= self._updates.after(self._clock.now.attempt)
+        if self._pipeline is not None:
+            metrics |= {
+                name: x / self._pipeline.factor for name, x in metrics.items() if name.endswith("_grad_rms")
+            }
         if self._scale.value is not None:
             scaled = {name for name in metrics if name.endswith("_grad_rms")} | set(EDGE_METRICS)
             metrics |= {name: metrics[name] / self._scale.value for name in scaled & set(metrics)}
@@ -318,7 +343,8 @@ class Recorder:
         """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed, and `sampled` is
         the sample."""
         if self._together is not None and self._writer.rank:
-            self._scalars.take()  # what was logged here is not of all
+            if not self._together.speaks:
+                self._scalars.take()  # what was logged here is not of all
             return
         now, mode, metrics, counts = self._clock.now, self._taps.mode, metrics or {}, counts or {}
         sampled = sampled or {}
@@ -360,13 +386,19 @@ class Recorder:
 
         # Rows of this very step may still be logged until the next forward.
         fetch_rows = rows if self._mirror is None else lambda: self._mirror.watch(rows())
-        taken = self._writer.put(fetch_rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
+        taken = self._writer.put(fetch_rows, complete=lambda: self._complete(now.attempt))
         self._handed += taken and bool(sampled)
+
+    def _complete(self, attempt: int) -> int:
+        """The last step of which no more rows will come, when `attempt` has begun."""
+        if self._together is not None:
+            attempt = int(min(attempt, self._together.settled + 1))
+        return self._clock.known_at(attempt) - 1
 
     def _told(self, step: int, values: dict, seen: dict, kept: dict):
         """The rows of one recorded step, when its numbers are on the host."""
         self._selfcheck.finite(step, values, seen)
-        self._selfcheck.identity(values.get("identity_error"))
+        self._selfcheck.identity(values.get("identity_error"), kept.get("about"))
         self._selfcheck.reads(values.get("read_error"), values.get("depth_weight"))
         for name, value in values.items():
             # A metric nobody observed is absent, not a row of blanks.
@@ -375,7 +407,7 @@ class Recorder:
         self._selfcheck.rows(seen)
         if kept:
             with self._faults.guard(*SAMPLED_METRICS):
-                solved = of_sample(kept, self._sites.layout, [site.given for site in self._sites.layers])
+                solved = of_sample(kept, self._whole.layout, [site.given for site in self._whole.layers])
                 self._selfcheck.mixing(solved)
                 for name, value in solved.items():
                     yield name, step, value
@@ -399,7 +431,7 @@ class Recorder:
         if scale.given or vain is not None:
             own["skipped"] = torch.zeros(()) if self._skipped is None else self._skipped
 
-        def done(found: Found | None, own: dict, why: str) -> None:
+        def done(found: Found | None, own: dict, why: str, said: Said) -> None:
             step = now.attempt - int(own.get("skips", 0))
             self._writer.reached(step)
             if self._writer.rank:
@@ -415,11 +447,28 @@ class Recorder:
             missing = left_out | self._together.faults
             metrics = {name: value for name, value in metrics.items() if name not in missing}
             sample = {} if missing & set(SAMPLED_METRICS) else sample
-            rows = self._told(step, metrics, counts, sample)
+            rows = [*said, *self._told(step, metrics, counts, sample)]
             rows = rows if self._mirror is None else self._mirror.watch(rows)
             self._writer.put(lambda: rows, complete=lambda: step - 1)
 
-        self._together.hand(
-            now.attempt, self._taps, self._gradients, self._updates, self._faults.now, own, done
-        )
+        self._hand(now.attempt, self._faults.now, own, done)
         self._put()
+
+    def _put_last(self) -> None:
+        """What was logged since the last recorded step, where another process knows the loss."""
+        self._taps.mode = OFF
+        self._taps.tally.reset()
+        self._gradients.reset()
+
+        def done(found: Found | None, own: dict, why: str, said: Said) -> None:
+            if said:
+                self._writer.put(lambda: said, complete=-1)
+
+        self._hand(END, set(), {}, done)
+
+    def _hand(self, number: int, faults: set[str], own: dict, done: Done) -> None:
+        said = []
+        if self._together.speaks:
+            pending = [each for each in self._scalars.take() if each[0] in self._scalars.logged]
+            said = [(name, moment.attempt, value) for name, moment, value in pending]
+        self._together.hand(number, self._taps, self._gradients, self._updates, faults, own, done, said)

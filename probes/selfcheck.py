@@ -6,10 +6,11 @@ A tap that never fires would otherwise leave a blank that nobody notices.
 import logging
 
 import numpy as np
+import torch
 
 from probes.compiled import BEFORE
 from probes.finite import first_place, not_finite
-from probes.identity import first_broken
+from probes.identity import first_broken, tolerance_of
 from probes.sites import Sites
 from probes.taps import Taps
 
@@ -116,12 +117,12 @@ class SelfCheck:
         if blank:
             self._say(f"depthscope saw nothing of the depth weights of {', '.join(blank)}. {BEFORE}")
 
-    def identity(self, errors: np.ndarray | None) -> None:
-        """Where the stream of a plain residual does not add up; runs in the writer's thread."""
-        if self._identity_checked or errors is None or not self._sites.is_plain:
+    def identity(self, errors: np.ndarray | None, about: np.ndarray | None) -> None:
+        """Where the stream of a plain residual does not add up in a sample of tokens; runs in the writer's thread."""
+        if self._identity_checked or errors is None or about is None or not self._sites.is_plain:
             return
         self._identity_checked = True
-        row = first_broken(errors, next(self._sites.root.parameters()).dtype)
+        row = first_broken(errors, float(tolerance_of(torch.from_numpy(about))))
         if row is not None:
             state = self._layout.states[row].replace("into", "state into")
             self._say(

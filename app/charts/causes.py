@@ -169,7 +169,8 @@ def _apart(odd: pd.DataFrame, frame: pd.DataFrame, scale: dict, height: int) -> 
 
     def place(values: pd.Series) -> np.ndarray:
         size = float(scale.get("constant", 1)) if scale.get("type") == "symlog" else None
-        return values.to_numpy() if size is None else np.sign(values) * np.log1p(np.abs(values) / size)
+        found = values.to_numpy(float)
+        return found if size is None else np.sign(found) * np.log1p(np.abs(found) / size)
 
     every = place(frame["value"])
     low, span = min(every.min(), 0), max(np.ptp([*every, 0]), 1e-30)

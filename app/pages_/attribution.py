@@ -60,7 +60,7 @@ def _look(able: list[room.Shown]) -> None:
     names = {one.name: one.name for one in able}
     name = pick.one("caused", "Run", names, where=left)
     one = next(one for one in able if one.name == name)
-    newest = sorted(one.run.attributions(), key=lambda each: (each.about.created, each.step), reverse=True)
+    newest = sorted(one.run.attributions(), key=lambda each: (each.step, each.about.created), reverse=True)
     found = {each.name: each for each in newest}
     options = {key: _label(each) for key, each in found.items()}
     if has(one.run, causes.LIVE):

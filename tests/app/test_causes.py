@@ -241,19 +241,24 @@ def test_shares_are_those_that_were_recorded_where_none_were_measured(tmp_path):
 
 
 def test_the_newest_is_shown_first(attributed, tmp_path):
-    """Whatever its step, and whatever its digest."""
+    """Of the last step that was attributed, whatever its digest."""
     root = tmp_path / "runs"
     shutil.copytree(attributed, root)
-    made.attribution(root / "full", step=100, digest="ffffffffffff", created=2e9)
+    made.attribution(root / "full", digest="000000000000", created=2e9)
+    made.attribution(root / "full", step=100, digest="ffffffffffff", created=3e9)
     at = opened(root, PAGE, runs=["full"])
-    assert next(box for box in at.selectbox if box.label == "Attribution").options[0].startswith("Step 100:")
+    told = next(box for box in at.selectbox if box.label == "Attribution").options
+    assert [each.split(":")[0] for each in told] == ["Step 200", "Step 200", "Step 100", "Step 100"]
+    assert "(0000)" in told[0] and "(ffff)" in told[2]
 
 
-def test_labels_of_neighbours_lie_apart():
+@pytest.mark.parametrize("scale", [{}, {"type": "symlog", "constant": 0.01}])
+def test_labels_of_neighbours_lie_apart(scale):
     frame = pd.DataFrame({"even": [0.0, 2.0, 2.01, 2.02, 1.98], "value": [-1.0, 1.0, 1.01, 1.0, 1.02]})
     odd = frame.iloc[1:]
-    placed = _apart(odd, frame, {}, 340)
+    placed = _apart(odd, frame, scale, 340)
     assert {side for side, _ in placed} == {"right"}  # at the edge of the chart they hang to the left
-    points = 340 * (1 - (odd["value"].to_numpy() + 1) / 2.02)
+    at = (lambda x: np.sign(x) * np.log1p(np.abs(x) / 0.01)) if scale else np.asarray
+    points = 340 * (at(1.02) - at(odd["value"].to_numpy())) / (at(1.02) - at(-1.0))
     heights = np.sort(points + [dy for _, dy in placed])
     assert np.diff(heights).min() > 11

@@ -188,10 +188,13 @@ def test_every_page_opens(root, page, runs, monkeypatch, tmp_path):
 # Changed at random
 
 
-@pytest.mark.parametrize(
-    ("first", "count"),
-    [(0, 21), pytest.param(1000, 1400, marks=(pytest.mark.long, pytest.mark.timeout(7200)))],
-)
+LONG_RANGES = [
+    pytest.param(first, 200, marks=(pytest.mark.long, pytest.mark.timeout(7200)))
+    for first in range(1000, 2400, 200)
+]
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 14), *LONG_RANGES])
 def test_pages_open_over_changed_runs(first, count, tmp_path, monkeypatch):
     """One page of each, in turn; the runs of tests/probes/hostile.py."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

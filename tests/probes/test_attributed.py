@@ -205,6 +205,7 @@ def test_bad_input_is_one_sentence_before_any_work(run, trained):
             ["--model", "tests.probes.test_attributed:failing"],
             "failed on one sequence of the batch: KeyError: 'mask'",
         ),
+        (["--context", 17], "--context 17 is more than the model of full takes: at most 16"),
         (["--memory", "1MB"], "Too little memory"),
         (["--memory", "much"], "is no size"),
         (["--methods", "integrated", "--mass", "shared"], 'need mass="kept"'),
