@@ -58,18 +58,12 @@ def asked(folder: Path, options: dict) -> Asked:
     training = run.config.get("training")
     known = [run.config.get("context"), training.get("context") if isinstance(training, dict) else None, 128]
     context = options["context"] or min(size for size in known if isinstance(size, int) and size > 1)
+    if options["model"] is None and isinstance(known[0], int) and context > known[0]:
+        raise RunError(f"--context {context} is more than the model of {run.name} takes: at most {known[0]}.")
     choice = {name: options[name] for name in ("stack", "layers", "norms")}
     given = {name: options[name] for name in Asked.__dataclass_fields__ if name in options}
-    return Asked(
-        **given
-        | {
-            "run": run,
-            "methods": methods,
-            "context": context,
-            "choice": choice,
-            "context_given": bool(options["context"]),
-        }
-    )
+    given |= {"context": context, "context_given": options["context"] is not None}
+    return Asked(**given | {"run": run, "methods": methods, "choice": choice})
 
 
 def files(asked: Asked, given: Path | None) -> list[Path]:

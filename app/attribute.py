@@ -6,6 +6,12 @@ from pathlib import Path
 import click
 
 from app.choosing import layer_options
+from app.places import Here
+
+ELSEWHERE = (
+    "attribute reads a checkpoint and writes into the run, on this machine: copy the run here, attribute it, and copy its "
+    "folder attribution/ back."
+)
 
 _MOST_STEP = 10**15  # as in the vocabulary, which takes numpy to import
 _SIZES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -23,7 +29,7 @@ def _bytes(context: click.Context, option: click.Parameter, value: str | None) -
 
 
 @click.command()
-@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="RUN", type=Here(ELSEWHERE))
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),

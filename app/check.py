@@ -4,17 +4,19 @@ from pathlib import Path
 
 import click
 
+from app.places import Place, opened, shown
+
 
 @click.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, required=True, type=Place())
 @click.option(
     "--repair",
     "mend",
     is_flag=True,
     help="Move damaged shards into a quarantine inside the run, and delete digests that do not fit.",
 )
-def check(folders: tuple[Path, ...], mend: bool) -> None:
-    """Verify every byte of the runs at or below FOLDERS, and explain what is wrong.
+def check(folders: tuple[str | Path, ...], mend: bool) -> None:
+    """Verify every byte of the runs at or below FOLDERS, or at addresses like s3://bucket/runs, and explain what is wrong.
 
     The exit code is 1 when anything is wrong and not repaired. A repair moves shards that cannot be trusted, which no
     reader uses, deletes digests that do not fit their shards, and touches nothing else.
@@ -23,10 +25,15 @@ def check(folders: tuple[Path, ...], mend: bool) -> None:
     from probes.run import find_runs
 
     wrong = False
-    for folder in folders:
+    for place in folders:
+        if mend and not isinstance(place, Path):
+            raise click.ClickException(
+                "--repair works on this machine: copy the runs here, repair the copy, and put it in the place of them."
+            )
+        folder = opened(place)
         paths = find_runs(folder)
         if not paths:
-            raise click.ClickException(f"There is no run at or below {folder}: give a run's folder.")
+            raise click.ClickException(f"There is no run at or below {shown(folder)}: give a run's folder.")
         for path in paths:
             found = checking.check(path)
             click.echo(found)

@@ -5,9 +5,16 @@ from pathlib import Path
 
 import click
 
+from app.places import Here
+
+ELSEWHERE = (
+    "compact writes beside the shards, on this machine: run it where the run lies and copy the digests, or do without: a "
+    "recording makes its own, and the dashboard makes one in its cache."
+)
+
 
 @click.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, required=True, type=Here(ELSEWHERE))
 def compact(folders: tuple[Path, ...]) -> None:
     """Make digests of the runs at or below FOLDERS, by which even a million steps open at once.
 

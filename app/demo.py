@@ -19,8 +19,10 @@ from pathlib import Path
 
 import click
 
+from app.places import Here
 from app.server import HOST, free
 
+ELSEWHERE = "The demo records on this machine: give --runs a folder here."
 SAMPLE_RUNS = Path(__file__).resolve().parent.parent / "sample_runs"
 
 # About three minutes for the three on two CPU cores.
@@ -31,9 +33,7 @@ TOKENS_EVERY = 20  # steps between snapshots of the tokens of two sequences
 
 
 @click.command()
-@click.option(
-    "--runs", type=click.Path(path_type=Path), help="Folder for the three runs  [default: runs/demo-<time>]"
-)
+@click.option("--runs", type=Here(ELSEWHERE), help="Folder for the three runs  [default: runs/demo-<time>]")
 @click.option(
     "--port", default=8501, show_default=True, type=click.IntRange(1, 65535), help="Local port to serve on."
 )

@@ -89,7 +89,7 @@ TOLD: dict[str, tuple[str, str]] = {
     "mixing_weight": (
         r"a_l = \arg\min_a \lVert h_l - \textstyle\sum_i a_i v_i \rVert^2 \;\text{per token, mean over tokens}",
         "The same picture for any architecture: all ones in a plain residual, the depth weights in Full AttnRes. Striped "
-        "cells could not be told apart from the tokens sampled.",
+        "cells could not be told apart from the tokens sampled, or their state holds more than a mix of the sources.",
     ),
     "mixing_share": (
         r"a_{l,i}\,\langle v_i, h_l \rangle / \lVert h_l \rVert^2",

@@ -1,5 +1,6 @@
 """The one opener: finds runs below folders, opens each once for all sessions, looks for new shards."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from app import glance
 from app.glance import Glance, Unread
 from app.snapshot import Followed, Snapshot
 from probes import RunError
+from probes.careful import visible
 from probes.manifest import MANIFEST
-from probes.run import find_runs
+from probes.run import find_runs, place_of
 
 DEFAULT_FOLDERS = ("runs", "sample_runs")
 _LOOKED_AT = 24  # newest runs from which the first choice is made
@@ -32,8 +34,15 @@ class Entry:
 
 def folders() -> list[Path]:
     """The folders to look in: the script's arguments, else runs/ and sample_runs/ where they exist."""
-    given = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("-")]
+    given = [_place(argument) for argument in sys.argv[1:] if not argument.startswith("-")]
     return given or default_folders()
+
+
+def _place(argument: str) -> Path:
+    try:
+        return place_of(argument)
+    except RunError:  # which the command line has told
+        return Path(argument)
 
 
 def default_folders() -> list[Path]:
@@ -42,7 +51,7 @@ def default_folders() -> list[Path]:
 
 def find(roots: list[Path]) -> list[Entry]:
     """Every run at or below the roots, oldest first, unreadable ones with their problem."""
-    paths = list(dict.fromkeys(path for root in roots if root.is_dir() for path in find_runs(root)))
+    paths = list(dict.fromkeys(path for root in roots for path in find_runs(root)))
     names = _names(paths, roots)
     found = []
     for path in paths:
@@ -57,7 +66,7 @@ def find(roots: list[Path]) -> list[Entry]:
 
 def opened(entry: Entry) -> Snapshot:
     """The run of an entry as it is now. Raises RunError."""
-    return _open(entry.path, _stamp(entry.path)).look()
+    return _open(os.fsencode(entry.path), _stamp(entry.path)).look()
 
 
 def glanced(entry: Entry) -> Glance:
@@ -87,15 +96,16 @@ def _stopped(entry: Entry) -> bool:
 
 
 def _names(paths: list[Path], roots: list[Path]) -> dict[Path, str]:
-    """A folder's own name where no other has it, else as much of its path as tells it apart."""
-    names = {path: path.resolve().name for path in paths}
+    """A folder's own name where no other has it, else as much of its path as tells it apart; on one line, whatever is in it:
+    Vega's expressions, which hold names, do not."""
+    names = {path: visible(path.resolve().name) for path in paths}
     depth = 1
     while len(set(names.values())) < len(paths) and depth < 20:
         depth += 1
         twice = {name for name in names.values() if list(names.values()).count(name) > 1}
         for path, name in names.items():
             if name in twice:
-                names[path] = "/".join(path.resolve().parts[-depth:])
+                names[path] = visible("/".join(path.resolve().parts[-depth:]))
     return names
 
 
@@ -108,5 +118,6 @@ def _stamp(path: Path) -> int:
 
 
 @st.cache_resource(show_spinner="Opening the run …", max_entries=64)
-def _open(path: Path, stamp: int) -> Followed:
-    return Followed(path)
+def _open(path: bytes, stamp: int) -> Followed:
+    # Bytes, for Streamlit makes a key of them; the name of a folder need not be text.
+    return Followed(Path(os.fsdecode(path)))

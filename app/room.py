@@ -13,7 +13,7 @@ from app.charts import palette
 from app.derived import has, metric
 from app.opener import Entry
 from app.snapshot import Snapshot
-from probes import RunError
+from probes import RunError, elsewhere, remote
 
 LIVE_SECONDS = 1.5
 IDLE_SECONDS = 5.0
@@ -54,7 +54,7 @@ def enter(question: str, answer: str, body: Callable[[list[Shown]], None], watch
     st.markdown(f":gray[{answer}]")
     entries, picked = st.session_state[_FOUND], st.session_state[_PICKED]
     live = any(shown.run.status == "running" for shown in _open(entries, picked))
-    seconds = LIVE_SECONDS if live else IDLE_SECONDS if watch or not entries else None
+    seconds = LIVE_SECONDS if live else IDLE_SECONDS if watch or not entries or remote.troubles() else None
 
     @st.fragment(run_every=seconds)
     def page() -> None:
@@ -64,6 +64,8 @@ def enter(question: str, answer: str, body: Callable[[list[Shown]], None], watch
         if seconds and [e.name for e in opener.find(opener.folders())] != [e.name for e in entries]:
             st.rerun()
         shown = _open(entries, picked)
+        for sentence in remote.troubles():
+            st.warning(words.plain(sentence), icon=":material/cloud_off:")
         st.session_state[draw.SHORT] = words.shortened([one.name for one in shown])
         if live and not any(one.run.status == "running" for one in shown):
             st.rerun()
@@ -195,13 +197,13 @@ def _problems(entries: Sequence[Entry]) -> None:
 def _welcome(entries: Sequence[Entry]) -> None:
     """What an empty folder opens: how to record a first run."""
     places = opener.folders()
-    missing = [str(place) for place in places if not place.is_dir()]
+    missing = [elsewhere.shown(place) for place in places if not place.is_dir()]
     if missing:
         st.warning(
             f"There is no folder {words.joined(map(words.plain, missing))}.", icon=":material/warning:"
         )
-    where = words.joined((f"`{place}`" for place in places), "or") or "`runs`"
-    folder = places[0] if places else "runs"
+    where = words.joined((f"`{elsewhere.shown(place)}`" for place in places), "or") or "`runs`"
+    folder = elsewhere.shown(places[0]) if places else "runs"
     st.subheader("No run is here yet", anchor=False)
     st.markdown(
         f"This page looks in {where} and opens the first run by itself. To watch three small models learn now, run "

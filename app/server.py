@@ -18,7 +18,7 @@ def free(port: int) -> bool:
     return True
 
 
-def serve(folders: tuple[Path, ...], port: int, browser: bool) -> None:
+def serve(folders: tuple[str | Path, ...], port: int, browser: bool) -> None:
     """Serve the dashboard on this machine only, until Ctrl-C."""
     # Imported before the server is up, so that the first page does not wait for them.
     import altair  # noqa: F401
@@ -38,5 +38,5 @@ def serve(folders: tuple[Path, ...], port: int, browser: bool) -> None:
         "browser.gatherUsageStats": False,
     }
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value).lower())]
-    paths = [str(folder.resolve()) for folder in folders]
+    paths = [str(folder.resolve()) if isinstance(folder, Path) else folder for folder in folders]
     streamlit.main(["run", str(SCRIPT), *flags, "--", *paths], prog_name="depthscope dash")

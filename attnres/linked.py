@@ -8,7 +8,7 @@ a backward pass, and no others, have come before their source, whatever was reta
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 from attnres.logits import logits_gradients, logits_of, source_logits
 
 
-class Link(NamedTuple):
-    """What one source shows to one of its reads."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Link:
+    """What one source shows to one of its reads. No tuple, which those who look through a module's arguments would open."""
 
     source: Tensor
     logit: Tensor
@@ -52,9 +53,10 @@ class _LinkedSource(torch.autograd.Function):
         logits, scale = logits_of(source, queries, eps)
         ctx.save_for_backward(source, queries, scale, logits)
         ctx.set_materialize_grads(False)
-        shares = [logits.new_empty(()).expand(2, *source.shape[:-1]) for _ in queries]
-        ways = [source.new_empty((), dtype=mixed).expand(source.shape) for _ in queries]
-        return *logits.unbind(0), *shares, *ways
+        shape, count = source.shape[:-1], len(queries)
+        shares = [logits.new_zeros(()).expand(2, *shape) for _ in range(count)]
+        ways = [source.new_zeros((), dtype=mixed).expand(source.shape) for _ in range(count)]
+        return *logits.view(count, *shape).unbind(0), *shares, *ways
 
     @staticmethod
     @once_differentiable
@@ -62,7 +64,8 @@ class _LinkedSource(torch.autograd.Function):
         source, queries, scale, logits = ctx.saved_tensors
         count = len(queries)
         # None is what a read that this backward pass has not come by has given.
-        of_logits = [torch.zeros_like(scale) if each is None else each for each in grads[:count]]
+        nothing = scale.new_zeros(source.shape[:-1])
+        of_logits = [nothing if each is None else each for each in grads[:count]]
         shares = [share for share in grads[count : 2 * count] if share is not None]
         ways = [way for way in grads[2 * count :] if way is not None]
         total = None

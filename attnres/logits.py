@@ -42,7 +42,7 @@ class _SourceLogits(torch.autograd.Function):
     def forward(ctx, source: Tensor, queries: Tensor, eps: float) -> Tensor:
         logits, scale = logits_of(source, queries, eps)
         ctx.save_for_backward(source, queries, scale, logits)
-        return logits
+        return logits.view(len(queries), *source.shape[:-1])
 
     @staticmethod
     @once_differentiable
@@ -51,14 +51,13 @@ class _SourceLogits(torch.autograd.Function):
 
 
 def logits_of(source: Tensor, queries: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The logits [R, B, T], and each token's inverse RMS [B, T]."""
+    """The logits [R, B·T], and each token's inverse RMS [B·T]."""
     with _without_autocast(source):
         rows = _rows(source)
         wide = queries.to(rows.dtype)
         # A norm, squared again: one pass without a square of everything in between.
         scale = torch.rsqrt(torch.linalg.vector_norm(rows, dim=-1).square() / rows.shape[-1] + eps)
-        logits = (wide @ rows.T) * scale
-    return logits.view(len(queries), *source.shape[:-1]), scale.view(source.shape[:-1])
+        return (wide @ rows.T) * scale, scale
 
 
 def logits_gradients(
@@ -67,8 +66,7 @@ def logits_gradients(
     """The gradients of source and queries, from that of the logits and `more` of the source [B, T, D], overwritten."""
     with _without_autocast(source):
         rows = _rows(source)
-        scale = scale.flatten()
-        grad, logits = (each.reshape(len(queries), -1) for each in (grad, logits))
+        grad = grad.reshape(len(queries), -1)
         scaled = grad * scale
         # The norm's own part: every logit shrinks as the source grows along itself.
         along = (grad * logits).sum(0) * scale.square() / rows.shape[-1]

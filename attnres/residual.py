@@ -157,11 +157,10 @@ class FullStream(Stream):
         if not self.recompute or not torch.is_grad_enabled():
             return norm(self.read())
         read, logits, sources = self.reads[0], self.logits[0], self.visible()
-
-        def compute(*given: Tensor) -> Tensor:
-            return norm(read(given[len(logits) :], given[: len(logits)])[0])
-
-        return checkpoint(compute, *logits, *sources, use_reentrant=False, preserve_rng_state=False)
+        # Not as arguments, which would be other tensors the second time than those that are linked.
+        return checkpoint(
+            lambda: norm(read(sources, logits)[0]), use_reentrant=False, preserve_rng_state=False
+        )
 
     def write(self, output: Tensor, given: Tensor | None = None) -> None:
         check_output(1 + self.written, len(self.queries) - 1, output, self.sources[0])

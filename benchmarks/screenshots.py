@@ -38,6 +38,7 @@ DOCUMENTED = (
     ("depth-attention-read", "depth_attention?runs=full&focus=full&read=18&source=15", "dark", 1000, 560),
     ("depth-attention-deep", "depth_attention?runs=deep-block", "dark", 800, 0),
     ("tokens", "tokens?runs=full&focus=full&read=18&source=15", "light", 800, 0),
+    ("attribution", "attribution?runs=block-24&cause_read=16", "light", 1200, 1320),
     ("compare", "compare?runs=prenorm&runs=full&first=prenorm&second=full", "light", 800, 0),
 )
 LIVE_STEPS = 20  # of every run, before a live one is taken
@@ -127,7 +128,9 @@ def _take(
 
 def _settle(page: Page) -> None:
     """Until every chart of the page is drawn and nothing runs any more."""
-    page.wait_for_selector(CHART, timeout=60_000)
+    page.wait_for_selector(
+        f"{CHART}, [data-testid=stAlert]", timeout=60_000
+    )  # or what says why there is none
     page.wait_for_function(
         "() => !document.querySelector('[data-testid=stStatusWidget]') && "
         "[...document.querySelectorAll('.depthscope-chart')].every(c => c.querySelector('canvas, svg'))"

@@ -10,6 +10,7 @@ half a minute and proves nothing.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
@@ -50,8 +51,10 @@ class Sample:
 
 
 def look(who: str, pid: int, at: float) -> Sample:
-    """Raises OSError for a process that is gone."""
+    """Raises OSError for a process that is gone, or about to go."""
     told = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    if "VmRSS" not in told:
+        raise ProcessLookupError(f"process {pid} has ended")
     return Sample(
         who,
         at,
@@ -200,8 +203,8 @@ def watch(folder: Path, told: argparse.Namespace) -> tuple[list[Sample], dict]:
                         looked = time.monotonic()
                         if recorder.poll() is not None:
                             break
-                        for who, pid in pids.items():
-                            samples.append(look(who, pid, looked - start))
+                        with contextlib.suppress(OSError):  # the recorder has ended meanwhile
+                            samples += [look(who, pid, looked - start) for who, pid in pids.items()]
                 if recorder.poll() is not None or time.monotonic() - start > seconds + 300:
                     break
             browser.close()
@@ -266,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(lines))
     if told.save:
         told.out.parent.mkdir(parents=True, exist_ok=True)
-        kept = {"recorded": recorded, "samples": list(map(asdict, samples))}
+        kept = {"recorded": recorded, "minutes": {who: by_minute(samples, who) for who in WHO}}
         told.out.write_text(json.dumps(kept, indent=1))
         told.out.with_suffix(".md").write_text("\n".join(["# Soak", "", *lines, ""]))
     return 0 if told.smoke or all(flat for flat, _ in verdicts) else 1

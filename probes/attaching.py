@@ -155,6 +155,8 @@ class _Lightning:
         scaler = getattr(trainer.strategy.precision_plugin, "scaler", None)
         # Lightning counts the steps of each optimizer.
         step = trainer.global_step // max(len(trainer.optimizers), 1)
+        wrapped = trainer.strategy.model
+        module = wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else module
         self._recordings.begin(module, trainer.optimizers, scaler, step, trainer.is_global_zero)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from probes import elsewhere
 from probes.careful import legible, printable
 from probes.digest import FOLDER, Digest, DigestError
 from probes.layout import Layout
@@ -29,6 +30,7 @@ QUARANTINE = "quarantine"
 
 _STEP = ".step"
 _FOLDER = re.compile(r"attempt-([0-9]{5})")
+_TOGETHER = 64  # shards fetched at once where they lie elsewhere
 
 Part = tuple[np.ndarray, np.ndarray]  # steps int64 [n], values [n, ...]
 
@@ -144,9 +146,14 @@ class Attempt:
         names, new = shard_names(folder), False
         for place in (folder / FOLDER, digests) if room is not None else ():
             new |= place is not None and self.rely(names, place, layout)
-        for name in names:
-            if name in self.sealed or (name in self.broken and name not in self.unreadable):
-                continue
+        unread = [
+            name
+            for name in names
+            if name not in self.sealed and (name not in self.broken or name in self.unreadable)
+        ]
+        for at, name in enumerate(unread):
+            if at % _TOGETHER == 0:
+                elsewhere.soon(folder / each for each in unread[at : at + _TOGETHER])
             try:
                 shard = read_shard(folder / name)
                 rows = self.rows(name, shard, layout)
@@ -310,6 +317,12 @@ def claimed(run: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match is not None and int(match[1]))
 
 
+def attempt_number(name: str) -> int:
+    """The number of an attempt after the first by the name of its folder; 0 for other names."""
+    found = _FOLDER.fullmatch(name)
+    return int(found[1]) if found else 0
+
+
 def rows_of(name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
     """The rows in a shard of this name, by metric. Raises ShardError when one does not fit the name or the layout."""
     rows, steps_seen = {}, []
@@ -318,7 +331,7 @@ def rows_of(name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
             continue
         if not legible(each):
             raise ShardError("holds a metric with a name that nobody can read")
-        if each not in METRICS and values.ndim != 1:
+        if each not in METRICS and (values.ndim != 1 or each + _STEP not in shard.tensors):
             continue  # of a later depthscope
         steps = shard.tensors.get(each + _STEP)
         if steps is None or steps.dtype != np.int64 or steps.shape != values.shape[:1]:

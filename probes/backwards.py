@@ -79,7 +79,8 @@ class Backwards:
 
     def _notice(self, parameter: nn.Parameter) -> None:
         number = backward_id()
-        if not self._wanted() or self._open.get(number):
+        # FSDP2 in a pipeline hands gradients over when all passes have ended (pipeline.py).
+        if number == -1 or not self._wanted() or self._open.get(number):
             return
         if number not in self._open:
             self._begin()

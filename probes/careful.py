@@ -6,6 +6,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from probes import elsewhere
+
 _LONGEST = 200  # characters of a metric's name
 
 
@@ -16,7 +18,13 @@ def read_bytes(path: Path, most: int) -> bytes:
     OSError when it cannot be read.
     """
     with open_file(path, most) as file:
-        return file.read(os.fstat(file.fileno()).st_size)
+        return file.read(size_of(file))
+
+
+def size_of(file: BinaryIO) -> int:
+    """Bytes of an open file."""
+    found = getattr(file, "size", None)
+    return os.fstat(file.fileno()).st_size if found is None else found
 
 
 def read_at(file: BinaryIO, start: int, size: int) -> bytes:
@@ -30,6 +38,8 @@ def read_at(file: BinaryIO, start: int, size: int) -> bytes:
 
 def open_file(path: Path, most: int) -> BinaryIO:
     """A regular file of at most `most` bytes, open for reading; raises as `read_bytes` does."""
+    if (shadow := elsewhere.of(path)) is not None:
+        return shadow.open(path, most)
     # A pipe would keep us waiting for its writer, a device for ever.
     careful = os.O_NONBLOCK | os.O_NOFOLLOW if os.name == "posix" else os.O_BINARY
     try:
@@ -69,3 +79,9 @@ def printable(text: object, most: int = 300) -> str:
         character if character.isprintable() else "\N{REPLACEMENT CHARACTER}"
         for character in str(text)[:most]
     )
+
+
+def visible(name: str) -> str:
+    """A file's name with what cannot be seen in it written as Python writes it: a line separator as \\u2028, a byte that is no
+    text as \\udcff. Different names stay different as far as that is possible."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from probes import attributed
+from probes import attributed, elsewhere
 from probes import manifest as files
 from probes.attempts import QUARANTINE, Attempt, attempt_folder, claimed, hide, quarantine_folder
 from probes.careful import is_folder, printable, read_bytes
@@ -47,7 +47,7 @@ class Checked:
     attributions: int = 0
 
     def __str__(self) -> str:
-        path = printable(self.path)
+        path = printable(elsewhere.shown(self.path))
         if self.defects:
             said = [f"{path}: {_count(len(self.defects), 'defect')}."]
             said += [f"  {defect}" for defect in self.defects]
@@ -68,6 +68,7 @@ def _count(number: int, what: str) -> str:
 
 def check(path: Path) -> Checked:
     """Read every byte of the run at `path`. Nothing is changed, and little is kept in memory."""
+    elsewhere.look(path)
     found = Checked(path)
     first = _manifest(found, path, files.MANIFEST)
     if first is None:

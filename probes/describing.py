@@ -9,7 +9,7 @@ from torch import nn
 
 from probes import trial
 from probes.finding import find_sites
-from probes.identity import first_broken
+from probes.identity import first_broken, tolerance
 from probes.manifest import RunError
 from probes.sites import LayerSite, Sites
 from probes.taps import MATRICES, Taps
@@ -91,6 +91,8 @@ class Description:
             reads = f"{len(sites.reads)} depth reads, one for each layer and the final read ({sites.reads[-1].depth_sources} sources)"
         else:
             reads = "none: no module says that it attends over depth"
+            if sites.change:
+                reads = f"none: the stream is {sites.change}, which no read weighs alone; what states are made of is in mixing_weight"
         share = self.probe_bytes / self.model_bytes
         return [
             f"final state  {sites.final or self._final()}",
@@ -185,7 +187,7 @@ def describe(
         probe_bytes=taps.nbytes + Updates(sites).nbytes,
         model_bytes=sum(p.nbytes for p in sites.root.parameters()),
         errors=errors,
-        first_broken=first_broken(errors, dtype) if errors is not None else None,
+        first_broken=first_broken(errors, tolerance(dtype)) if errors is not None else None,
         unseen=() if reason else tuple(_unseen(sites, taps)),
         invented=batch is None,
         read_errors=metrics.get("read_error"),

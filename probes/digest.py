@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 from probes import pyramid
-from probes.careful import legible, open_file, printable, read_at
+from probes.careful import legible, open_file, printable, read_at, size_of
 from probes.pyramid import Bins
 from probes.shard import MOST_BYTES, MOST_HEADER, Place, name_of, parse_header, shard_name
 from probes.vocabulary import MOST_STEP
@@ -171,7 +171,7 @@ class Digest:
             raise DigestError(f"cannot be read ({error.strerror or error})") from error
 
     def _read_header(self, file) -> None:
-        size = os.fstat(file.fileno()).st_size
+        size = size_of(file)
         length = int.from_bytes(read_at(file, 0, 8), "little")
         if length > MOST_HEADER:
             raise ValueError("its header is not JSON")

@@ -13,6 +13,7 @@ from probes.edges import EDGE_METRICS, add_edges, few, taken
 from probes.hooks import tap_edges_in_graph
 from probes.masks import fitting
 from probes.norms import Norm, understood
+from probes.parallel import local
 from probes.rows import edge_sources
 from probes.sites import Place, Sites
 
@@ -34,6 +35,7 @@ class _Forward:
 
     def take(self, x: Tensor) -> Tensor | None:
         """The tokens of `x` [..., D], [N, D]; None where it has not as many as others of this forward."""
+        x = local(x)
         total = x.numel() // max(x.shape[-1], 1)
         if self._total is None:
             self._total, self._tokens = total, few(x, self._offset)
@@ -78,7 +80,7 @@ class EdgeTaps:
         self._given = edge_sources(sites)
         self.unknown = (
             [read.label for row, read in enumerate(sites.layout.reads) if row not in self._branches]
-            if sites.is_plain and not sites.is_marked
+            if self._given and not sites.has_reads
             else []
         )
         # Of this model's forwards that are still to be differentiated: their tensors must not outlive the step.
@@ -203,7 +205,7 @@ class EdgeTaps:
 
 def _branches(sites: Sites) -> Iterator[tuple[int, Norm]]:
     """By row, the norm that a state goes through on its way into one layer alone, or to the output."""
-    if not sites.is_plain or sites.is_marked:
+    if sites.has_reads or not edge_sources(sites):
         return
     modules = [_fed(site.state) for site in sites.layers]
     modules.append(_fed(sites.final) or sites.norm)
@@ -219,4 +221,5 @@ def _fed(place: Place | None) -> nn.Module | None:
 
 
 def _memory(x: Tensor) -> tuple:
+    x = local(x)
     return x.data_ptr(), x.numel()

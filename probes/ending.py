@@ -5,6 +5,8 @@ import contextlib
 import os
 import signal
 import sys
+import threading
+import weakref
 from collections.abc import Callable
 
 
@@ -14,19 +16,27 @@ class Ending:
     Kept apart from the recorder's own context manager: a script of one line has none.
     """
 
-    def __init__(self, close: Callable[[str, str], None]):
-        self._close = close
+    def __init__(self, close: Callable[[str, str], None], early: bool = False):
+        """`early`: before the interpreter takes thread pools away, which libraries that send things need."""
+        self._close, self._released = close, False
         atexit.register(self._at_exit)
+        if early and hasattr(threading, "_register_atexit"):
+            weak = weakref.ref(self)  # nothing unregisters it
+            with contextlib.suppress(RuntimeError):  # it is ending already
+                threading._register_atexit(lambda: (me := weak()) and _no_other_thread() and me._at_exit())
         self._old_sigterm = self._catch_sigterm()
 
     def release(self) -> None:
         """Nothing is called any more, and SIGTERM is as it was."""
         atexit.unregister(self._at_exit)
+        self._released = True
         if self._old_sigterm is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
             with contextlib.suppress(ValueError):  # not in the main thread
                 signal.signal(signal.SIGTERM, self._old_sigterm)
 
     def _at_exit(self) -> None:
+        if self._released:
+            return
         # Set by the interpreter when it has printed a traceback.
         error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
         if error is None:
@@ -47,6 +57,16 @@ class Ending:
         self._close("stopped", "SIGTERM")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _no_other_thread() -> bool:
+    """Whether the main thread was the last that worked: others may still train when it has ended, pools only wait."""
+    pools = sys.modules.get("concurrent.futures.thread")
+    waiting = set(getattr(pools, "_threads_queues", ())) | {
+        threading.main_thread(),
+        threading.current_thread(),
+    }
+    return all(thread.daemon or thread in waiting for thread in threading.enumerate())
 
 
 @contextlib.contextmanager

@@ -7,10 +7,11 @@ from contextlib import suppress
 from torch import nn
 
 from probes.declared import declared
-from probes.foreign import foreign_sites, may_read
+from probes.foreign import foreign_sites
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.names import matching
+from probes.queries import may_read
 from probes.sites import LayerSite, Place, Sites, unwrap
 from probes.stacks import Stack, find_stacks, is_norm, is_read, stack_at
 from probes.symbols import Untraceable
@@ -23,12 +24,14 @@ def find_sites(
     stack: str | Sequence[str] | None = None,
     layers: int | str | Sequence[str] | None = None,
     norms: str | Sequence[str] | None = None,
+    staged: bool = False,
 ) -> Sites:
     """The sites of `model`. Raises RunError, naming what was looked for, when none are recognised.
 
     `stack` chooses among several lists of transformer blocks. `layers` and `norms` are patterns over
     `named_modules()` that say what the sublayers are, and which modules receive each layer's state and the final one;
-    a number of `layers` is for a model that marks them itself (marks.py).
+    a number of `layers` is for a model that marks them itself (marks.py). With `staged`, the model is one stage of a pipeline,
+    which may end without a norm.
     """
     if not isinstance(model, nn.Module):
         raise RunError(f"A {type(model).__name__} is not a torch.nn.Module: pass the model that is trained.")
@@ -43,9 +46,10 @@ def find_sites(
     elif layers is not None:
         found = declared(root, layers, norms)
     elif stack is not None:
-        found = _joined(root, [_stack(root, *each) for each in matching(root, stack, "stack").items()])
+        members = [_stack(root, *each) for each in matching(root, stack, "stack").items()]
+        found = _joined(root, members, staged)
     else:
-        found = _only_stack(root)
+        found = _only_stack(root, staged)
         if isinstance(found, Sites):
             return found
     reads = [module for module in root.modules() if is_read(module)]
@@ -69,6 +73,7 @@ def find_sites(
         outputs,
         found.entry,
         norm and norm.module,
+        staged=staged,
         named=isinstance(layers, str | Sequence),
     )
     return _called(sites)
@@ -100,8 +105,10 @@ def _one_device(root: nn.Module) -> None:
         )
 
 
-def _only_stack(root: nn.Module) -> Stack | Sites:
+def _only_stack(root: nn.Module, staged: bool) -> Stack | Sites:
     """The one stack of a model, or its sites where its states are depth reads."""
+    if staged:
+        return _followed_stack(root, staged)  # what it is given is not known, and so it cannot be run
     own = any(map(is_read, root.modules()))
     try:
         found = _followed_stack(root)
@@ -120,7 +127,7 @@ def _only_stack(root: nn.Module) -> Stack | Sites:
     return found
 
 
-def _followed_stack(root: nn.Module) -> Stack:
+def _followed_stack(root: nn.Module, staged: bool = False) -> Stack:
     stacks, reasons = find_stacks(root)
     if not stacks:
         seen = f" Not followed: {'; '.join(reasons[:3])}." if reasons else ""
@@ -133,7 +140,7 @@ def _followed_stack(root: nn.Module) -> Stack:
             f"{type(root).__name__} has {len(stacks)} stacks of transformer blocks: {', '.join(map(str, stacks))}. "
             f"Choose one with stack={stacks[-1].path!r}."
         )
-    return _joined(root, stacks)
+    return _joined(root, stacks, staged)
 
 
 def _stack(root: nn.Module, path: str, container: nn.Module) -> Stack:
@@ -148,8 +155,8 @@ def _stack(root: nn.Module, path: str, container: nn.Module) -> Stack:
     return found
 
 
-def _joined(root: nn.Module, stacks: list[Stack]) -> Stack:
-    """Stacks one after the other as one."""
+def _joined(root: nn.Module, stacks: list[Stack], staged: bool = False) -> Stack:
+    """Stacks one after the other as one; of a `staged` model the final state may be another's to see."""
     first, *rest = stacks
     for stack in rest:
         count, blocks = len(first.layers), first.blocks
@@ -159,7 +166,7 @@ def _joined(root: nn.Module, stacks: list[Stack]) -> Stack:
         mixes = first.mixes or stack.mixes
         first = Stack(first.path, blocks + stack.blocks, layers, stack.final, change, first.entry, mixes)
     final = first.final or _final_norm(root, first.path)
-    if final is None:
+    if final is None and not staged:
         raise RunError(
             f"{type(root).__name__} has layers in {first.path!r} but no norm after them, so the final state cannot "
             f"be seen: {_BY_HAND}."

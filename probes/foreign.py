@@ -1,24 +1,24 @@
 """The sites of a model whose states are depth reads, found by running it once on a few tokens."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import suppress
 
 import torch
 from torch import nn
 
+from probes.columns import columns_of
+from probes.few_tokens import two_tapes
 from probes.found import FoundRead, FoundReads, Replay, Spot
-from probes.layout import Layer, Read, Source
-from probes.mixes import Mix, Mixes, widths
+from probes.layout import Layer, Read
+from probes.mixes import Mixes, head_counts, widths
 from probes.naming import blocks_of, common_name
 from probes.oddities import oddities
 from probes.replay import Unreplayable, moment_of, replay_of, witness_of
 from probes.sites import LayerSite, Place, Sites, place_of
-from probes.stacks import Stack, is_norm, kind_by_name
+from probes.stacks import is_norm, kind_by_name
 from probes.symbols import Untraceable
-from probes.tape import Node, Tape, record_tape
-
-_SIZES = (((3, 11), (2, 7)), ((3, 16), (2, 8)), ((3, 64), (2, 32)))  # items and tokens of the two forwards
+from probes.tape import Node, Tape
+from probes.walks import Mix, name_of
 
 
 def foreign_sites(root: nn.Module) -> Sites:
@@ -34,67 +34,15 @@ def foreign_sites(root: nn.Module) -> Sites:
 
 
 def _found(root: nn.Module) -> Sites:
-    tape, twin = _tapes(root)
+    tape, twin = two_tapes(root)
+    reasons = []
     for width in list(widths(tape))[:2]:
-        mixes = Mixes(tape, width)
-        if sum(len(mix.edges) > 1 for mix in mixes.found.values()) > 1:
-            return _Finding(tape, twin, mixes).sites()
-    raise Untraceable("no state in it is a weighted sum of several sources")
-
-
-def may_read(root: nn.Module, stack: Stack) -> bool:
-    """Whether a model whose layers were followed may have depth reads all the same: it has vectors as wide as its
-    stream that belong to no norm, are no bias and no embeddings, as queries are."""
-    matrices = [
-        p
-        for site in stack.layers
-        for p in (*site.parameters, *(q for m in site.modules for q in m.parameters()))
-    ]
-    inside = set(matrices)
-    widths = {p.shape[-1] for p in matrices if p.ndim == 1} or {p.shape[-1] for p in matrices if p.ndim > 1}
-    for module in root.modules():
-        if is_norm(module) or isinstance(module, nn.Embedding):
-            continue
-        for name, p in module._parameters.items():
-            if p is None or name == "bias" or p.shape[-1:] == ():
-                continue
-            slim = (
-                p.ndim == 1
-                or 1 in p.shape
-                or (p.ndim == 2 and p not in inside and len(p) <= 2 * len(stack.layers) + 4)
-            )
-            if slim and p.ndim <= 3 and p.shape[-1] in widths:
-                return True
-    return False
-
-
-def _tapes(root: nn.Module) -> tuple[Tape, Tape]:
-    reason = "it is not known what its forward takes"
-    for pair in _SIZES:
-        try:
-            return tuple(record_tape(root, *_tokens(root, *size), *size) for size in pair)
-        except Exception as error:
-            reason = f"a forward on a few tokens fails ({type(error).__name__}: {error})".splitlines()[0]
-    raise Untraceable(reason)
-
-
-def _tokens(root: nn.Module, items: int, tokens: int) -> tuple[tuple, dict]:
-    """What a language model may be called with: tokens, for every argument that must be given."""
-    parameter = next(root.parameters())
-    embedding = next((m for m in root.modules() if isinstance(m, nn.Embedding)), None)
-    parameters = inspect.signature(root.forward).parameters.values()
-    needed = [
-        p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    generator = torch.Generator().manual_seed(0)
-    if embedding is not None:
-        shape = items, tokens
-        most = min(m.num_embeddings for m in root.modules() if isinstance(m, nn.Embedding))
-        given = torch.randint(min(embedding.num_embeddings, max(most, 2)), shape, generator=generator)
-    else:
-        matrix = next((p for p in root.parameters() if p.ndim == 2), parameter)
-        given = torch.randn(items, tokens, matrix.shape[-1], generator=generator).to(parameter.dtype)
-    return (given.to(parameter.device),) * max(1, len(needed)), {}
+        for heads in (1, *head_counts(tape, width)):
+            mixes = Mixes(tape, width, heads)
+            if mixes.reason is None:
+                return _Finding(tape, twin, mixes).sites()
+            reasons.append(mixes.reason)
+    raise Untraceable(max(reasons, key=len, default="no module of it hands tokens on"))
 
 
 class _Finding:
@@ -125,13 +73,19 @@ class _Finding:
         rows, reads, notes = self._rows(layers)
         if not reads:
             raise Untraceable(f"its depth reads cannot be computed from what hooks see: {notes[0]}")
-        columns = self._columns(layers)
+        constant = max(sum(self._mixes.is_constant(s) for s in mix.sources) for mix in self._reads)
+        columns = columns_of(
+            [[self._members(source) for source in mix.sources] or [(0,)] for mix in self._reads],
+            layers,
+            constant,
+        )
         odd = oddities(
             self._tape,
             self._reads,
             self._final,
             lambda node: self._mixes.terms(node, self._embedding),
             self._members,
+            self._mixes.carried,
         )
         found = FoundReads(
             tuple(reads),
@@ -147,10 +101,21 @@ class _Finding:
 
     def _find_embedding(self, mixes: list[Mix]) -> Node:
         """The oldest source, or what that began with."""
-        sources = {source for mix in mixes for source in mix.sources if source.value.any()}
+        sources = {
+            s for mix in mixes for s in mix.sources if s.value.any() and not self._mixes.is_constant(s)
+        }
         oldest = min(sources, key=lambda each: each.index)
-        terms = self._mixes.terms(oldest)
+        terms = [term for term in self._mixes.terms(oldest) if term.value.any()]
         first = min(terms, key=lambda each: each.index)
+        looked_up = [
+            each
+            for each in self._tape.ancestors(first)
+            if self._mixes.is_stream(each)
+            and all(name_of(term) == "embedding" for term in self._mixes.terms(each))
+        ]
+        # Where the embedding is no source, the first is what a layer made of it.
+        if looked_up and any(p.ndim > 1 for p in self._parameters(first, {looked_up[-1]}).values()):
+            return looked_up[-1]
         return first if any(self._tape.made_from(term, first) for term in terms) else oldest
 
     def _find_final(self) -> Node | None:
@@ -184,13 +149,17 @@ class _Finding:
         found = [
             t
             for t in terms
-            if t not in reads and t is not self._embedding and t.value.any() and t.func is not None
+            if t not in reads
+            and t not in self._mixes.gated
+            and t is not self._embedding
+            and t.value.any()
+            and t.func is not None
         ]
         return sorted((t for t in found if self._tape.made_from(t, self._embedding)), key=lambda t: t.index)
 
     def _state_of(self, output: Node) -> Node:
         """What a layer receives: the newest mix, sum or embedding that its output was made from."""
-        candidates = {mix.node for mix in self._reads} | self._stops
+        candidates = {self._mixes.carried(mix.node) for mix in self._reads} | self._stops
         return max(
             (each for each in candidates if self._tape.made_from(output, each)), key=lambda each: each.index
         )
@@ -275,11 +244,13 @@ class _Finding:
     def _as_place(self, spot: Spot) -> Place:
         return place_of(spot, self._runs[spot.module])
 
-    def _same(self, node: Node) -> Iterator[Node]:
+    def _same(self, node: Node, bare: Node | None = None) -> Iterator[Node]:
         for user in self._tape.users.get(node, ()):
-            if self._mixes.is_stream(user) and self._mixes.bare(user) is node:
-                yield user
-                yield from self._same(user)
+            alike = user.tensor.numel() == node.tensor.numel() and user.tensor.is_floating_point()
+            if alike and self._mixes.bare(user) is (bare or node):
+                if self._mixes.is_stream(user):
+                    yield user
+                yield from self._same(user, bare or node)
 
     def _place(self, node: Node) -> Place | None:
         """A state is seen best where it is received."""
@@ -292,13 +263,15 @@ class _Finding:
     def _rows(self, layers: list[LayerSite]) -> tuple[list[Read], list[FoundRead], list[str]]:
         rows, reads, failed = [], [], []
         for label, kind, layer, mix in self._labelled(layers):
-            try:
-                found = self._read(mix)
-            except Unreplayable as error:
-                failed.append(f"{label}: {error}")
-                continue
-            rows.append(Read(label, kind, layer, max(1, len(mix.edges))))
-            reads.append(found)
+            for head in range(mix.heads):
+                which = f", head {head + 1} of {mix.heads}" if mix.heads > 1 else ""
+                try:
+                    found = self._read(mix, head)
+                except Unreplayable as error:
+                    failed.append(f"{label}{which}: {error}")
+                    continue
+                rows.append(Read(label + which, kind, layer, max(1, len(mix.edges))))
+                reads.append(found)
         return rows, reads, failed
 
     def _labelled(self, layers: list[LayerSite]) -> Iterator[tuple[str, str, int | None, Mix | None]]:
@@ -311,7 +284,8 @@ class _Finding:
                 None,
             )
             of_layer.setdefault(index, []).append(mix) if index else rest.append(mix)
-        if 1 not in of_layer and len(of_layer) == len(layers) - 1 and self._states[0] is self._embedding:
+        alone = 1 not in of_layer and len(of_layer) == len(layers) - 1
+        if alone and self._states[0] is self._embedding and self._receives_embedding():
             of_layer[1] = [Mix(self._embedding, {}, [])]
         for site in layers:
             several = of_layer.get(site.layer.index, [])
@@ -319,10 +293,20 @@ class _Finding:
                 which = f", read {number} of {len(several)}" if len(several) > 1 else ""
                 yield site.layer.label + which, site.layer.kind, site.layer.index, mix
         for number, mix in enumerate(rest, 1):
-            is_final = mix.node is self._final or number == len(rest)
+            is_final = self._mixes.carried(mix.node) is self._final or number == len(rest)
             yield ("final read" if is_final else f"read {number} after the layers"), "final", None, mix
 
-    def _read(self, mix: Mix) -> FoundRead:
+    def _receives_embedding(self) -> bool:
+        """Whether a norm, or a layer without one in it, is given the embedding, and not something made of it."""
+        return any(
+            spot.before and (is_norm(spot.module) or not any(map(is_norm, spot.module.modules())))
+            for node in (self._embedding, *self._same(self._embedding))
+            for spot in self._tape.spots.get(node, ())
+            if spot.name
+            and any(self._tape.made_from(self._outputs[0], n) for n in self._tape.users.get(node, ()))
+        )
+
+    def _read(self, mix: Mix, head: int) -> FoundRead:
         spot = self._seen_at(mix.node, before=True) or self._seen_at(mix.node)
         if not mix.edges:
             if spot is None:
@@ -336,18 +320,20 @@ class _Finding:
         if spot is None and (found := witness_of(self._tape, mix.node)) is not None:
             witness, seen = found
             with suppress(Unreplayable):
-                replay = replay_of(self._tape, self._twin, mix, seen.moment, witness)
+                replay = replay_of(self._tape, self._twin, mix, seen.moment, witness, head)
                 return FoundRead(route, replay, self._tape.moments[seen.moment], None, query, seen)
         if spot is None:
             route += ", its mix seen nowhere, so that it is not checked"
         when = moment_of(self._tape, mix.node) if spot is None else self._tape.moments[spot.moment]
-        replay = replay_of(self._tape, self._twin, mix, when.place)
+        replay = replay_of(self._tape, self._twin, mix, when.place, head=head)
         return FoundRead(route, replay, when, spot, query)
 
     def _query(self, mix: Mix) -> tuple[tuple[nn.Module, str], ...]:
         """The parameters whose product is the query: a vector, and perhaps the gain of the keys. Empty where the
         weights are made otherwise."""
         root = self._tape.root
+        if mix.heads > 1:
+            return ()
         if mix.law is not None:
             vectors = [mix.node.slots[slot] for slot in mix.law.query]
             names = [name for each in vectors for name in self._parameters(each, self._stops)]
@@ -386,36 +372,6 @@ class _Finding:
         """Layers whose outputs a source sums; 0 is the embedding."""
         number = {output: index for index, output in enumerate(self._outputs, 1)} | {self._embedding: 0}
         return tuple(sorted(number[t] for t in self._mixes.terms(source, self._embedding) if t in number))
-
-    def _columns(self, layers: list[LayerSite]) -> tuple[Source, ...]:
-        count = max(max(1, len(mix.edges)) for mix in self._reads)
-        inside: list[set[int]] = [set() for _ in range(count)]
-        for mix in self._reads:
-            for column, source in enumerate(mix.sources):
-                inside[column] |= set(self._members(source))
-        inside[0] |= {0}
-        full = all(len(members) <= 1 for members in inside)
-        columns = []
-        for column, members in enumerate(inside):
-            first, last = (min(members), max(members)) if members else (column, column)
-            if column == count - 1 and not full:
-                last = len(layers)  # what the last block still gets after the last read
-            if column == 0 and members == {0}:
-                columns.append(Source("embedding", "embedding", 0, 0))
-            elif full:
-                site = layers[first - 1].layer
-                columns.append(Source(site.label, site.kind, first, last))
-            elif members and 0 not in members:
-                which = f"layers {first}–{last}" if last > first else f"layer {first}"
-                columns.append(Source(f"depth block {column} ({which})", "depth block", first, last))
-            else:
-                columns.append(Source(f"source {column}", "depth block", first, last))
-        if full:  # the last layers' outputs are sources too, though no read has them
-            columns += [
-                Source(site.layer.label, site.layer.kind, site.layer.index, site.layer.index)
-                for site in layers[len(columns) - 1 :]
-            ]
-        return tuple(columns)
 
 
 def _of_one(*parts: torch.Tensor) -> tuple:

@@ -26,6 +26,8 @@ class GradientTaps:
         self.arrives: Callable[[], None] = _nobody  # told of each gradient
         self._faults = faults
         self._owed: set[tuple[str, int]] = set()
+        # Hooks of leaves, which outlive the graph, by what they are for; each with its leaf, so that ids stay unique.
+        self._leaves: dict[tuple, tuple[Tensor, torch.utils.hooks.RemovableHandle]] = {}
         self.reset()
 
     @property
@@ -38,6 +40,8 @@ class GradientTaps:
     def reset(self) -> None:
         self.seconds = 0.0  # host time inside the taps
         self._owed.clear()
+        for key in list(self._leaves):
+            self._leave(key)
         self.forget_newest()
 
     def forget_newest(self) -> None:
@@ -89,7 +93,16 @@ class GradientTaps:
                 action(gradient)
             self.seconds += time.perf_counter() - started
 
-        x.register_hook(arrived)
+        hook = x.register_hook(arrived)
+        if x.is_leaf:
+            # It may be given to the model again, as what a stage of a pipeline receives into.
+            key = id(x), row, tuple(metrics)
+            self._leave(key)
+            self._leaves[key] = x, hook
+
+    def _leave(self, key: tuple) -> None:
+        if key in self._leaves:
+            self._leaves.pop(key)[1].remove()
 
     def _moments_of(self, gradient: Tensor, mask: Tensor | None) -> Tensor:
         """[squares, count] of a gradient. In a plain residual a layer's output and the state after it have one and the

@@ -159,8 +159,10 @@ class GradientNorms:
             "queries": (reads,),
         }
 
-    def finished(self, sums: dict[str, Tensor], scale: Tensor | None) -> dict[str, Tensor]:
-        """The metrics that such sums make."""
+    def finished(
+        self, sums: dict[str, Tensor], scale: Tensor | None, staged: bool = False
+    ) -> dict[str, Tensor]:
+        """The metrics that such sums make; of a `staged` model those of all stages, as of all layers."""
         if "gradients" not in sums:
             return {}
         squares = sums["gradients"]
@@ -169,12 +171,12 @@ class GradientNorms:
             rows = self._row[self._whole].to(squares.device)
             squares = squares.index_add(0, rows, torch.stack([(part * part).sum() for part in each]))
         metrics = {
-            "param_grad_norm": self._blank(_unscaled(squares[:-1].sqrt(), scale)),
+            "param_grad_norm": self._blank(_unscaled(squares[:-1].sqrt(), scale), staged),
             "other_grad_norm": _unscaled(squares[-1].sqrt(), scale),
             "grad_norm": _unscaled(squares.sum().sqrt(), scale),
         }
         if "parameters" in sums:
-            metrics["param_norm"] = self._blank(sums["parameters"][:-1].sqrt())
+            metrics["param_norm"] = self._blank(sums["parameters"][:-1].sqrt(), staged)
         if "before" in sums:
             # Nothing was clipped of a gradient of zero.
             metrics["clip_factor"] = (sums["after"] / sums["before"]).sqrt().where(sums["before"] != 0, 1)
@@ -182,9 +184,9 @@ class GradientNorms:
             metrics["query_norm"] = sums["queries"].sqrt()
         return metrics
 
-    def _blank(self, norms: Tensor) -> Tensor:
+    def _blank(self, norms: Tensor, staged: bool) -> Tensor:
         """Norms of the layers, NaN where it is not known which parameters are a layer's (marks.py)."""
-        for row in self._unknown:
+        for row in () if staged else self._unknown:  # no stage is marked
             norms[row] = torch.nan
         return norms
 

@@ -82,7 +82,7 @@ def beating(folder: Path) -> bool:
     watched for ten seconds: that needs no lock, which a network's file system may not have, and no common clock.
     """
     before = _last_beat(folder)
-    if (folder / files.END).exists() or _gone(folder):
+    if (folder / files.END).exists() or gone(read_json(folder / files.HEARTBEAT) or {}):
         return False
     log.info("depthscope looks whether somebody still records at %s; that takes %g s.", folder, WATCH_SECONDS)
     limit = time.monotonic() + WATCH_SECONDS
@@ -102,9 +102,8 @@ def _last_beat(folder: Path) -> bytes | None:
         return None
 
 
-def _gone(folder: Path) -> bool:
-    """Whether the process of the last heartbeat ran on this machine, and runs no more."""
-    beat = read_json(folder / files.HEARTBEAT) or {}
+def gone(beat: dict) -> bool:
+    """Whether the process of a heartbeat ran on this machine, and runs no more."""
     pid = beat.get("pid")
     if os.name != "posix" or beat.get("machine") != machine() or type(pid) is not int or pid <= 0:
         return False

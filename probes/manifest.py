@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from probes import elsewhere
 from probes.careful import printable, read_bytes
 from probes.jsonfile import MOST_BYTES, parse_json
 from probes.layout import Layout
@@ -80,7 +81,7 @@ class Manifest:
     @classmethod
     def read(cls, folder: Path, name: str = MANIFEST) -> "Manifest":
         """Raises RunError when run.json is missing, unreadable or from a newer depthscope."""
-        where = printable(folder)
+        where = printable(elsewhere.shown(folder))
         try:
             data = parse_json(read_bytes(folder / name, MOST_BYTES))
         except FileNotFoundError:

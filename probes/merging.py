@@ -8,12 +8,13 @@ was asked for a step of its own), those that not all have are let go, and the su
 """
 
 import contextlib
+import functools
 import logging
 import queue
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from probes.processes import Agreed
 
 log = logging.getLogger("depthscope")
 
+END = 2**50  # the number of what is handed over when there are no more steps
 SENDERS = 4  # processes whose tokens are in a sample, at most
 _MOST_BYTES = 256 << 20  # of sums that wait for the other processes
 
@@ -33,7 +35,8 @@ Sums = dict[str, np.ndarray]
 class Step:
     """One recorded step of this process. `parts` are what adds up, by name: "vectors" [n], for a step with matrices
     "matrices" [m] too, and of a sender the "sample" [k]; `fetch` gives them, float64, when they are on the host. `then` is called
-    with the sums of all (None: they could not be had, for the reason given), of rank 0."""
+    with the sums of all (None: they could not be had, for the reason given), of rank 0. In a pipeline the rank that knows the
+    loss has "said" something too, bytes."""
 
     number: int
     matrices: bool
@@ -46,8 +49,10 @@ class Merging:
     """`hand` a step over; `close` when there are no more."""
 
     def __init__(self, agreed: Agreed):
-        self._agreed, self._group = agreed, agreed.group
-        self.senders = min(SENDERS, agreed.world)
+        # Nobody else keeps the group: where it is let go its connections are closed, and the others need not wait.
+        self._agreed, self._group = replace(agreed, group=None), agreed.group
+        self._teams = agreed.teams[:SENDERS]
+        self.senders = len(self._teams)
         self._handed = self._done = 0  # bytes, each counted by one thread
         self._broken = ""
         self._queue: queue.SimpleQueue[Step | None] = queue.SimpleQueue()
@@ -57,7 +62,7 @@ class Merging:
     @property
     def sends(self) -> bool:
         """Whether this process sends a sample."""
-        return self._agreed.rank < self.senders
+        return any(self._agreed.rank in team for team in self._teams)
 
     def hand(self, step: Step) -> None:
         if self._handed - self._done + step.nbytes > _MOST_BYTES:
@@ -83,14 +88,16 @@ class Merging:
                     why = "" if found is not None else "not all processes recorded it"
                 except Exception as error:
                     why = self._broken = f"another process is gone or cannot be reached ({_short(error)})"
-                    log.warning(
-                        "depthscope cannot merge the processes' values any more, from step %d on: %s. Training goes on.",
-                        step.number,
-                        self._broken,
-                    )
+                    if step.number < END:
+                        log.warning(
+                            "depthscope cannot merge the processes' values any more, from step %d on: %s. Training goes on.",
+                            step.number,
+                            self._broken,
+                        )
             self._done += step.nbytes
             with contextlib.suppress(Exception):  # it says itself what goes wrong with it
                 step.then(found, why)
+        self._group = None
 
     def _sum(self, step: Step) -> Sums | None:
         """The sums over all processes; None where not all of them have this step."""
@@ -108,6 +115,8 @@ class Merging:
             if head == heads.min():
                 return None
         found = {"vectors": flat[self._agreed.world :].numpy()}
+        if self._agreed.speaker:
+            found["said"] = self._said(parts.get("said", np.zeros(0, np.uint8)))
         if step.matrices:
             matrices = torch.from_numpy(parts["matrices"].copy())
             self._all_reduce(matrices)
@@ -117,54 +126,37 @@ class Merging:
         return found
 
     def _samples(self, mine: Tensor) -> Sums:
-        """At rank 0 the samples of all senders, [senders, k]."""
+        """At rank 0 the samples of all senders, [senders, k]: what a team has kept of one batch is one."""
         if self._agreed.rank:
             self._group.send([mine], 0, 0).wait()
             return {}
-        others = [torch.empty_like(mine) for _ in range(self.senders - 1)]
-        for rank, other in enumerate(others, 1):
-            self._group.recv([other], rank, 0).wait()
-        return {"samples": torch.stack([mine, *others]).numpy()}
+        samples = []
+        for team in self._teams:
+            parts = [mine if rank == 0 else self._from(rank, torch.empty_like(mine)) for rank in team]
+            samples.append(functools.reduce(torch.fmax, parts))  # NaN where a stage has no rows
+        return {"samples": torch.stack(samples).numpy()}
+
+    def _said(self, mine: np.ndarray) -> np.ndarray:
+        """At rank 0 what the rank says that knows the loss."""
+        length, said = torch.tensor([len(mine)]), torch.from_numpy(mine)
+        if self._agreed.rank == 0:
+            speaker = self._agreed.speaker
+            length = self._from(speaker, length)
+            return self._from(speaker, torch.zeros(int(length), dtype=torch.uint8)).numpy()
+        if self._agreed.rank == self._agreed.speaker:
+            self._group.send([length], 0, 0).wait()
+            if len(mine):
+                self._group.send([said], 0, 0).wait()
+        return mine
+
+    def _from(self, rank: int, into: Tensor) -> Tensor:
+        if into.numel():
+            self._group.recv([into], rank, 0).wait()
+        return into
 
     def _all_reduce(self, flat: Tensor) -> None:
         if flat.numel():
             self._group.allreduce([flat]).wait()
-
-
-def packed(tensors: list[Tensor]) -> Tensor:
-    """One flat tensor of all, float64."""
-    if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
-    return torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
-
-
-def unpack(flat: np.ndarray, into: list[Tensor]) -> None:
-    """Write what `packed` made of such tensors into these, on the host."""
-    sizes = [tensor.numel() for tensor in into]
-    if sum(sizes) != len(flat):
-        raise ValueError(f"{len(flat)} numbers for {sum(sizes)} places")
-    for tensor, part in zip(into, torch.from_numpy(np.array(flat)).split(sizes), strict=True):
-        tensor.copy_((part if tensor.is_floating_point() else part.round()).reshape(tensor.shape))
-
-
-def together(samples: np.ndarray, rows: int, elements: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One sample of those of several processes: states and outputs [rows, n], tokens one after the other, and about
-    [2, rows, 3] (sample.py). `samples` [senders, k] are each one's states, outputs and about, flat."""
-    cut = np.split(samples, [rows * elements, 2 * rows * elements], axis=1)
-    states, outputs = (each.reshape(len(samples), rows, elements) for each in cut[:2])
-    abouts = cut[2].reshape(len(samples), 2, rows, 3)
-    widths = abouts[:, :, :, 1]
-    width = int(widths.max())
-    tokens = abouts[:, :, :, 0].max((1, 2)).astype(int)
-    used = [min(int(count) * width, elements) for count in tokens]
-    about = abouts.max(0)
-    about[:, :, 0] = abouts[:, :, :, 0].sum(0)
-    states, outputs = (
-        np.concatenate([each[i, :, :n] for i, n in enumerate(used)], axis=1) for each in (states, outputs)
-    )
-    if not states.size:
-        states = outputs = np.full((rows, 1), np.nan, np.float32)
-    return states, outputs, about
 
 
 def _short(error: Exception) -> str:

@@ -1,127 +1,179 @@
-"""Find on a tape where the model mixes what it has made before: weights times sources, whatever made the weights.
-
-No operation is known by name. An operand is followed when the result is linear in it and leaves its channels alone,
-which is decided by trying with random values; what stands beside it are the weights.
-"""
+"""All that a model mixes of what it has made before: weights times sources, whatever made the weights."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
+from itertools import pairwise
 
-import torch
-
-from probes.kernels import Law, law_of, solved
+from probes.kernels import law_of, solved
 from probes.tape import Node, Tape
-from probes.trials import Trials, axes_of, axis_of, tried
+from probes.transformed import before_this_read
+from probes.walks import Edge, Lost, Mix, Walks, name_of, same_values
+from probes.weighing import reads_in
 
 SHARE_OF_WIDTH = 4  # with more sources than this share of the channels, any weights explain a mix
 _TOLERANCE = 2e-2  # operations that cast to bfloat16 are linear to 4e-3
 
 
-@dataclass(frozen=True)
-class Edge:
-    """Where a source enters a mix: as operand `slot` of `user`, there with its channels along `axis`."""
+class Mixes(Walks):
+    """All mixes of a tape of a model of this `width`, in order. Whoever asks puts random numbers back: each trial begins
+    them anew."""
 
-    user: Node
-    slot: int
-    axis: int
-    source: Node  # behind views and casts
-
-
-@dataclass
-class Mix:
-    """One weighted sum: `steps` are the nodes on the way from the sources, with the operands that carry them (slot and
-    channel axis); `edges` its sources, oldest first."""
-
-    node: Node
-    steps: dict[Node, list[tuple[int, int]]]
-    edges: list[Edge]
-    passed: set[Node] = field(default_factory=set)  # norms on the way, of many sources at once
-    law: Law | None = None  # of a kernel
-
-    @property
-    def normalised(self) -> bool:
-        """Whether what is summed are the normalised sources."""
-        return bool(self.passed)
-
-    @property
-    def sources(self) -> list[Node]:
-        return [edge.source for edge in self.edges]
-
-
-class Mixes(Trials):
-    """All mixes of a tape of a model of this `width`, in order; `plain` says of any stream tensor whether it is a sum.
-    Whoever asks puts random numbers back: each trial begins them anew."""
-
-    def __init__(self, tape: Tape, width: int):
-        super().__init__(tape, width)
-        self._size = tape.items * tape.tokens * width
-        self._plain: dict[Node, bool] = {}
-        self._whole: set[Node] = set()  # weighted sums that count as one: other mixes, experts of one layer
+    def __init__(self, tape: Tape, width: int, heads: int = 1):
+        super().__init__(tape, width, heads)
         self.found: dict[Node, Mix] = {}
-        self.single: dict[
-            Node, Mix
-        ] = {}  # one source with a weight: a gate, or a first read without a softmax
+        self.sums: dict[Node, Mix] = {}  # and those that are no reads
+        # One source with a weight: a gate, or a first read without a softmax.
+        self.single: dict[Node, Mix] = {}
+        self.gated: set[Node] = set()  # sums of a read and something else, by weights of their own
         for node in tape.nodes:
             if self.is_stream(node) and node.func is not None:
                 self._look_at(node)
+        self._leave_streams()
+        self._look_at_the_first()
 
     def _look_at(self, node: Node) -> None:
         if node.opaque and (mix := self._behind_kernel(node)) is not None:
             self.found[node] = mix
-            self._whole.add(node)
-            self._plain[node] = True
+            self.is_whole(node)
+            self.mixed.add(node)
             return
-        if self.linear(node, node.value.ndim - 1) is None or self.plain(node) or not self._ends(node):
+        if self.linear(node, node.value.ndim - 1) is None or self.plain(node) or not self.ends(node):
             return
-        mix = self._walked(node)
-        if mix is not None and (_chained(self.tape, mix) or _trivial(mix)):
-            self.found[node] = mix
-        elif mix is not None and len(mix.edges) == 1 and self._learned(mix):
-            self.single[node] = mix
-        self._whole.add(node)
-        self._plain[node] = True  # whatever sums it up has it as one source
+        for mix in self._reads_in(node):
+            self._take(mix)
+        if not self.plain(node):
+            if any(child in self.whole for child in self._summed(node)):
+                self.gated.add(node)
+                self.mixed.add(node)
+            self.is_whole(node)  # whatever sums it up has it as one source
+
+    def _reads_in(self, node: Node, norms: frozenset[str] = frozenset()) -> list[Mix]:
+        try:
+            mix = self.walked(node, norms)
+        except Lost:
+            return []
+        return reads_in(self, mix)
+
+    def _take(self, mix: Mix) -> None:
+        before_this_read(self, mix)
+        chained = _chained(self.tape, mix)
+        if (chained and not self._of_sums(mix)) or _trivial(mix):
+            self.found[mix.node] = mix
+        elif len(mix.edges) == 1 and self._learned(mix):
+            self.single[mix.node] = mix
+        if chained or (mix.node in self.found and self._by_token(mix)):
+            self.sums[mix.node] = mix
+        self.is_whole(mix.node)
+        if mix.node in self.found or mix.node in self.single:
+            self.mixed.add(mix.node)
+
+    def _summed(self, node: Node) -> set[Node]:
+        """What a weighted sum was last made of, through single products."""
+        found, waiting = set(), [node]
+        while waiting:
+            each = waiting.pop()
+            for slot, _ in self.linear(each, each.value.ndim - 1) or ():
+                child = each.slots[slot]
+                found |= {child, self.bare(child)}
+                if child not in self.whole and not self.plain(child) and self.is_stream(child):
+                    waiting.append(child)
+        return found
+
+    def _of_sums(self, mix: Mix) -> bool:
+        """Whether half of what is mixed are mixes themselves, as the streams of hyper-connections are, or what a gate
+        adds a read to."""
+        sources = set(mix.sources)
+        return 2 * len(sources & self.sums.keys()) >= len(sources)
+
+    @property
+    def reason(self) -> str | None:
+        """Why these are no depth reads: few of them have several sources, or each carries on the one before together with
+        as many others as it."""
+        wide = [mix for mix in self.found.values() if len({s for s in mix.sources if s.value.any()}) > 1]
+        carried = [mix for mix in wide if self._carries_on(mix)]
+        grows = len({len(mix.edges) for mix in carried}) > 1
+        if len(wide) > 1 and (grows or len(wide) - len(carried) > 1):
+            return None
+        if not self.sums:
+            return "no state in it is a weighted sum of several sources"
+        return "its streams are scaled, gated or mixed on their way, which is no depth read: see its recovered mixing"
+
+    def _carries_on(self, mix: Mix) -> bool:
+        """Whether all that is mixed, but the oldest, goes on with what was mixed before."""
+        _, *rest = sorted(set(mix.sources), key=lambda each: each.index)
+        return bool(rest) and all(self._all_terms(each) & self.sums.keys() for each in rest)
+
+    def _leave_streams(self) -> None:
+        """Sums by weights that no source has a say in are no reads where they are a source of others that are."""
+        keyed = [mix for mix in self.found.values() if self._by_token(mix)]
+        if not keyed:
+            return
+        used = {term for mix in keyed for source in mix.sources for term in self._all_terms(source)}
+        for node, mix in list(self.found.items()):
+            if node in used and not self._by_token(mix):
+                del self.found[node]
+                self.whole.discard(node)
+
+    def _by_token(self, mix: Mix) -> bool:
+        """Whether what the model was given has a say in the weights."""
+        if mix.node.opaque:
+            return True
+        given = sum(1 << node.index for node in self.tape.given)
+        return any(
+            (self.tape.behind[other.index] | 1 << other.index) & given
+            for node, operands in mix.steps.items()
+            if node not in mix.passed
+            for other in self.weighs(node, operands)
+        )
+
+    def _all_terms(self, node: Node) -> set[Node]:
+        node = self.bare(node)
+        return {node, *self.terms(node)}
+
+    def _look_at_the_first(self) -> None:
+        """Reads of one source that is worked on before it is weighed, as those of several are."""
+        wide = [mix for mix in self.found.values() if len(mix.edges) > 1]
+        norms = frozenset(name_of(node) for mix in wide for node in mix.passed)
+        first = min((mix.node.index for mix in wide), default=0)
+        for node in self.tape.nodes[:first] if norms else ():
+            if node not in self.whole or len(self.found[node].edges if node in self.found else ()) > 1:
+                continue
+            self.whole.discard(node)
+            for mix in self._reads_in(node, norms):
+                if mix.node is node and len(mix.edges) == 1 and mix.passed and self._learned(mix):
+                    self.found.pop(node, None)
+                    self.single[node] = mix
+            self.whole.add(node)
+        known = {source for mix in wide for source in mix.sources}
+        for mix in [*self.found.values(), *self.single.values()]:
+            if len(mix.edges) == 1 and self._by_token(mix):
+                self._begin_at_a_source(mix, known)
+
+    def _begin_at_a_source(self, mix: Mix, known: set[Node]) -> None:
+        """The one source of a mix is what others have as a source too, though it may have been scaled since."""
+        edge = mix.edges[0]
+        node = edge.source
+        while node not in known:
+            axis = self.axis_of(node)
+            operands = self.linear(node, axis) if axis is not None and node.func is not None else None
+            if operands is None or len(operands) != 1:
+                return
+            node = node.slots[operands[0][0]]
+        mix.edges = [replace(edge, source=node)]
+        if node is not edge.source:
+            self.single.pop(edge.source, None)
+            if not same_values(node, edge.source):
+                mix.passed.add(edge.source)
 
     def _learned(self, mix: Mix) -> bool:
         """Whether parameters have a say in the weight, as they have none in 1/rms."""
         source = mix.edges[0].source
         return any(
-            self._is_parameter(other) or self._has_parameter(other, source)
+            self.is_parameter(other) or self.has_parameter(other, source)
             for node, operands in mix.steps.items()
-            for _, other in self._others(node, operands)
+            if node not in mix.passed
+            for _, other in self.others(node, operands)
         )
-
-    # What a node does
-
-    def is_stream(self, node: Node) -> bool:
-        x = node.tensor
-        return x.is_floating_point() and x.ndim > 1 and x.shape[-1] == self.width and x.numel() == self._size
-
-    def plain(self, node: Node) -> bool:
-        """Whether a tensor is a sum of others, each as it is, or no sum at all."""
-        if node not in self._plain:
-            axis = axis_of(node, self.width)
-            operands = None if node.func is None or axis is None else self.linear(node, axis)
-            self._plain[node] = operands is None or (
-                not self.weighted(node) and all(self.plain(node.slots[slot]) for slot, _ in operands)
-            )
-        return self._plain[node]
-
-    def _ends(self, node: Node) -> bool:
-        """Whether the sum is complete here: something else is done with it than adding to it."""
-        if any(not spot.before for spot in self.tape.spots.get(node, ())):
-            return True
-        return not self.tape.users.get(node) or any(
-            not self._hands_on(user, node) for user in self.tape.users[node]
-        )
-
-    def _hands_on(self, user: Node, node: Node) -> bool:
-        for axis in axes_of(user, self.width):
-            operands = self.linear(user, axis)
-            if operands and any(user.slots[slot] is node for slot, _ in operands):
-                return True
-        return False
-
-    # The sources of a mix
 
     def _behind_kernel(self, node: Node) -> Mix | None:
         """The mix that a kernel makes of the sources it is given, where its law is known or least squares can tell their
@@ -134,11 +186,11 @@ class Mixes(Trials):
                 or self.width not in each.tensor.shape
             ):
                 continue
-            source, axis = self.bare(each), axis_of(each, self.width)
+            source, axis = self.bare(each), self.axis_of(each)
             if self.is_stream(source):
                 mix.edges.append(Edge(node, slot, axis, source))
-            elif each.tensor.numel() > self._size and self.linear(each, axis) is not None:
-                self._walk(mix, each, axis)
+            elif each.tensor.numel() > self.size and self.linear(each, axis) is not None:
+                self.walk(mix, each, axis)
         if not _chained(self.tape, mix) and len(mix.edges) != 1:
             return None
         mix.law = law_of(node, mix.sources, self.width)
@@ -152,133 +204,11 @@ class Mixes(Trials):
         made = sum(weight.unsqueeze(-1) * value for weight, value in zip(weights, mix_values, strict=True))
         return mix if (made - node.value).norm() < _TOLERANCE * node.value.norm() else None
 
-    def _walked(self, node: Node) -> Mix | None:
-        mix = Mix(node, {}, [])
-        try:
-            self._walk(mix, node, node.value.ndim - 1)
-        except _Lost:
-            return None
-        order = {id(edge): place for place, edge in enumerate(mix.edges)}
-        mix.edges.sort(key=lambda edge: (edge.source.index, order[id(edge)]))
-        return mix
-
-    def _walk(self, mix: Mix, node: Node, axis: int) -> None:
-        operands = self.linear(node, axis)
-        passed = None
-        if operands is None or self._normalises_by_itself(node, operands):
-            passed = self._normalised(node, axis)
-            if passed is None:
-                raise _Lost
-            mix.passed.add(node)
-            operands = [passed]
-        mix.steps[node] = operands
-        for slot, at in operands:
-            child = node.slots[slot]
-            if child in mix.steps:
-                continue
-            source = self.bare(child)
-            if not source.value.any() and self._adds_as_is(node, slot):
-                continue  # zeros that a sum begins with
-            if child.tensor.numel() <= self._size and self.plain(source):
-                mix.edges.append(Edge(node, slot, at, source))
-                continue
-            if not self._is_blank(child):
-                self._walk(mix, child, at)
-
-    def _is_blank(self, node: Node) -> bool:
-        """An empty store that sources are written to."""
-        name = _name(node)
-        return "empty" in name or "zeros" in name or not node.value.any()
-
-    def bare(self, node: Node) -> Node:
-        """What stands behind views and casts."""
-        while node.func is not None and node not in self._whole:
-            axis = axis_of(node, self.width)
-            operands = self.linear(node, axis) if axis is not None else None
-            if operands and len(operands) > 1:  # written over a store for one
-                operands = [each for each in operands if "empty" not in _name(node.slots[each[0]])]
-            if not operands or len(operands) > 1 or self.weighted(node):
-                break
-            inner = node.slots[operands[0][0]]
-            if inner.tensor.numel() > node.tensor.numel():
-                inner = self._chosen(node, inner)
-            if inner is None or not _same_values(inner, node):
-                break
-            node = inner
-        return node
-
-    def _chosen(self, node: Node, store: Node) -> Node | None:
-        """What was put into a store of several sources and is now taken out of it."""
-        waiting, done = [store], set()
-        while waiting:
-            each = waiting.pop(0)
-            if each in done:
-                continue
-            done.add(each)
-            if each.tensor.numel() == node.tensor.numel():
-                if torch.equal(each.value.flatten(), node.value.flatten()):
-                    return each
-                continue
-            axis = axis_of(each, self.width)
-            operands = self.linear(each, axis) if each.func is not None and axis is not None else None
-            if operands and not self.weighted(each):
-                waiting += [each.slots[slot] for slot, _ in operands]
-        return None
-
-    def _normalises_by_itself(self, node: Node, operands: list[tuple[int, int]]) -> bool:
-        """A product with something that its operand alone has made, as 1/rms, after which all have one size."""
-        if len(operands) != 1 or node.tensor.numel() <= self._size:
-            return False
-        values = node.slots[operands[0][0]]
-        others = [other for _, other in self._others(node, operands) if self.tape.made_from(other, values)]
-        if not others or any(self._has_parameter(other, values) for other in others):
-            return False
-        sizes = node.value.double().square().mean(axis_of(node, self.width)).sqrt()
-        sizes = sizes[sizes > 0]  # zeros have no size that could be made one
-        return bool(len(sizes) > 1 and sizes.std() < 0.05 * sizes.mean())
-
-    def _has_parameter(self, node: Node, beyond: Node) -> bool:
-        """Whether a parameter has a say in `node` that does not go through `beyond`."""
-        waiting, done = [node], {beyond}
-        while waiting:
-            each = waiting.pop()
-            if each in done:
-                continue
-            done.add(each)
-            if self._is_parameter(each):
-                return True
-            waiting += each.slots
-        return False
-
-    def _is_parameter(self, node: Node) -> bool:
-        return bool(self._parameters >> node.index & 1)
-
-    def _normalised(self, node: Node, axis: int) -> tuple[int, int] | None:
-        """The operand that a norm of many sources at once normalises, or whose channels a gain scales."""
-        if node.func is None or node.tensor.numel() <= self._size:
-            return None
-        for slot, each in enumerate(node.slots):
-            if each.tensor.shape != node.tensor.shape:
-                continue
-            others = [other for place, other in enumerate(node.slots) if place != slot]
-            if others and all(self._is_parameter(o) and o.tensor.numel() == self.width for o in others):
-                return slot, axis
-            values = each.value.cpu().double() * 100
-            try:
-                one, two = (tried(node, {slot: values * scale}) for scale in (1, 2))
-            except Exception:  # what cannot be tried is followed no further, and its read not recorded
-                continue
-            if torch.allclose(one, two, rtol=1e-2, atol=1e-4) or self._normalises_by_itself(
-                node, [(slot, axis)]
-            ):
-                return slot, axis
-        return None
-
     def terms(self, node: Node, stop: Node | None = None) -> list[Node]:
         """What a plain sum adds up, taken apart down to what layers make; other mixes and `stop` stay whole."""
         node = self.bare(node)
-        axis = axis_of(node, self.width)
-        if node is stop or node in self._whole or node.func is None or axis is None:
+        axis = self.axis_of(node)
+        if node is stop or node in self.whole or node.func is None or axis is None:
             return [node]
         operands = self.linear(node, axis)
         if operands is None or self.weighted(node):
@@ -287,10 +217,6 @@ class Mixes(Trials):
             return [node]  # scaled or dropped out: what is added is this
         found = [term for slot, _ in operands for term in self.terms(node.slots[slot], stop)]
         return list(dict.fromkeys(found)) or [node]
-
-
-class _Lost(Exception):
-    """A mix that cannot be followed to its sources."""
 
 
 def _chained(tape: Tape, mix: Mix) -> bool:
@@ -307,20 +233,7 @@ def _chained(tape: Tape, mix: Mix) -> bool:
 
 def _trivial(mix: Mix) -> bool:
     """A mix of one source, which has weight 1."""
-    return len(mix.edges) == 1 and _same_values(mix.edges[0].source, mix.node)
-
-
-def _same_values(one: Node, two: Node) -> bool:
-    if one.tensor.numel() != two.tensor.numel():
-        return False
-    a, b = (node.value.double().flatten() for node in (one, two))
-    if one.tensor.shape != two.tensor.shape:
-        a, b = a.sort().values, b.sort().values
-    return torch.allclose(a, b, rtol=1e-2, atol=1e-6 + 1e-2 * float(a.abs().max()))
-
-
-def _name(node: Node) -> str:
-    return getattr(node.func, "__name__", "")
+    return len(mix.edges) == 1 and same_values(mix.edges[0].source, mix.node)
 
 
 def widths(tape: Tape) -> Iterator[int]:
@@ -332,3 +245,14 @@ def widths(tape: Tape) -> Iterator[int]:
         if x.is_floating_point() and x.ndim > 1 and x.numel() == tokens * x.shape[-1] and x.shape[-1] > 1:
             counts[x.shape[-1]] = counts.get(x.shape[-1], 0) + len(spots)
     return iter(sorted(counts, key=lambda each: -counts[each]))
+
+
+def head_counts(tape: Tape, width: int) -> list[int]:
+    """Into how many heads channels are split somewhere."""
+    counts = {
+        size
+        for node in tape.nodes
+        for size, part in pairwise(node.tensor.shape)
+        if size > 1 and part > 1 and size * part == width
+    }
+    return sorted(counts)

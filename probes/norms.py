@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from probes.parallel import local
 
 _CLOSE, _CLOSE_WHEN_SMALL = 1e-4, 1e-3
 _LARGE, _SMALL = 1e3, 1e-3
@@ -28,7 +31,7 @@ class Norm:
         wide = torch.promote_types(x.dtype, torch.float32)
         x, gradient = x.to(wide), gradient.to(wide)
         if self.gain is not None:
-            gradient = gradient * (getattr(self.module, self.gain).detach().to(wide) + self.plus)
+            gradient = gradient * (local(getattr(self.module, self.gain)).detach().to(wide) + self.plus)
         elif self.plus != 1:
             gradient = gradient * self.plus
         if self.centred:
@@ -56,7 +59,10 @@ def _tried(module: nn.Module) -> Norm | None:
         return None
     some = next(iter(vectors.values()), None)
     (width,) = some.shape if some is not None else getattr(module, "normalized_shape", (16,))
-    twin = copy.deepcopy(module).eval()
+    # Without what spreads its parameters over processes.
+    spread = [p for p in own.values() if isinstance(p, DTensor)]
+    whole = {id(p): nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=p.device)) for p in spread}
+    twin = copy.deepcopy(module, whole).eval()
     if some is not None and some.dtype.itemsize < 4:
         twin = twin.float()
     like = next(twin.parameters(), torch.zeros(()))

@@ -5,8 +5,8 @@ from itertools import combinations, pairwise, zip_longest
 
 from torch import nn
 
-from probes.mixes import Mix
 from probes.tape import Node, Tape
+from probes.walks import Mix
 
 
 def oddities(
@@ -15,8 +15,10 @@ def oddities(
     final: Node | None,
     terms: Callable[[Node], list[Node]],
     members_of: Callable[[Node], tuple[int, ...]],
+    carried: Callable[[Node], Node],
 ) -> list[str]:
-    """A clause for each; `terms` takes a plain sum apart, `members_of` numbers the layers whose outputs a source sums."""
+    """A clause for each; `terms` takes a plain sum apart, `members_of` numbers the layers whose outputs a source sums,
+    `carried` is the state that a mix is handed on in."""
     last = max(reads, key=lambda mix: len(mix.edges))
     members = [members_of(source) for source in last.sources]
     notes = []
@@ -41,7 +43,14 @@ def oddities(
     }
     if detached and any(p.requires_grad for p in tape.root.parameters()):
         notes.append(f"detached sources: {len(detached)} sources let no gradient through")
-    if final is not None and final not in {mix.node for mix in reads}:
+    states = {mix.node: carried(mix.node) for mix in reads if mix.edges}
+    parts = [node for node, state in states.items() if not _same(node, state)]
+    if parts:
+        notes.append(
+            f"reads that are part of a state: to {len(parts)} of them something else is added, or they are gated; the "
+            "weights are the reads' own"
+        )
+    if final is not None and final not in {*states, *states.values()}:
         count = len(terms(final))
         notes.append(f"no final read: the final state is a plain sum of {count}")
     again = {m.name for m in tape.moments if m.turn and any(p.ndim > 1 for p in m.module.parameters())}
@@ -63,3 +72,9 @@ def oddities(
     if any(mix.normalised for mix in reads):
         notes.append("normalised values: the weights are those of the normalised sources")
     return notes
+
+
+def _same(one: Node, two: Node) -> bool:
+    return one.tensor.numel() == two.tensor.numel() and bool(
+        (one.value.flatten() == two.value.flatten()).all()
+    )

@@ -10,8 +10,9 @@ import torch
 
 from probes.effects import Effects
 
-# A machine that does other things too is not the same for long: what is looked at grows with what is to come.
-_LEAST, _MOST, _SHARE = 0.5, 20.0, 0.02  # seconds, seconds, of all that is to come
+# A machine that does other things too is not the same for long: what is looked at grows with what is to come, and is never
+# more than that.
+_LEAST, _MOST, _SHARE = 1.0, 20.0, 0.03  # seconds, seconds, of all that is to come
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Pace:
             expected = sum(
                 each.count * statistics.fmean(mine) for each, mine in zip(passes, taken, strict=True)
             )
-            if time.perf_counter() - begun >= min(max(_LEAST, _SHARE * expected), _MOST):
+            if time.perf_counter() - begun >= min(max(_LEAST, _SHARE * expected), _MOST, expected):
                 break
         found: dict[str, dict[int, float]] = {}
         for each, mine in zip(passes, taken, strict=True):

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from probes.manifest import RunError
+from probes.pipeline import Pipeline
 
 try:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -56,23 +57,35 @@ def is_split(x: Tensor, given: list[torch.Size], copies: int) -> bool:
     return copies > 1 and any(shape == tuple(each) for each in given)
 
 
+def reshard(root: nn.Module) -> None:
+    """Let go of parameters that a forward has brought together, and left so for a backward pass that will not come."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def is_parallel(module: nn.Module) -> bool:
     """Whether a module works on DTensors."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 class Parallel:
-    """Of the model of one recording, among `world` processes. `model` is what the user handed over, `root` what is in it."""
+    """Of the model of one recording, among `world` processes. `model` is what the user handed over, `root` what is in it;
+    of a `pipeline` it is one stage. `first` is the rank that tells of what all hold that train the same layers."""
 
-    def __init__(self, model: nn.Module, root: nn.Module, rank: int, world: int):
-        self.rank, self.world = rank, world
+    def __init__(
+        self, model: nn.Module, root: nn.Module, rank: int, world: int, pipeline: Pipeline | None = None
+    ):
+        self.rank, self.world, self.first = rank, world, 0
+        self._pipeline = pipeline
+        self._stages = 1 if pipeline is None else pipeline.count
         self._root = root
         self._tells: dict[tuple, bool] = {}
         self._ddp = _wrapper(model)
         self._fsdp = [module for module in root.modules() if isinstance(module, FSDPModule)]
 
     @classmethod
-    def of(cls, model: nn.Module, root: nn.Module) -> "Parallel | None":
+    def of(cls, model: nn.Module, root: nn.Module, pipeline: Pipeline | None = None) -> "Parallel | None":
         """None where nobody else trains. Raises RunError for what cannot be followed."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return None
@@ -85,12 +98,13 @@ class Parallel:
                 "DistributedDataParallel over a model with DTensors makes new parameters in each forward, which neither an "
                 "optimizer nor a recorder can follow: use fully_shard."
             )
-        return cls(model, root, dist.get_rank(), dist.get_world_size())
+        return cls(model, root, dist.get_rank(), dist.get_world_size(), pipeline)
 
     @property
     def known(self) -> bool:
         """Whether torch averages the gradients, or none need be: nothing else tells what becomes of them."""
-        return self._ddp is not None or any(isinstance(p, DTensor) for p in self._root.parameters())
+        alone = self.world == self._stages > 1
+        return alone or self._ddp is not None or any(isinstance(p, DTensor) for p in self._root.parameters())
 
     def look(self) -> None:
         """Within a forward: is there a DistributedDataParallel around the model that nobody has shown?"""
@@ -105,20 +119,22 @@ class Parallel:
             return max(_data_of(module) for module in self._fsdp)
         if self._ddp is not None:
             return torch.distributed.get_world_size(self._ddp.process_group)
-        return 1 if self.known else self.world
+        return 1 if self.known else self.world // self._stages
 
     @property
     def divisor(self) -> float:
-        """By what the gradient of a process's loss is divided in the gradient that the optimizer takes."""
+        """By what the gradient of a process's loss is divided in the gradient that the optimizer takes, or that of the loss of
+        one micro-batch in a pipeline."""
         factors = [
             _state(module).gradient_divide_factor for module in self._fsdp if _state(module) is not None
         ]
-        return next((factor for factor in factors if factor is not None), self.data)
+        found = next((factor for factor in factors if factor is not None), self.data)
+        return found if self._pipeline is None else found * self._pipeline.factor
 
     @property
     def copies(self) -> int:
         """How many processes see the same sequence."""
-        return max(self.world // self.data, 1)
+        return max(self.world // (self.data * self._stages), 1)
 
     @property
     def holds_back(self) -> bool:
@@ -130,12 +146,12 @@ class Parallel:
         """Whether this process tells of its part of a parameter, or of a gradient; another one does that holds the same, where
         not."""
         if not isinstance(tensor, DTensor):
-            return self.rank == 0
+            return self.rank == self.first
         mesh, placements = tensor.device_mesh, tensor.placements
         if (mesh, placements) not in self._tells:
             places = zip(mesh.get_coordinate() or (), placements, strict=False)
             copy = any(place and isinstance(each, Replicate) for place, each in places)
-            self._tells[mesh, placements] = not copy and _of_first(mesh)
+            self._tells[mesh, placements] = not copy and self._of_first(mesh)
         return self._tells[mesh, placements]
 
     def whole(self, parameter: nn.Parameter) -> bool:
@@ -150,7 +166,7 @@ class Parallel:
     def part(self, gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
         """What this process adds to the gradient of such a parameter, flat."""
         here = local(parameter)
-        if gradient is None or not _of_first(parameter.device_mesh):
+        if gradient is None or not self._of_first(parameter.device_mesh):
             return torch.zeros(here.numel(), device=here.device)
         summed = [isinstance(each, Partial) for each in gradient.placements]
         places = zip(parameter.device_mesh.get_coordinate() or (), summed, strict=False)
@@ -167,12 +183,12 @@ class Parallel:
             if isinstance(p, DTensor)
         }
         told = [{"shape": list(shape), "names": list(names)} for shape, names in sorted(meshes)]
-        return {"by": wrappers, "data": self.data, "meshes": told}
+        stages = {} if self._pipeline is None else {"stages": self._stages}
+        return {"by": wrappers, "data": self.data, "meshes": told} | stages
 
-
-def _of_first(mesh: DeviceMesh) -> bool:
-    """Whether rank 0 is among those of a mesh, of which there may be several like it."""
-    return bool((mesh.mesh == 0).any())
+    def _of_first(self, mesh: DeviceMesh) -> bool:
+        """Whether the first rank is among those of a mesh, of which there may be several like it."""
+        return bool((mesh.mesh == self.first).any())
 
 
 def _wrapper(model: nn.Module) -> DistributedDataParallel | None:

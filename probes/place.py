@@ -7,6 +7,7 @@ own attempt's folder, where it harms nobody.
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from probes import manifest as files
@@ -28,6 +29,7 @@ class Place:
         self.folder = self.shards if rank else attempt_folder(run, number)  # of heartbeat and end marker
         self._about = about  # the content of run.json, and of attempt.json
         self.created = about.get(run / files.MANIFEST, {}).get("created", created)
+        self.admit: Callable[[], None] = lambda: None  # raises OSError where no more shards are to be sealed
         self._device = os.stat(_there(run)).st_dev
         self._stamp: object = None
 
@@ -82,8 +84,8 @@ def begin(run: Path, manifest: Manifest) -> Place:
         raise _refused(run, error) from error
 
 
-def resume(run: Path, manifest: Manifest) -> Place:
-    """Claim the next attempt of `run`, or begin the run where there is none.
+def resume(run: Path, manifest: Manifest, alive: Callable[[Path], bool] | None = None) -> Place:
+    """Claim the next attempt of `run`, or begin the run where there is none; `alive` tells whether somebody still records, by the heartbeat unless given.
 
     Raises RunError when the run is of another model, when somebody still records it, or when the disk refuses.
     """
@@ -93,7 +95,7 @@ def resume(run: Path, manifest: Manifest) -> Place:
     if other := difference(recorded.layout, manifest.layout):
         raise RunError(f"The run at {run} cannot be continued with this model: {other}. Give another path.")
     number = max(claimed(run), default=0)
-    if beating(attempt_folder(run, number)):
+    if (alive or beating)(attempt_folder(run, number)):
         raise RunError(_recorded(run, attempt_folder(run, number)))
     folder = attempt_folder(run, number + 1)
     try:

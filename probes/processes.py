@@ -19,6 +19,7 @@ from probes.layout import Layout
 from probes.manifest import RunError
 from probes.parallel import is_parallel
 from probes.ranks import LOCAL, MERGED, ONE
+from probes.stages import judge
 
 log = logging.getLogger("depthscope")
 
@@ -32,7 +33,7 @@ _meetings = 0
 @dataclass(frozen=True)
 class Agreed:
     """What the processes agreed on: the attempt to write, and when it was begun. `group` sums on the host, None where values are
-    not merged."""
+    not merged. `stages` are those of a pipeline in order, in JSON, and `holds` says which of them each rank has."""
 
     rank: int
     world: int
@@ -40,6 +41,29 @@ class Agreed:
     attempt: int
     created: float
     group: object | None
+    stages: tuple[dict, ...] = ()
+    holds: tuple[int, ...] = ()
+
+    @property
+    def teams(self) -> list[list[int]]:
+        """Ranks that hold the whole model together, a stage each, in the order of their ranks; each by itself where there are
+        no stages."""
+        if not self.stages:
+            return [[rank] for rank in range(self.world)]
+        by_stage = [
+            [rank for rank, held in enumerate(self.holds) if held == s] for s in range(len(self.stages))
+        ]
+        return [list(team) for team in zip(*by_stage, strict=True)]
+
+    @property
+    def first(self) -> int:
+        """The first of the ranks that hold what this one does."""
+        return self.holds.index(self.holds[self.rank]) if self.stages else 0
+
+    @property
+    def speaker(self) -> int:
+        """The rank that knows the loss."""
+        return self.holds.index(len(self.stages) - 1) if self.stages else 0
 
 
 def meet(ranks: str, model: nn.Module) -> "Meeting | None":
@@ -84,10 +108,16 @@ class Meeting:
                 self._answer({"error": str(error)})
 
     def begin(
-        self, path: str, layout: Layout, schedules: object, claim: Callable[[], tuple[int, float]]
+        self,
+        path: str,
+        layout: Layout,
+        schedules: object,
+        claim: Callable[[list[dict]], tuple[int, float]],
+        stage: dict | None = None,
     ) -> Agreed | None:
         """Rank 0 calls `claim` when all are there and agree, and tells what it gives: attempt and time. None where each
-        process has a path of its own: then each records a run of its own.
+        process has a path of its own: then each records a run of its own. `stage` is what this one has of a pipeline; `claim`
+        is called with those of all, none where there is no pipeline.
 
         Raises RunError on every process where one does not come, where they do not fit together, or where the
         claim fails.
@@ -97,13 +127,14 @@ class Meeting:
             "layout": _digest(layout),
             "schedules": _digest(schedules),
             "values": self.values,
+            "stage": stage,
         }
         self._tell(mine)
         if self.rank == 0:
             try:
                 answer = self._judge([self._hear(f"rank {rank}", WAIT) for rank in range(self.world)])
-                if answer is None:
-                    answer = dict(zip(("attempt", "created"), claim(), strict=True))
+                if "apart" not in answer:
+                    answer |= dict(zip(("attempt", "created"), claim(answer["stages"]), strict=True))
             except BaseException as error:
                 self._answer({"error": str(error) or type(error).__name__})
                 raise
@@ -119,10 +150,19 @@ class Meeting:
             group = dist.ProcessGroupGloo(
                 dist.PrefixStore("sums", self._store), self.rank, self.world, _TOGETHER
             )
-        return Agreed(self.rank, self.world, self.values, answer["attempt"], answer["created"], group)
+        return Agreed(
+            self.rank,
+            self.world,
+            self.values,
+            answer["attempt"],
+            answer["created"],
+            group,
+            tuple(answer["stages"]),
+            tuple(answer["holds"]),
+        )
 
-    def _judge(self, told: list[dict]) -> dict | None:
-        """What to answer instead of a claim. Raises RunError."""
+    def _judge(self, told: list[dict]) -> dict:
+        """What to answer, before the claim. Raises RunError."""
         for rank, each in enumerate(told):
             if "error" in each:
                 raise RunError(f"{each['error']} (Rank {rank} says so.)" if rank else each["error"])
@@ -130,12 +170,13 @@ class Meeting:
         if len(set(paths)) == self.world:
             return {"apart": True}
         for what, sentence in _DIFFERENCES.items():
-            if what == "layout" and self.values == LOCAL:
+            if what == "layout" and (self.values == LOCAL or told[0]["stage"]):
                 continue
             odd = [rank for rank, each in enumerate(told) if each[what] != told[0][what]]
             if odd:
                 raise RunError(f"Rank {odd[0]} {sentence}")
-        return None
+        stages = None if self.values == LOCAL else judge([each["stage"] for each in told])
+        return {"stages": stages or [], "holds": [each["stage"]["index"] for each in told] if stages else []}
 
     def _tell(self, what: dict) -> None:
         self._told = True
@@ -169,8 +210,8 @@ _DIFFERENCES = {
     "path": "records at another path than rank 0: give one path to all, or to each its own.",
     "values": "was given other ranks= than rank 0: give the same to all.",
     "schedules": "was given other steps to record than rank 0: give the same every= and matrices_every= to all.",
-    "layout": "holds other layers than rank 0, as pipeline stages do: their values cannot be merged. "
-    f"Give ranks={LOCAL!r}: each process then records the layers that it holds.",
+    "layout": "holds other layers than rank 0, as pipeline stages do: give probes.record the schedule that runs them, or "
+    f"ranks={LOCAL!r}, by which each process records the layers that it holds.",
 }
 
 

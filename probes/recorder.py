@@ -17,10 +17,12 @@ from probes.flush import start_copy
 from probes.following import Decode, Following
 from probes.gradients import NORMS, GradientNorms
 from probes.hooks import Hook
+from probes.joint import Joint
 from probes.manifest import Manifest
 from probes.masks import Masks
 from probes.mirrors import Mirror
 from probes.parallel import Parallel
+from probes.pipeline import Pipeline
 from probes.sampled import SAMPLED_METRICS, of_sample
 from probes.scalars import Scalars
 from probes.scaling import LossScale
@@ -30,7 +32,7 @@ from probes.sites import Sites
 from probes.statistics import DEPTH_METRICS
 from probes.tally import ACTIVATIONS
 from probes.taps import MATRICES, OFF, VECTORS, Taps
-from probes.together import Found, Together
+from probes.together import Together
 from probes.updates import UPDATE_RATIO, Updates
 from probes.vocabulary import GRADIENTS, METRICS
 from probes.writer import RunWriter
@@ -56,8 +58,10 @@ class Recorder:
         mirror: Mirror | None,
         parallel: Parallel | None = None,
         together: Together | None = None,
+        pipeline: Pipeline | None = None,
     ):
-        self._mirror, self._parallel, self._together = mirror, parallel, together
+        self._pipeline = pipeline
+        self._mirror, self._parallel = mirror, parallel
         self._following: Following | None = None
         self._writer, self._manifest, self._optimizers = writer, manifest, optimizers
         self._scale, self._faults = scale, faults
@@ -67,15 +71,22 @@ class Recorder:
         self._asked = False
         self._retry = OFF  # a look was in vain, for the update was skipped on the device
         self._closed = False
-        self._selfcheck = SelfCheck(sites)
+        # What is told is of the whole model, of which this process may have one stage.
+        self._whole = sites if together is None else together.sites
+        self._selfcheck = SelfCheck(self._whole)
         self._handed = self._solved = 0  # samples given to the writer's thread, and taken up by it
         self._owed = False  # the writer waits to hear that the recorded step is complete
         self._process = os.getpid()
         self._scalars = Scalars()
+        self._joint = (
+            None
+            if together is None
+            else Joint(together, self._clock, scale, faults, self._scalars, writer, mirror, self._told)
+        )
         self._stepped_at = time.perf_counter()
         self._began = self._stepped_at - seconds  # of a clock that nobody sets, as if there had been no pause
         senders, copies = (1, 1) if together is None else (together.merging.senders, parallel.copies)
-        self._taps = Taps(sites, masks, faults, senders, copies)
+        self._taps = Taps(sites, masks, faults, senders, copies, pipeline)
         self._skipped: torch.Tensor | None = None  # attempts at this step that the scaler skipped
         self._sites = sites
         self._watch_parameters()
@@ -91,7 +102,9 @@ class Recorder:
         if parallel is not None and not parallel.known:
             look = Hook(lambda *_: None if torch.compiler.is_compiling() else parallel.look())
             self._hooks.append(sites.called.register_forward_pre_hook(look))
-        self._ending = Ending(self.close)
+        if pipeline is not None:
+            pipeline.watch(self._reduced)
+        self._ending = Ending(self.close, early=writer.uploads)
 
     # What a training script calls
 
@@ -116,12 +129,15 @@ class Recorder:
             return
         now = time.perf_counter()
         with self._faults.guard(*METRICS):
-            if self._taps.mode != OFF and (self._taps.seen or self._together is not None):
+            if self._taps.mode != OFF and (self._taps.seen or self._joint is not None):
                 self._keep_own(now)
-                if self._together is None:
+                if not self._optimizers:
+                    self._scale.unknown = self._taps.half and not self._scale.given
+                if self._joint is None:
                     self._put(self._measured(), self._taps.counts(), self._sampled())
                 else:  # with data or without: the others wait for the sums of this process
-                    self._put_together()
+                    self._joint.put(self._taps, self._gradients, self._updates, self._skipped)
+                    self._put()
                 self._owed = True
             elif self._owed or self._scalars.due(now):
                 self._put()
@@ -168,11 +184,16 @@ class Recorder:
         self._backwards.detach()
         for hook in self._hooks:
             hook.remove()
+        if self._pipeline is not None:
+            self._pipeline.release()
         self._ending.release()
         try:
             self._put()
+            if self._joint is not None:
+                self._taps.mode = OFF
+                self._joint.put_last(self._taps, self._gradients, self._updates)
         finally:
-            if self._together is not None and not self._together.close(status):
+            if self._joint is not None and not self._joint.close(status):
                 self._writer.lose(self._step, "the other processes did not answer before the end")
             self._writer.close(status, reason)
             if self._mirror is not None:
@@ -201,7 +222,7 @@ class Recorder:
             self._sites, steps, decode, taps.masks, self._faults, self._writer, lambda: clock.now
         )
         # Where a forward takes all processes, all follow their sequences, and rank 0 alone tells.
-        self._following.silent = self._together is not None and self._writer.rank > 0
+        self._following.silent = self._joint is not None and self._writer.rank > 0
         self._following.begin(self._step)
 
     @property
@@ -228,7 +249,7 @@ class Recorder:
             self.step()
 
     def _watch_parameters(self) -> None:
-        shared = self._parallel if self._together is not None else None
+        shared = self._parallel if self._joint is not None else None
         self._gradients, self._updates = GradientNorms(self._sites, shared), Updates(self._sites, shared)
         self._backwards = Backwards(
             self._gradients.watched(),
@@ -247,6 +268,15 @@ class Recorder:
                 self._taps.drop()
                 return
             self._taps.commit()
+        if self._pipeline is None:
+            self._measure()
+
+    def _reduced(self) -> None:
+        """The gradients of all micro-batches of a pipeline are complete."""
+        if self._taps.mode != OFF and self._taps.seen and self._backwards.counts:
+            self._measure()
+
+    def _measure(self) -> None:
         with self._faults.guard(*NORMS):
             # Parameters change slowly, and reading them all takes as long as reading all gradients.
             self._gradients.measure(parameters=self._taps.mode == MATRICES)
@@ -285,12 +315,14 @@ class Recorder:
 
     def _measured(self) -> dict[str, torch.Tensor]:
         """The metrics of this step, gradients unscaled; without those that failed or cannot be known."""
-        if not self._optimizers:
-            self._scale.unknown = self._taps.half and not self._scale.given
         known = self._scale.known()
         metrics = self._taps.finish() | self._gradients.finish(self._scale.value)
         with self._faults.guard(UPDATE_RATIO):
             metrics |= self._updates.after(self._clock.now.attempt)
+        if self._pipeline is not None:
+            metrics |= {
+                name: x / self._pipeline.factor for name, x in metrics.items() if name.endswith("_grad_rms")
+            }
         if self._scale.value is not None:
             scaled = {name for name in metrics if name.endswith("_grad_rms")} | set(EDGE_METRICS)
             metrics |= {name: metrics[name] / self._scale.value for name in scaled & set(metrics)}
@@ -317,8 +349,9 @@ class Recorder:
     ) -> None:
         """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed, and `sampled` is
         the sample."""
-        if self._together is not None and self._writer.rank:
-            self._scalars.take()  # what was logged here is not of all
+        if self._joint is not None and self._writer.rank:
+            if not self._joint.keeps_scalars:
+                self._scalars.take()  # what was logged here is not of all
             return
         now, mode, metrics, counts = self._clock.now, self._taps.mode, metrics or {}, counts or {}
         sampled = sampled or {}
@@ -360,13 +393,19 @@ class Recorder:
 
         # Rows of this very step may still be logged until the next forward.
         fetch_rows = rows if self._mirror is None else lambda: self._mirror.watch(rows())
-        taken = self._writer.put(fetch_rows, complete=lambda: self._clock.known_at(now.attempt) - 1)
+        taken = self._writer.put(fetch_rows, complete=lambda: self._complete(now.attempt))
         self._handed += taken and bool(sampled)
+
+    def _complete(self, attempt: int) -> int:
+        """The last step of which no more rows will come, when `attempt` has begun."""
+        if self._joint is not None:
+            attempt = int(min(attempt, self._joint.settled + 1))
+        return self._clock.known_at(attempt) - 1
 
     def _told(self, step: int, values: dict, seen: dict, kept: dict):
         """The rows of one recorded step, when its numbers are on the host."""
         self._selfcheck.finite(step, values, seen)
-        self._selfcheck.identity(values.get("identity_error"))
+        self._selfcheck.identity(values.get("identity_error"), kept.get("about"))
         self._selfcheck.reads(values.get("read_error"), values.get("depth_weight"))
         for name, value in values.items():
             # A metric nobody observed is absent, not a row of blanks.
@@ -375,51 +414,7 @@ class Recorder:
         self._selfcheck.rows(seen)
         if kept:
             with self._faults.guard(*SAMPLED_METRICS):
-                solved = of_sample(kept, self._sites.layout, [site.given for site in self._sites.layers])
+                solved = of_sample(kept, self._whole.layout, [site.given for site in self._whole.layers])
                 self._selfcheck.mixing(solved)
                 for name, value in solved.items():
                     yield name, step, value
-
-    def _put_together(self) -> None:
-        """Hand this step's sums over, to be merged with those of the other processes."""
-        now, scale = self._clock.now, self._scale
-        if not self._optimizers:
-            scale.unknown = self._taps.half and not scale.given
-        if not self._parallel.known:
-            untold = RuntimeError("nothing tells what becomes of the gradients of several processes")
-            self._faults.caught(untold, *GRADIENTS, *NORMS)
-        left_out = self._scalars.logged | (set() if scale.known() else set(GRADIENTS))
-        skips = {} if now.skips is None else {"skips": now.skips}
-        vain = self._clock.vain()
-        own = (
-            skips
-            | ({} if scale.value is None else {"scale": scale.value})
-            | ({} if vain is None else {"vain": vain})
-        )
-        if scale.given or vain is not None:
-            own["skipped"] = torch.zeros(()) if self._skipped is None else self._skipped
-
-        def done(found: Found | None, own: dict, why: str) -> None:
-            step = now.attempt - int(own.get("skips", 0))
-            self._writer.reached(step)
-            if self._writer.rank:
-                return
-            if found is None:
-                self._writer.lose(step, why)
-                return
-            metrics, counts, sample = ({name: x.numpy() for name, x in part.items()} for part in found)
-            if own.get("vain", 0):
-                metrics, counts, sample, own = {}, {}, {}, {"skipped": np.float32(1)}
-            if "skipped" in own:
-                metrics["skipped"] = own["skipped"]
-            missing = left_out | self._together.faults
-            metrics = {name: value for name, value in metrics.items() if name not in missing}
-            sample = {} if missing & set(SAMPLED_METRICS) else sample
-            rows = self._told(step, metrics, counts, sample)
-            rows = rows if self._mirror is None else self._mirror.watch(rows)
-            self._writer.put(lambda: rows, complete=lambda: step - 1)
-
-        self._together.hand(
-            now.attempt, self._taps, self._gradients, self._updates, self._faults.now, own, done
-        )
-        self._put()

@@ -7,11 +7,13 @@ What was asked for is checked, the layers are found, and the writer is begun bef
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,25 +26,31 @@ from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, Masks
 from probes.mirrors import Mirror, Send
 from probes.parallel import Parallel
+from probes.pipeline import Pipeline
 from probes.place import join
 from probes.processes import Meeting, meet
 from probes.provenance import model_config, versions
 from probes.ranks import LOCAL, MERGED, ONE, Ranks
 from probes.recorder import Recorder
 from probes.resuming import first_step, seconds_before
+from probes.run import place_of
 from probes.scaling import LossScale
 from probes.schedule import Schedule, Steps, schedule
 from probes.sites import Sites
+from probes.stages import told_of, whole
 from probes.together import Together
 from probes.vocabulary import METRICS, OF_ONE
 from probes.wrapped import unwrap_optimizer
 from probes.writer import RunWriter
 
+if TYPE_CHECKING:
+    from probes.remote.uploading import Upload
+
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 def record(
-    model: nn.Module,
+    model: nn.Module | object,
     path: str | os.PathLike,
     *,
     optimizer: Optimizers | None = None,
@@ -63,6 +71,10 @@ def record(
     strict: bool = False,
 ) -> "Recorder":
     """Attach probes to `model` and record its training at `path`, a new folder or, with `resume`, a run to continue.
+
+    A `path` like s3://bucket/runs/a is recorded by way of a folder of this machine, from which it is sent in the
+    background; see docs/remote.md. Of a pipeline, `model` is the schedule (torch.distributed.pipelining) that runs the
+    stage of each process.
 
     Call it before the first forward, also before torch.compile has run. Step s is the number of optimizer
     steps completed; vectors are recorded every `every` steps, matrices (and vectors with them) every
@@ -96,10 +108,13 @@ def record(
     model without recognisable layers or one that has already
     run compiled, a bad interval.
     """
+    pipeline = Pipeline.of(model)
+    if pipeline is not None:
+        model = pipeline.module
     meeting = meet(ranks, model)
     with meeting or contextlib.nullcontext():
         vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
-        sites = find_sites(model, stack, layers, norms)
+        sites = find_sites(model, stack, layers, norms, staged=pipeline is not None)
         following = None if tokens_every is None else schedule_of("tokens_every", tokens_every)
         if following is not None and not sites.has_reads:
             raise RunError(
@@ -107,7 +122,8 @@ def record(
             )
         created = time.time()
         optimizers, found = _optimizers(optimizer)
-        path, step = Path(path), first_step(resume, optimizers, Path(path))
+        given, (path, upload) = path, _place(path, resume is not False, meeting)
+        step = first_step(resume, optimizers, path)
         scale = LossScale(found if scaler is None else scaler)
         masks = Masks(mask, sites)
         prepare_compiler(sites.root)
@@ -120,55 +136,92 @@ def record(
                 f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
             ) from error
         tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
-        parallel = Parallel.of(model, sites.root)
+        parallel = Parallel.of(model, sites.root, pipeline)
         manifest = Manifest(
             sites.layout, created, vectors, matrices, described, tags, versions(sites.root), step=step
         )
         # Others show nothing; and what cannot be shown is refused before anything is written.
         shown = None if mirror is None or (meeting is not None and meeting.rank) else Mirror(mirror, path)
         # A bool is an int: step 0 is one to resume at, False is not.
-        writer, together = _begin(meeting, path, manifest, resume is not False, sites, parallel)
+        write = functools.partial(RunWriter, path, resume=resume is not False, upload=upload)
+        where = str(path) if upload is None else upload.address.shown  # homes of machines differ
+        writer, together = _begin(meeting, where, path, manifest, write, sites, parallel, pipeline)
     faults = Faults(strict)
     seconds = seconds_before(path, step)
+    if upload is not None and step:
+        seconds = max(seconds, seconds_before(place_of(given), step))
     recorder = Recorder(
-        sites, writer, manifest, optimizers, scale, masks, faults, seconds, shown, parallel, together
+        sites,
+        writer,
+        manifest,
+        optimizers,
+        scale,
+        masks,
+        faults,
+        seconds,
+        shown,
+        parallel,
+        together,
+        pipeline,
     )
     if following is not None:
         recorder._follow(following, decode)
     return recorder
 
 
+def _place(path: str | os.PathLike, resume: bool, meeting: Meeting | None) -> "tuple[Path, Upload | None]":
+    """The folder of this machine to record into, and what sends that on to a run that lives elsewhere. Raises RunError."""
+    if ":/" not in os.fspath(path):
+        return Path(path), None
+    from probes.remote import on_this_machine
+    from probes.remote.uploading import upload_for
+
+    upload = upload_for(path)
+    if upload is None:
+        return on_this_machine(path), None
+    if meeting is None or meeting.rank == 0:
+        upload.prepare(resume)
+    else:
+        upload.spool.make()
+    return upload.run, upload
+
+
 def _begin(
     meeting: Meeting | None,
+    where: str,
     path: Path,
     manifest: Manifest,
-    resume: bool,
+    write: Callable[..., RunWriter],
     sites: Sites,
     parallel: Parallel | None,
+    pipeline: Pipeline | None,
 ) -> tuple[RunWriter, Together | None]:
     """The writer of this process, and what sums its values with those of others."""
     if parallel is not None:
         alone = dataclasses.replace(manifest, ranks=Ranks(parallel.world, ONE, (), parallel.describe()))
     if meeting is None:
-        return RunWriter(path, manifest if parallel is None else alone, resume), None
+        return write(manifest if parallel is None else alone), None
     merged = tuple(name for name in METRICS if name not in OF_ONE) if meeting.values == MERGED else ()
     ranks = Ranks(meeting.world, meeting.values, merged, parallel.describe())
-    whole = dataclasses.replace(manifest, ranks=ranks)
+    manifest = dataclasses.replace(manifest, ranks=ranks)
     mine: list[RunWriter] = []
 
-    def claim() -> tuple[int, float]:
-        mine.append(RunWriter(path, whole, resume))
+    def claim(stages: list[dict]) -> tuple[int, float]:
+        of_all = dataclasses.replace(manifest, layout=whole(stages, sites).layout) if stages else manifest
+        mine.append(write(of_all))
         return mine[0].attempt, mine[0].created
 
     schedules = [manifest.vectors.to_json(), manifest.matrices.to_json(), manifest.step]
-    agreed = meeting.begin(str(path), sites.layout, schedules, claim)
+    stage = told_of(sites, pipeline.index, pipeline.count) if pipeline and meeting.values == MERGED else None
+    agreed = meeting.begin(where, sites.layout, schedules, claim, stage)
     if agreed is None:
-        return RunWriter(path, alone, resume), None
+        return write(alone), None
     if mine:
         writer = mine[0]
     else:
-        own = whole if agreed.values == LOCAL else None
-        writer = RunWriter(path, whole, place=join(path, agreed.attempt, agreed.rank, agreed.created, own))
+        own = manifest if agreed.values == LOCAL else None
+        writer = write(manifest, place=join(path, agreed.attempt, agreed.rank, agreed.created, own))
+    parallel.first = agreed.first
     return writer, None if agreed.group is None else Together(agreed, parallel, sites)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from probes import elsewhere
 from probes import manifest as files
 from probes.attempts import attempt_folder, claimed
 from probes.manifest import Manifest, RunError
@@ -47,6 +48,7 @@ def steps_counted(optimizers: Sequence[torch.optim.Optimizer]) -> int:
 
 def seconds_before(path: Path, step: int) -> float:
     """`wall_time` of the last visible row before `step`, 0 where there is none. Reads as few shards as it can."""
+    elsewhere.look(path)
     limit = step
     for number in (*reversed(claimed(path)), 0):
         folder = attempt_folder(path, number)

@@ -72,6 +72,6 @@ def edge_sources(sites: Sites) -> list[int]:
     """How many sources each read or branch takes, where depth edges can be told; else nothing."""
     if sites.has_reads:
         return sites.depth_sources
-    if sites.is_plain and not sites.is_marked:
+    if sites.is_plain and not sites.is_marked and not sites.staged:  # other stages hold the sources
         return [*(site.given for site in sites.layers), len(sites.layers) + 1]
     return []

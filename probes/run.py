@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from probes import compacting
+from probes import compacting, elsewhere
 from probes import manifest as files
 from probes.attempts import Attempt, attempt_folder, claimed, hide, row_shape
 from probes.attributed import Attribution, attribution_names, read_attribution
-from probes.careful import is_folder, printable
+from probes.careful import is_folder, printable, visible
 from probes.gaps import Gap, gaps_of
 from probes.layout import Layout, difference
 from probes.manifest import Manifest, RunError
@@ -44,7 +44,10 @@ class Run:
 
     def __init__(self, path: str | os.PathLike, rank: int = 0, *, cache: Path | None = None):
         """With a folder for a `cache`, a long run without a digest gets one there."""
-        self.path, self.rank, self._cache = Path(path), rank, cache
+        self.path, self.rank, self._cache = place_of(path), rank, cache
+        elsewhere.look(self.path)
+        if not (self.path / files.MANIFEST).exists() and (trouble := elsewhere.trouble(self.path)):
+            raise RunError(trouble)
         self.manifest = _manifest(self.path, files.MANIFEST, rank)
         self.attempts: list[Attempt] = [Attempt(self.path, 0, self.manifest, rank)]
         self._left_out: dict[int, str] = {}
@@ -61,7 +64,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        return visible(self.path.resolve().name)
 
     @property
     def layout(self) -> Layout:
@@ -96,6 +99,7 @@ class Run:
     @property
     def status(self) -> str:
         """ "running", "finished" or "stopped"; `status_reason` says why or since when."""
+        elsewhere.signs(self.attempts[-1].folder)
         return self.attempts[-1].status
 
     @property
@@ -267,6 +271,7 @@ class Run:
         return new
 
     def _look_for_attempts(self) -> bool:
+        elsewhere.look(self.path)
         known = {attempt.number for attempt in self.attempts}
         begun = []
         for number in claimed(self.path):
@@ -292,8 +297,18 @@ class Run:
         return bool(begun)
 
 
+def place_of(path: str | os.PathLike) -> Path:
+    """The folder that a path names; that of an address shadows it, and is filled as it is read. Raises RunError."""
+    if ":/" not in os.fspath(path):
+        return Path(path)
+    from probes import remote
+
+    return remote.local(path)
+
+
 def open_run(path: str | os.PathLike, rank: int = 0) -> Run:
-    """Open the run recorded at `path`: its rows, or with a `rank` those of one of the processes that recorded each its own.
+    """Open the run recorded at `path`, a folder or an address like s3://bucket/runs/a: its rows, or with a `rank` those of one
+    of the processes that recorded each its own.
 
     Raises RunError when there is none or it is unreadable.
     """
@@ -319,10 +334,12 @@ def list_runs(root: str | os.PathLike) -> Iterator[Run]:
 
     Folders that hold an unreadable run.json are passed over: open_run says what is wrong with them.
     """
-    root = Path(root)
+    root = place_of(root)
+    paths = find_runs(root)
     if not root.is_dir():
-        raise RunError(f"There is no folder {root}: give a folder that holds runs.")
-    for path in find_runs(root):
+        there_is_none = f"There is no folder {elsewhere.shown(root)}: give a folder that holds runs."
+        raise RunError(elsewhere.trouble(root) or there_is_none)
+    for path in paths:
         try:
             yield Run(path)
         except RunError:
@@ -331,6 +348,7 @@ def list_runs(root: str | os.PathLike) -> Iterator[Run]:
 
 def find_runs(root: Path) -> list[Path]:
     """Folders at or below `root` that hold a run.json, sorted. Links are not followed, nor runs entered."""
+    elsewhere.find(root)
     found = []
     for folder, below, names in os.walk(root):
         if files.MANIFEST in names:

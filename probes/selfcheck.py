@@ -6,10 +6,11 @@ A tap that never fires would otherwise leave a blank that nobody notices.
 import logging
 
 import numpy as np
+import torch
 
 from probes.compiled import BEFORE
 from probes.finite import first_place, not_finite
-from probes.identity import first_broken
+from probes.identity import first_broken, tolerance_of
 from probes.sites import Sites
 from probes.taps import Taps
 
@@ -24,6 +25,7 @@ class SelfCheck:
         self._name = type(sites.root).__name__
         self._rows_checked = self._identity_checked = self._broken = False
         self._mixing_checked = False
+        self._finite: int | None = None  # the latest step at which all was
         self._said: set[str] = set()
         for note in sites.found.notes if sites.found is not None else ():
             self._say(f"depthscope: {self._name}, whose depth reads were found by running it once: {note}.")
@@ -93,9 +95,14 @@ class SelfCheck:
         if self._broken or not all(name in seen and name in values for name in names):
             return
         place = first_place(self._layout, *(not_finite(values[name], seen[name]) for name in names))
-        if place:
-            self._broken = True
-            self._say(f"depthscope: at step {step} the {place} is not finite, the first seen in this run.")
+        if not place:
+            self._finite = step
+            return
+        self._broken = True
+        since = ""
+        if self._finite is not None and step - self._finite > 1:
+            since = f" All was finite at step {self._finite}, the last recorded before."
+        self._say(f"depthscope: at step {step} the {place} is not finite, the first seen in this run.{since}")
 
     def reads(self, errors: np.ndarray | None, weights: np.ndarray | None) -> None:
         """Found reads that were not computed, or whose weights do not give back the state; runs in the writer's
@@ -116,12 +123,12 @@ class SelfCheck:
         if blank:
             self._say(f"depthscope saw nothing of the depth weights of {', '.join(blank)}. {BEFORE}")
 
-    def identity(self, errors: np.ndarray | None) -> None:
-        """Where the stream of a plain residual does not add up; runs in the writer's thread."""
-        if self._identity_checked or errors is None or not self._sites.is_plain:
+    def identity(self, errors: np.ndarray | None, about: np.ndarray | None) -> None:
+        """Where the stream of a plain residual does not add up in a sample of tokens; runs in the writer's thread."""
+        if self._identity_checked or errors is None or about is None or not self._sites.is_plain:
             return
         self._identity_checked = True
-        row = first_broken(errors, next(self._sites.root.parameters()).dtype)
+        row = first_broken(errors, float(tolerance_of(torch.from_numpy(about))))
         if row is not None:
             state = self._layout.states[row].replace("into", "state into")
             self._say(

@@ -161,6 +161,7 @@ class Sites:
     norm: nn.Module | None = None  # the norm after the stack, where one was found: it runs once in a forward
     found: FoundReads | None = None  # depth reads of a model that does not say where they are
     inner: nn.Module | None = None  # the child that a training step calls instead of the root
+    staged: bool = False  # whether they are those of one stage of a pipeline, or of all its stages as one
     named: bool = False  # the user said which modules the layers are
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor
 from probes.declared import out_of_order
 from probes.edges import EdgeSums
 from probes.expert_taps import EXPERT_METRICS, Loads, most
-from probes.identity import identity_error, tolerance
+from probes.identity import identity_error, tolerance_of
 from probes.passes import Passes
 from probes.read_errors import ReadErrors
 from probes.rows import block_rows, edge_sources, last_layers
@@ -42,7 +42,6 @@ class Tally:
         )
         self._loads = Loads(sites.experts, device)
         self._is_sum, self._named = sites.is_plain, len(sites.layers) if sites.named else 0
-        self._allowed = tolerance(next(sites.root.parameters()).dtype)
         self.errors = ReadErrors(sites.depth_sources, device) if sites.found is not None else None
         rows = len(sites.layers) + 1
         self.sample = Sample(rows, device, share)
@@ -53,6 +52,11 @@ class Tally:
         self.calls = torch.zeros(2, dtype=torch.int64, device=device)
         """How often the embedding and the final norm were seen in compiled forwards."""
         self.passes = Passes(self.live, self._counted)
+
+    @property
+    def counted(self) -> Tables:
+        """The sums of the forwards that count."""
+        return self._counted
 
     @property
     def nbytes(self) -> int:
@@ -150,7 +154,7 @@ class Tally:
         if not self._is_sum:
             return count
         errors = identity_error(self.sample, self.given).masked_fill(self._mixed_up(), torch.nan)
-        known = ~errors.isnan() & ~(errors > self._allowed).any()
+        known = ~errors.isnan() & ~(errors > tolerance_of(self.sample.about)).any()
         return count.where(known, 0)
 
     def _mixed_up(self) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from probes.found import Moment, Spot
+from probes.parallel import reshard
 from probes.symbols import undisturbed
 
 
@@ -229,6 +230,7 @@ def _as_before(root: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+        reshard(root)
         random.setstate(python)
         np.random.set_state(numbers)
 

@@ -3,7 +3,11 @@
 A step's sums are made of counts and of sums of squares, so those of all processes are those of the whole batch.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,10 +16,12 @@ from torch import Tensor
 from probes.edges import EDGE_METRICS
 from probes.flush import start_copy
 from probes.gradients import GradientNorms
-from probes.merging import Merging, Step, Sums, packed, together, unpack
+from probes.merging import Merging, Step, Sums
+from probes.packing import packed, together, unpack
 from probes.parallel import Parallel
 from probes.processes import Agreed
 from probes.sites import Sites
+from probes.stages import Span, Spread, whole
 from probes.tally import Tally
 from probes.taps import MATRICES, Taps
 from probes.updates import Updates, ratio_of
@@ -24,21 +30,49 @@ from probes.vocabulary import METRICS
 _NAMES = tuple(METRICS)
 _PATIENCE, _HASTE = 60.0, 5.0  # seconds to wait for other processes at the end
 Found = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
-Done = Callable[[Found | None, Mapping[str, np.ndarray], str], None]
+Said = list[tuple[str, int, float]]  # scalars that another process has logged, with their steps
+Done = Callable[[Found | None, Mapping[str, np.ndarray], str, Said], None]
 
 
 class Together:
-    """`hand` over a step on every process. `done(found, own, why)` is called, in a thread, when those of all are known: on
-    rank 0 `found` are metrics, counts and sample, as `Tally.finish`, `.counts` and `.sampled` give them, elsewhere and
-    where they cannot be known None; `why` then says the reason. `own` are the values that were given as `own`."""
+    """`hand` over a step on every process. `done(found, own, why, said)` is called, in a thread, when those of all are known:
+    on rank 0 `found` are metrics, counts and sample, as `Tally.finish`, `.counts` and `.sampled` give them, elsewhere and
+    where they cannot be known None; `why` then says the reason. `own` are the values that were given as `own`. `sites` are
+    those of all layers, also where this process has but a stage of them. Where another process `speaks`, its scalars are
+    `said` too."""
 
     def __init__(self, agreed: Agreed, parallel: Parallel, sites: Sites):
         self.parallel = parallel
+        self.sites = whole(agreed.stages, sites) if agreed.stages else sites
         self._rank, self._world = agreed.rank, agreed.world
+        self.staged = bool(agreed.stages)
+        self.speaks = self._rank == agreed.speaker > 0
         self.merging = Merging(agreed)
-        self._twin = Tally(sites, torch.device("cpu"), self.merging.senders) if agreed.rank == 0 else None
+        share = self.merging.senders
+        self._spread = (
+            Spread(sites, self.sites, Span.of(agreed.stages, agreed.holds[self._rank]), share)
+            if self.staged
+            else None
+        )
+        self._twin = Tally(self.sites, torch.device("cpu"), share) if agreed.rank == 0 else None
         self._elements = self._twin.sample.elements if self._twin is not None else 0
+        self._waiting: deque[int] = (
+            deque()
+        )  # numbers of the steps that have been handed over and are not done
+        self._done = -1
         self.faults: set[str] = set()  # metrics that could not be measured somewhere, in the step done last
+
+    @property
+    def settled(self) -> float:
+        """The last step of which no more rows will come from here."""
+        with contextlib.suppress(IndexError):
+            return min(self._waiting[0], self._later) - 1
+        return self._later - 1
+
+    @property
+    def _later(self) -> float:
+        """The first step of which another process may still say something."""
+        return self._done if self.staged else math.inf
 
     def hand(
         self,
@@ -49,36 +83,53 @@ class Together:
         faults: set[str],
         own: dict,
         done: Done,
+        said: Sequence[tuple[str, int, float | Tensor]] = (),
     ) -> None:
         matrices = taps.mode == MATRICES
         tally = taps.tally
         tally.passes.settle()
         wrong = torch.tensor([float(name in faults) for name in _NAMES])
         sums = gradients.sums() | updates.sums(number)
-        shapes = gradients.shapes() | updates.shapes()
-        parts = {"vectors": packed([*tally.sums(False), *_present(sums, shapes), wrong.to(tally.device)])}
+        mine = gradients.shapes() | updates.shapes()
+        shapes = mine if self._spread is None else self._spread.shapes(mine)
+        parts = {"vectors": packed([*tally.sums(False), *_present(sums, mine), wrong.to(tally.device)])}
         if matrices:
             parts["matrices"] = packed(self._matrices(tally))
             if self.merging.sends:
                 parts["sample"] = packed(tally.sample.tensors())
         divisor = self.parallel.divisor
-        fetch = start_copy(parts | {("own", name): value for name, value in own.items()}, torch.float64)
+        logged = {("said", i): x for i, (_, _, x) in enumerate(said) if isinstance(x, Tensor)}
+        known = {("own", name): value for name, value in own.items()} | logged
+        fetch = start_copy(parts | known, torch.float64)
         values: dict = {}
 
         def fetched() -> Sums:
             values.update(fetch())
+            if self._spread is not None:
+                values["vectors"] = self._spread.vectors(values["vectors"], mine, len(_NAMES))
+                for name in ("matrices", "sample"):
+                    if name in values:
+                        values[name] = getattr(self._spread, name)(values[name])
+            if self.speaks:
+                rows = [
+                    (name, step, float(values.get(("said", i), x))) for i, (name, step, x) in enumerate(said)
+                ]
+                values["said"] = np.frombuffer(json.dumps(rows).encode(), np.uint8).copy()
             return values
 
         def then(sums: Sums | None, why: str) -> None:
-            mine = {name: values[each] for each in values if isinstance(each, tuple) for name in each[1:]}
-            if self._rank or sums is None:
-                done(None, mine, why)
-            else:
-                done(
-                    self._made(sums, shapes, matrices, tally, gradients, divisor, mine.get("scale")), mine, ""
-                )
+            own = {each[1]: value for each, value in values.items() if each[0] == "own"}
+            try:
+                if self._rank or sums is None:
+                    done(None, own, why, [])
+                else:
+                    found = self._made(sums, shapes, matrices, tally, gradients, divisor, own.get("scale"))
+                    done(found, own, "", json.loads(bytes(sums.get("said", b"")) or b"[]"))
+            finally:
+                self._done = self._waiting.popleft()
 
         nbytes = sum(8 * part.numel() for part in parts.values())
+        self._waiting.append(number)
         self.merging.hand(Step(number, matrices, fetched, then, nbytes))
 
     def close(self, status: str) -> bool:
@@ -138,7 +189,7 @@ class Together:
             if part[0]
         }
         updated = {name: found.pop(name) for name in ("moved", "size") if name in found}
-        metrics |= gradients.finished(found, scale) | ratio_of(updated)
+        metrics |= gradients.finished(found, scale, staged=self.staged) | ratio_of(updated)
         return metrics, counts, twin.sampled() if matrices else {}
 
 

@@ -23,10 +23,12 @@ _MIXING_CHANNELS = {
 
 
 class Trials:
-    """What the operations of a tape of a model of this `width` do, each found out once."""
+    """What the operations of a tape of a model of this `width` do, each found out once. With several `heads`, channels
+    are those of one head: what treats the heads differently leaves them alone all the same."""
 
-    def __init__(self, tape: Tape, width: int):
-        self.tape, self.width = tape, width
+    def __init__(self, tape: Tape, width: int, heads: int = 1):
+        self.tape, self.width, self.heads = tape, width, heads
+        self.part = width // heads
         self._linear: dict[tuple[Node, int], list[tuple[int, int]] | None] = {}
         self._weighted: dict[Node, bool] = {}
         own = {id(p) for p in tape.root.parameters()}
@@ -34,6 +36,14 @@ class Trials:
         leaves = [each for each in tape.nodes if each.func is None]
         self._parameters = sum(1 << each.index for each in leaves if id(each.tensor) in own)
         self._sources = self._parameters | sum(1 << n.index for n in leaves if id(n.tensor) in given)
+
+    def axes_of(self, node: Node) -> list[int]:
+        """Where its channels may be."""
+        return [axis for axis, size in enumerate(node.tensor.shape) if size in (self.width, self.part)]
+
+    def axis_of(self, node: Node) -> int | None:
+        axes = self.axes_of(node)
+        return axes[-1] if axes else None
 
     def linear(self, node: Node, axis: int) -> list[tuple[int, int]] | None:
         """The operands in which `node` is linear, leaving channels along `axis` alone: (slot, channel axis) of each."""
@@ -47,9 +57,9 @@ class Trials:
             return None
         from_end = axis - node.value.ndim
         candidates = {
-            slot: sorted(axes_of(each, self.width), key=lambda a, e=each: a - e.value.ndim != from_end)
+            slot: sorted(self.axes_of(each), key=lambda a, e=each: a - e.value.ndim != from_end)
             for slot, each in enumerate(node.slots)
-            if each.tensor.is_floating_point() and self.width in each.tensor.shape
+            if each.tensor.is_floating_point() and self.axes_of(each)
         }
         if not candidates:
             return None
@@ -67,54 +77,126 @@ class Trials:
         return not torch.equal(*(tried(node, {slot: each}) for each in (values, 1 - values)))
 
     def _is_linear(self, node: Node, axis: int, operands: list[tuple[int, int]]) -> bool:
-        mixing = torch.randn(self.width, self.width, dtype=torch.float64) / self.width**0.5
-        one, two, both = {}, {}, {}
+        found = self._tried_linear(node, axis, operands, {})
+        if found is None:  # nothing comes out, as with weights that happen to be zero
+            carried = {slot for slot, _ in operands}
+            beside = {
+                slot: _drawn(each)
+                for slot, each in enumerate(node.slots)
+                if slot not in carried and each.tensor.is_floating_point()
+            }
+            found = bool(beside) and self._tried_linear(node, axis, operands, beside)
+        return bool(found)
+
+    def _tried_linear(
+        self, node: Node, axis: int, operands: list[tuple[int, int]], beside: dict[int, Tensor]
+    ) -> bool | None:
+        mixing = torch.randn(self.part, self.part, dtype=torch.float64) / self.part**0.5
+        one, two, both = dict(beside), dict(beside), dict(beside)
         for slot, at in operands:
-            like = node.slots[slot].value
-            x, y = (torch.randn(like.shape, dtype=torch.float64) for _ in range(2))
+            x, y = (_drawn(node.slots[slot]) for _ in range(2))
             one[slot], two[slot], both[slot] = x, y, _mixed(x, mixing, at) + y
         try:
             f_one, f_two, f_both = (tried(node, each) for each in (one, two, both))
         except Exception:  # double precision does not suit every operation
             return False
-        if f_one.shape != node.tensor.shape or f_one.shape[axis] != self.width:
+        if f_one.shape != node.tensor.shape or axis not in self.axes_of(node):
             return False
         expected = _mixed(f_one.cpu().double(), mixing, axis) + f_two.cpu().double()
         size = expected.abs().max()
-        return bool(size > 0 and (f_both.cpu().double() - expected).abs().max() <= _TOLERANCE * size)
+        if size == 0:
+            return None
+        return bool((f_both.cpu().double() - expected).abs().max() <= _TOLERANCE * size)
 
     def weighted(self, node: Node) -> bool:
         """Whether the values of its other operands matter, and are not constants."""
         if node not in self._weighted:
-            axis = axis_of(node, self.width)
+            axis = self.axis_of(node)
             operands = self.linear(node, axis) if axis is not None else None
             self._weighted[node] = bool(operands) and any(
-                self._matters(node, slot) for slot, _ in self._others(node, operands)
+                self.matters(node, slot, operands) for slot, _ in self.others(node, operands)
             )
         return self._weighted[node]
 
-    def _others(self, node: Node, operands: Sequence[tuple[int, int]]) -> list[tuple[int, Node]]:
+    def others(self, node: Node, operands: Sequence[tuple[int, int]]) -> list[tuple[int, Node]]:
         carrying = {slot for slot, _ in operands}
         return [(slot, each) for slot, each in enumerate(node.slots) if slot not in carrying]
 
-    def _matters(self, node: Node, slot: int) -> bool:
+    def matters(self, node: Node, slot: int, operands: Sequence[tuple[int, int]]) -> bool:
+        """Whether another operand has a say in what the node makes of `operands`, whatever their values."""
         other = node.slots[slot]
         if not self._varies(other):
             return False
         if not other.tensor.is_floating_point():
             return True
-        try:
-            before = tried(node, {})
-            after = tried(node, {slot: other.value.cpu().double() * 1.5 + 0.1})
-        except Exception:  # any operation may refuse in a way of its own; what cannot be tried counts
-            return True
-        return not torch.allclose(before, after, rtol=1e-6)
+        carried = {at for at, _ in operands}
+        # Equal keys, say, leave a softmax as it is whatever the query: then all values are drawn.
+        for some in (carried, set(range(len(node.slots)))):
+            drawn = {at: _drawn(node.slots[at]) for at in some if node.slots[at].tensor.is_floating_point()}
+            value = drawn.get(slot, other.value.cpu().double())
+            try:
+                before = tried(node, drawn)
+                after = tried(node, drawn | {slot: value * 1.5 + 0.1})
+            except Exception:  # any operation may refuse in a way of its own; what cannot be tried counts
+                return True
+            if not torch.allclose(before, after, rtol=1e-6, equal_nan=True):
+                return True
+        return False
+
+    def weighs(self, node: Node, operands: Sequence[tuple[int, int]]) -> list[Node]:
+        """What stands beside the `operands` of a node and matters to what it makes of them."""
+        return [other for slot, other in self.others(node, operands) if self.matters(node, slot, operands)]
+
+    def each_by_itself(self, node: Node, slot: int) -> bool:
+        """Whether an operand of the same shape is worked on place by place, as by a norm, a projection or a gate: what
+        stands at one place decides what comes out there, and nothing else."""
+        like = node.slots[slot].value
+        if like.shape != node.tensor.shape or like.shape[-1] != self.width or not like.is_floating_point():
+            return False
+        if any(other is node.slots[slot] for other in self._except(node, slot)):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            values = torch.randn(like.shape, dtype=torch.float64, generator=generator)
+            changed = values.clone()
+            place = tuple(int(torch.randint(size, (1,), generator=generator)) for size in like.shape[:-1])
+            changed[place] += torch.randn(self.width, dtype=torch.float64, generator=generator)
+            try:
+                apart = (tried(node, {slot: values}) - tried(node, {slot: changed})).abs().cpu()
+            except Exception:  # what cannot be tried is followed no further
+                return False
+            if apart.shape != like.shape or not apart[place].any():
+                return False
+            apart[place] = 0
+            if apart.any():
+                return False
+        return True
+
+    @staticmethod
+    def _except(node: Node, slot: int) -> list[Node]:
+        return [each for place, each in enumerate(node.slots) if place != slot]
+
+    def is_parameter(self, node: Node) -> bool:
+        return bool(self._parameters >> node.index & 1)
+
+    def has_parameter(self, node: Node, beyond: Node) -> bool:
+        """Whether a parameter has a say in `node` that does not go through `beyond`."""
+        waiting, done = [node], {beyond}
+        while waiting:
+            each = waiting.pop()
+            if each in done:
+                continue
+            done.add(each)
+            if self.is_parameter(each):
+                return True
+            waiting += each.slots
+        return False
 
     def _varies(self, node: Node) -> bool:
         """Whether it was made from parameters or from what the model was given."""
         return bool((self.tape.behind[node.index] | 1 << node.index) & self._sources)
 
-    def _adds_as_is(self, node: Node, slot: int) -> bool:
+    def adds_as_is(self, node: Node, slot: int) -> bool:
         """Whether an operand is added to the rest without a weight."""
         if node.slots[slot].tensor.shape != node.tensor.shape:
             return False
@@ -123,17 +205,14 @@ class Trials:
         return torch.allclose((with_it - without).cpu().double(), values, atol=1e-6)
 
 
-def axes_of(node: Node, width: int) -> list[int]:
-    return [axis for axis, size in enumerate(node.tensor.shape) if size == width]
-
-
-def axis_of(node: Node, width: int) -> int | None:
-    axes = axes_of(node, width)
-    return axes[-1] if axes else None
+def _drawn(like: Node) -> Tensor:
+    return torch.randn(like.tensor.shape, dtype=torch.float64)
 
 
 def _mixed(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    return (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
+    channels = x.movedim(axis, -1)
+    parts = channels.unflatten(-1, (-1, len(matrix)))
+    return (parts @ matrix).flatten(-2).movedim(-1, axis)
 
 
 def tried(node: Node, instead: dict[int, Tensor]) -> Tensor:

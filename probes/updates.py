@@ -30,6 +30,7 @@ class Updates:
         self._step: int | None = None
         self._flat: Tensor | None = None
         self._versions: list[int] = []
+        self._since: tuple[int, Tensor, list[int]] | None = None  # step, sample and versions after an update
 
     def _shared_out(self) -> tuple[Tensor, Tensor]:
         """Where the sample of each layer is in what `_gathered` returns, [layers × most] (its last element, a zero, where
@@ -57,14 +58,17 @@ class Updates:
     @property
     def nbytes(self) -> int:
         """Memory held on the device, in bytes."""
-        return self._index.nbytes + self._weight.nbytes + 4 * self._index.numel()
+        return self._index.nbytes + self._weight.nbytes + 2 * 4 * self._index.numel()
 
     @torch.no_grad()
     def before(self, step: int) -> None:
-        """The parameters are those that step `step` began with."""
+        """The parameters are those that step `step` began with. Where the step before was looked at and nobody has
+        written to them since, as far as autograd can tell, they are those it ended with."""
         if self._sampled and self._step != step:
-            self._step, self._flat = step, self._gathered()
-            self._versions = self._versions_now()
+            self._step, versions = step, self._versions_now()
+            same = self._since is not None and self._since[0] == step and self._since[2] == versions
+            self._flat = self._since[1] if same else self._gathered()
+            self._versions, self._since = versions, None
 
     @torch.no_grad()
     def after(self, step: int) -> dict[str, Tensor]:
@@ -78,12 +82,15 @@ class Updates:
         if self._step != step or self._flat is None:
             return {}
         before, self._flat = self._flat, None
-        both = torch.stack([self._gathered() - before, before]).float()
+        now, versions = self._gathered(), self._versions_now()
+        if versions != self._versions:
+            self._since = step + 1, now, versions
+        both = torch.stack([now - before, before]).float()
         if self._index.device != both.device:
             self._index, self._weight = self._index.to(both.device), self._weight.to(both.device)
         both = both.index_select(1, self._index).mul_(self._weight).view(2, len(self._layers), -1)
         moved, size = torch.linalg.vector_norm(both, dim=2)
-        if self._versions == self._versions_now():
+        if self._versions == versions:
             # Nobody wrote to them, as far as autograd can tell: either through `.data`, or before we looked.
             moved = moved.where(moved.any(), torch.nan)
         return {"moved": moved * moved, "size": size * size}

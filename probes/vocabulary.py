@@ -188,7 +188,8 @@ _ROWS = [
         "",
         "Weight of each source in each state, solved by least squares on a sample of tokens, mean over them; any "
         "architecture, a plain residual has ones. Blank where the sources exceed a quarter of the width, or where "
-        "rounding could move the weight by more than 1e-4 (in 16 bits 2e-2): its source is tiny or the condition bad.",
+        "rounding could move the weight by more than 1e-4 (in 16 bits 2e-2), for its source is tiny or the condition bad, or "
+        "where the sources do not make up the state.",
     ),
     Metric(
         "mixing_share",

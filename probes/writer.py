@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,6 +28,9 @@ from probes.manifest import Manifest
 from probes.ranks import BEAT_SECONDS
 from probes.shard import shard_name, write_shard
 from probes.vocabulary import FORMAT_VERSION
+
+if TYPE_CHECKING:
+    from probes.remote.uploading import Upload
 
 log = logging.getLogger("depthscope")
 
@@ -48,10 +52,15 @@ class RunWriter:
     """The one writer of a run, or of an attempt that continues one. `put` from the training thread, `close` at the end."""
 
     def __init__(
-        self, path: Path, manifest: Manifest, resume: bool = False, place: places.Place | None = None
+        self,
+        path: Path,
+        manifest: Manifest,
+        resume: bool = False,
+        place: places.Place | None = None,
+        upload: "Upload | None" = None,
     ):
         """Claim the folder, unless a `place` is given. Raises RunError when a run is there (and none to resume) or the disk
-        refuses."""
+        refuses. `upload` sends it on to where it lives."""
         self.path = path
         self.missing: dict[str, dict] = {}  # metrics that could not be measured: from which step, and why
         self._manifest = manifest
@@ -67,7 +76,10 @@ class RunWriter:
         self._ended = False  # nothing more will be handed over
         # A SimpleQueue, because a signal's handler may put while training is putting.
         self._queue: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
+        if place is None and upload is not None:
+            place = upload.take_place(manifest, resume)
         self._place = place or (places.resume if resume else places.begin)(path, manifest)
+        self._upload = upload
         self._beat_seconds = BEAT_SECONDS if self._place.rank else files.HEARTBEAT_SECONDS
         self._disk = Disk(self._place)
         self._behind = Behind(path, self._place.number, manifest, self._place.rank)
@@ -75,6 +87,13 @@ class RunWriter:
         self._seal_at = self._started + SEAL_SECONDS
         self._thread = threading.Thread(target=self._work, name=f"depthscope writer {path.name}", daemon=True)
         self._thread.start()
+        if upload is not None:
+            upload.begin(self._place)
+
+    @property
+    def uploads(self) -> bool:
+        """Whether the run is sent elsewhere when it is closed."""
+        return self._upload is not None
 
     @property
     def shards(self) -> Path:
@@ -131,6 +150,8 @@ class RunWriter:
         self._thread.join(_PATIENCE)
         if self._thread.is_alive():
             self._warn("close", f"depthscope gave up waiting for {self.path}: its last steps may be missing.")
+        if self._upload is not None:
+            self._upload.close()
 
     # The thread
 
@@ -222,9 +243,12 @@ class RunWriter:
                 "shard": str(self._shards),
             }
             about["format"] = str(FORMAT_VERSION)
-            if not self._disk.do(
-                lambda target=target, piece=piece, about=about: write_shard(target, _tensors(piece), about)
-            ):
+
+            def seal(target=target, piece=piece, about=about) -> None:
+                self._place.admit()
+                write_shard(target, _tensors(piece), about)
+
+            if not self._disk.do(seal):
                 break
             self._shards += 1
             self._behind.sealed(piece)

@@ -52,7 +52,11 @@ def test_recipe(title, code, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     torch._dynamo.reset()
     names = namespace()
-    exec(compile(code, f"docs/attach.md, {title}", "exec"), names)
+    try:
+        exec(compile(code, f"docs/attach.md, {title}", "exec"), names)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     if not re.search(r"probes\.(record|attach)\(", code):
         return
     if (recorder := names.get("recorder")) is not None:

@@ -22,10 +22,13 @@ def paired(frame: pd.DataFrame, unit: str, title: str, height: int = 260) -> alt
     parts = []
     for name, column in (("Weight", "weight"), ("Attribution", "value")):
         most = frame[column].abs().max()
+        if name == "Weight" and pd.isna(most):
+            continue  # of a plain sum there are none to show
         scale = 1 / most if most and most > 0 else 0.0
         error = 2 * frame["error"] * scale if name == "Attribution" else float("nan")
         parts.append(frame.assign(what=name, relative=frame[column] * scale, reach=error))
     both = pd.concat(parts, ignore_index=True)
+    shown = list(both["what"].unique())
     both = both.assign(low=both["relative"] - both["reach"], high=both["relative"] + both["reach"])
     every = max(1, -(-len(frame) // 14))
     named = [short for i, short in enumerate(frame["short"]) if i % every == 0]
@@ -50,7 +53,7 @@ def paired(frame: pd.DataFrame, unit: str, title: str, height: int = 260) -> alt
         color=alt.Color(
             "what:N",
             sort=list(PAIR),
-            scale=alt.Scale(domain=list(PAIR), range=list(PAIR.values())),
+            scale=alt.Scale(domain=shown, range=[PAIR[name] for name in shown]),
             legend=alt.Legend(title=None, orient="top", direction="horizontal", offset=28),
         ),
     )
@@ -167,10 +170,10 @@ _LINE, _LABEL = 13, 0.1  # height of a label [px], and its length in widths of t
 def _apart(odd: pd.DataFrame, frame: pd.DataFrame, scale: dict, height: int) -> list[tuple[str, int]]:
     """Side and height [px] of each label beside its point, so that none lies on another."""
 
-    def place(column: pd.Series) -> np.ndarray:
-        values = column.to_numpy()  # by place, not by the labels of their rows
+    def place(values: pd.Series) -> np.ndarray:
         size = float(scale.get("constant", 1)) if scale.get("type") == "symlog" else None
-        return values if size is None else np.sign(values) * np.log1p(np.abs(values) / size)
+        found = values.to_numpy(float)
+        return found if size is None else np.sign(found) * np.log1p(np.abs(found) / size)
 
     every = place(frame["value"])
     low, span = min(every.min(), 0), max(np.ptp([*every, 0]), 1e-30)

@@ -1,5 +1,6 @@
 """The pages in a real browser: no error, quick, nothing fetched from elsewhere, and a run that grows."""
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -181,6 +182,21 @@ def test_play_runs_to_the_end_and_follows_again(static, watched):
     watched.get_by_role("button", name="Play the training").click()
     watched.wait_for_selector("text=/full at step 200:/", timeout=20_000)
     assert "step=" not in watched.url
+
+
+def test_a_read_of_the_attribution_is_chosen(serve, watched, folder, tmp_path):
+    shutil.copytree(folder / "full", tmp_path / "runs" / "full")
+    made.attribution(tmp_path / "runs" / "full")
+    watched.goto(f"{serve(tmp_path / 'runs')}/attribution?cause_read=6")
+    watched.wait_for_selector("text=/Layer 6 .MLP. gives/")
+    watched.wait_for_selector("text=/High weight and no effect/")
+    watched.wait_for_timeout(1_000)
+    box = (
+        watched.locator(".depthscope-chart canvas").nth(1).bounding_box()
+    )  # the attribution, beside the weights
+    watched.mouse.click(box["x"] + 0.25 * box["width"], box["y"] + 0.5 * box["height"])
+    watched.wait_for_url(lambda url: "cause_read=" in url and "cause_read=6" not in url)
+    watched.wait_for_selector("text=/Layer 6 .MLP. gives/", state="detached")
 
 
 def test_a_click_on_a_cell_shows_its_read(static, watched):

@@ -13,7 +13,7 @@ from probes import open_run
 from probes.attributed import FOLDER, Curve
 from probes.layout import Layout
 from tests.app import made
-from tests.app.test_pages import opened, plotted, said
+from tests.app.test_pages import SAMPLE_RUNS, opened, plotted, said
 
 PAGE = "pages_/attribution.py"
 
@@ -162,8 +162,10 @@ def test_the_idle_link_is_there_or_said_to_be_missing(attributed):
         found, edges={"ablation": 0 * effects}, edges_std={"ablation": np.full(effects.shape, 9.0)}
     )
     assert verdicts.idle(unsure).links.empty
-    even = replace(found, weight=np.where(found.layout.triangle(), 1.0, np.nan))
+    there = found.layout.triangle()
+    even = replace(found, weight=np.where(there, 1 / there.sum(1, keepdims=True), np.nan))
     assert verdicts.idle(even).sentence().startswith("No link has a weight of")
+    assert verdicts.idle(replace(found, weight=np.where(there, 1.0, np.nan))) is None  # a plain sum
     assert verdicts.idle(replace(found, edges={})) is None
 
 
@@ -241,22 +243,34 @@ def test_shares_are_those_that_were_recorded_where_none_were_measured(tmp_path):
 
 
 def test_the_newest_is_shown_first(attributed, tmp_path):
-    """Whatever its step, and whatever its digest."""
+    """Of the last step that was attributed, whatever its digest."""
     root = tmp_path / "runs"
     shutil.copytree(attributed, root)
-    made.attribution(root / "full", step=100, digest="ffffffffffff", created=2e9)
+    made.attribution(root / "full", digest="000000000000", created=2e9)
+    made.attribution(root / "full", step=100, digest="ffffffffffff", created=3e9)
     at = opened(root, PAGE, runs=["full"])
-    assert next(box for box in at.selectbox if box.label == "Attribution").options[0].startswith("Step 100:")
+    told = next(box for box in at.selectbox if box.label == "Attribution").options
+    assert [each.split(":")[0] for each in told] == ["Step 200", "Step 200", "Step 100", "Step 100"]
+    assert "(0000)" in told[0] and "(ffff)" in told[2]
 
 
-def test_labels_of_neighbours_lie_apart():
+def test_a_plain_sum_shows_no_weights():
+    """They are all one: nothing is said of where they go."""
+    at = opened(SAMPLE_RUNS, PAGE, runs=["prenorm"], cause_read="25")
+    assert not at.exception
+    told = said(at)
+    assert "Which edges matter?" in told and "of the weight goes" not in told and "most weight" not in told
+    assert "The final read: layer 2 (MLP) has the largest effect" in told
+    assert "A plain residual gives every source weight one" in told and "High weight" not in told
+
+
+@pytest.mark.parametrize("scale", [{}, {"type": "symlog", "constant": 0.01}])
+def test_labels_of_neighbours_lie_apart(scale):
     frame = pd.DataFrame({"even": [0.0, 2.0, 2.01, 2.02, 1.98], "value": [-1.0, 1.0, 1.01, 1.0, 1.02]})
     odd = frame.iloc[1:]
-    placed = _apart(odd, frame, {}, 340)
+    placed = _apart(odd, frame, scale, 340)
     assert {side for side, _ in placed} == {"right"}  # at the edge of the chart they hang to the left
-    points = 340 * (1 - (odd["value"].to_numpy() + 1) / 2.02)
+    at = (lambda x: np.sign(x) * np.log1p(np.abs(x) / 0.01)) if scale else np.asarray
+    points = 340 * (at(1.02) - at(odd["value"].to_numpy())) / (at(1.02) - at(-1.0))
     heights = np.sort(points + [dy for _, dy in placed])
     assert np.diff(heights).min() > 11
-    # Where one edge is far larger than the rest the axis is a symlog, and the rows are numbered as in the table.
-    wide = frame.assign(value=frame["value"] * [1, 1, 1, 1, 1000]).iloc[[4, 1, 2]]
-    assert len(_apart(wide, frame, {"type": "symlog", "constant": 0.1}, 340)) == 3

@@ -6,6 +6,7 @@ Each case is recorded at FOLDER/<case> by WORLD processes, and at FOLDER/<case>-
 """
 
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +27,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 import probes
+from tests.probes import ranks_failing as _  # noqa: F401  its scenes are played
+from tests.probes import ranks_stages
+from tests.probes.foreign import Foreign
 from tests.probes.models import decoder, loss_of
 from tests.probes.ranks_scenes import PLAYED, free_port, play
 
@@ -152,16 +156,51 @@ def _fewer_heads(attention, parts: int) -> None:
     attention.kv_heads //= parts
 
 
-SPREAD = {each.__name__: each for each in (ddp, inner, fsdp, one_group, tp, sp, fsdp_tp, fsdp_sp, hsdp)}
+def views(model):
+    """Gradients are views of buckets, and the graph is always one."""
+    return nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True, static_graph=True
+    ), dist.get_world_size()
+
+
+def unused(model):
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), dist.get_world_size()
+
+
+def compiled_ddp(model):
+    return torch.compile(nn.parallel.DistributedDataParallel(model)), dist.get_world_size()
+
+
+def compiled_fsdp(model):
+    for block in model.blocks:
+        block.attention.compile()
+        block.mlp.compile()
+    return fsdp(model)
+
+
+SPREAD = {
+    each.__name__: each
+    for each in (
+        *(ddp, inner, views, unused, fsdp, one_group, tp, sp, fsdp_tp, fsdp_sp, hsdp),
+        *(compiled_ddp, compiled_fsdp),
+    )
+}
 
 
 def made(case: str) -> nn.Module:
+    if "experts" in case:
+        return ranks_stages.made(case)
+    if "found" in case:
+        return Foreign("list", width=8)
     kind = "prenorm" if "sp" in case.split("-")[0].split("_") else "full"
     heads = 4 if "4" in case else 2
-    model = decoder(kind, blocks=2, heads=heads, kv_heads=heads)
+    blocks = 1 if "compiled" in case else 2
+    model = decoder(kind, blocks=blocks, heads=heads, kv_heads=heads)
     if "inf" in case:
         with torch.no_grad():
             model.embedding.weight[3, 0] = torch.inf
+    if case == "unused":
+        model.idle = nn.Linear(3, 3)
     return Masked(model) if "masked" in case else model
 
 
@@ -178,8 +217,7 @@ def train(
             for micro in range(micro_batches):
                 with _without_sync(model, micro == micro_batches - 1):
                     _total(case, model, step, parts, world, micro, micro_batches).backward()
-            for parameter in model.parameters():
-                parameter.grad.mul_(CLIP)
+            ranks_stages.clip(model)
             optimizer.step()
             optimizer.zero_grad()
             recorder.log(loss=1.0 + rank)
@@ -212,6 +250,10 @@ def _without_sync(model, last: bool):
     return nullcontext()
 
 
+def is_staged(case: str) -> bool:
+    return case.startswith(("gpipe", "1f1b"))
+
+
 def work(rank: int, world: int, port: int, folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -219,6 +261,9 @@ def work(rank: int, world: int, port: int, folder: Path, cases: list[str]) -> No
     for case in cases:
         if case in PLAYED:
             play(case, rank, folder)
+            continue
+        if is_staged(case):
+            ranks_stages.run_stages(case, folder / case)
             continue
         model = made(case)
         spread, data = SPREAD[case.removeprefix("local-").split("-")[0]](model)
@@ -234,6 +279,9 @@ def alone(folder: Path, world: int, cases: list[str]) -> None:
     halves = {"tp": 1, "sp": 1, "fsdp_tp": 2, "fsdp_sp": 2}
     for case in cases:
         if case in PLAYED or "local" in case:
+            continue
+        if is_staged(case):
+            ranks_stages.run_alone(case, folder / f"{case}-single", world // 2)
             continue
         data = halves.get(case.split("-")[0], world)
         model = made(case)
@@ -252,4 +300,5 @@ if __name__ == "__main__":
     alone(folder, world, cases)
     for process in processes:
         process.join()
-    sys.exit(any(process.exitcode for process in processes) and "dead" not in cases)
+    allowed = {0, -signal.SIGKILL} if {"dead", "headless"} & set(cases) else {0}
+    sys.exit(any(process.exitcode not in allowed for process in processes))

@@ -4,21 +4,21 @@ A scene writes what it saw to FOLDER/<scene>.<rank>.json, for the test to judge.
 """
 
 import json
-import os
-import signal
 import socket
-import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import probes
 from probes import processes
-from tests.probes.models import decoder, loss_of, sgd
+from tests.probes.models import decoder, loss_of, sgd, wait_for
 
 PLAYED = {}
 
@@ -50,6 +50,12 @@ def step(model, optimizer, rank: int, number: int, size: int = 2) -> None:
     logits = model(tokens)
     (loss_of(logits, tokens) if size else logits.sum()).backward()
     optimizer.step()
+
+
+def recorded(model, optimizer, rank: int, path: Path, numbers, **options) -> None:
+    with probes.record(model, path, optimizer=optimizer, every=1, **options):
+        for number in numbers:
+            step(model, optimizer, rank, number)
 
 
 def refusal(path, model, **options) -> str:
@@ -84,15 +90,28 @@ def asked(rank, path):
 def refused(rank, path):
     """Every process is told the same."""
     model, optimizer = wrapped()
-    probes.record(model, path, optimizer=optimizer).close()
+    with probes.record(model, path, optimizer=optimizer):
+        second = refusal(path, model, optimizer=optimizer, resume=1)
+        dist.barrier()
     again = refusal(path, model, optimizer=optimizer)
     every = refusal(path.with_name("other"), model, optimizer=optimizer, every=1 + rank)
     places = refusal(path.with_name("same" if rank else "another"), model, optimizer=optimizer, ranks="local")
     stage, own = wrapped(blocks=1)[0].module, decoder("prenorm", blocks=1 + rank)
     stages = refusal(path.with_name("stages"), own, optimizer=sgd(own))
     ill = refusal(path.with_name("ill"), nn.Linear(2, 2) if rank else stage)
+    path.with_name("file").touch()
+    nowhere = refusal(path.with_name("file") / "run", stage)
     word = refusal(path.with_name("word"), stage, ranks="all")
-    return {"again": again, "every": every, "places": places, "stages": stages, "ill": ill, "word": word}
+    return {
+        "again": again,
+        "second": second,
+        "every": every,
+        "places": places,
+        "stages": stages,
+        "ill": ill,
+        "word": word,
+        "nowhere": nowhere,
+    }
 
 
 @scene
@@ -100,30 +119,114 @@ def stages(rank, path):
     """Each process holds other layers, as in a pipeline, and records its own."""
     model = decoder("prenorm", blocks=1 + rank)
     optimizer = sgd(model)
-    with probes.record(model, path, optimizer=optimizer, every=1, ranks="local"):
-        for number in range(2):
-            step(model, optimizer, rank, number)
+    recorded(model, optimizer, rank, path, range(2), ranks="local")
 
 
 @scene
 def resumed(rank, path):
     model, optimizer = wrapped()
-    with probes.record(model, path, optimizer=optimizer, every=1):
-        for number in range(4):
-            step(model, optimizer, rank, number)
-    with probes.record(model, path, optimizer=optimizer, every=1, resume=2):
-        for number in range(2, 5):
-            step(model, optimizer, rank, number)
+    recorded(model, optimizer, rank, path, range(4))
+    recorded(model, optimizer, rank, path, range(2, 5), resume=2)
+
+
+@scene
+def joined(rank, path):
+    """What one process began goes on with two."""
+    model, optimizer = wrapped()
+    if rank == 0:
+        alone = decoder("prenorm", blocks=1)
+        recorded(alone, sgd(alone), rank, path, range(4), ranks="one")
+    else:
+        step(decoder("prenorm", blocks=1), sgd(nn.Linear(1, 1)), rank, 0)
+    dist.barrier()
+    recorded(model, optimizer, rank, path, range(2, 5), resume=2)
+
+
+@scene
+def counted(rank, path):
+    """The collectives of the recorder, by step: "ours" in its thread, and "theirs" begun by the thread that trains."""
+    model = decoder("prenorm", blocks=1)
+    optimizer, ours, theirs = sgd(model), [], []
+    with probes.record(model, path, optimizer=optimizer, every=2, matrices_every=4) as recorder:
+        merging = recorder._joint._together.merging
+        merging._group = Counted(merging._group)
+        for number in range(6):
+            with Collectives() as seen:
+                step(model, optimizer, rank, number)
+            theirs.append(seen.count)
+            wait_for(lambda: merging._handed == merging._done)
+            ours.append(merging._group.taken())
+    return {"ours": ours, "theirs": theirs}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts those that this thread begins."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "c10d" in func.namespace
+        return func(*args, **(kwargs or {}))
+
+
+class Counted:
+    """A process group that notes what is asked of it."""
+
+    def __init__(self, group):
+        self._group, self._asked = group, []
+
+    def taken(self) -> list[str]:
+        asked, self._asked = self._asked, []
+        return asked
+
+    def __getattr__(self, name):
+        self._asked.append(name)
+        return getattr(self._group, name)
+
+
+@scene
+def saved(rank, path):
+    """A checkpoint of torch.distributed.checkpoint is written and read between two steps; gradients are clipped by torch."""
+    norms = []
+    for name, save in (("without", False), ("with", True)):
+        model = decoder("full", blocks=1)
+        for block in model.blocks:
+            fully_shard(block.attention, reshard_after_forward=False)
+        fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        with probes.record(model, path / name, optimizer=optimizer, every=1, strict=True):
+            for number in range(4):
+                tokens = torch.randint(
+                    17, (2, 8), generator=torch.Generator().manual_seed(10 * number + rank)
+                )
+                loss_of(model(tokens), tokens).backward()
+                norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.01).full_tensor().item())
+                optimizer.step()
+                optimizer.zero_grad()
+                if save and number == 1:
+                    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+                    dcp.save(state, checkpoint_id=str(path / "checkpoint"))
+                    dcp.load(state, checkpoint_id=str(path / "checkpoint"))
+                    set_state_dict(
+                        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+                    )
+    return norms
+
+
+@scene
+def half(rank, path):
+    """Parameters and activations in bfloat16, by FSDP2's policy."""
+    model = decoder("prenorm", blocks=1)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model, mp_policy=policy, mesh=init_device_mesh("cpu", (2,)))
+    recorded(model, sgd(model), rank, path, range(3), matrices_every=2, strict=True)
 
 
 @scene
 def unknown(rank, path):
     """Nobody says what becomes of the gradients."""
     model = decoder("prenorm", blocks=1)
-    optimizer = sgd(model)
-    with probes.record(model, path, optimizer=optimizer, every=1):
-        for number in range(2):
-            step(model, optimizer, rank, number)
+    recorded(model, sgd(model), rank, path, range(2))
 
 
 @scene
@@ -146,34 +249,3 @@ def one(rank, path):
         recorder.close()
     norms = [p.grad.norm().item() for p in model.parameters()]
     return {"waited": waited, "whole": whole, "norm": sum(each**2 for each in norms) ** 0.5}
-
-
-@scene
-def gone(rank, path):
-    """torch's groups are destroyed before the recorder is closed, as at the end of many scripts."""
-    model, optimizer = wrapped()
-    recorder = probes.record(model, path, optimizer=optimizer, every=1)
-    for number in range(2):
-        step(model, optimizer, rank, number)
-    port = [free_port()]
-    dist.broadcast_object_list(port)
-    dist.destroy_process_group()
-    recorder.close()
-    os.environ["MASTER_PORT"] = str(port[0])
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-
-
-@scene
-def dead(rank, path):
-    """Rank 1 is killed at step 3 of 8; the training of rank 0 needs it no more, and goes on to its end."""
-    model = decoder("prenorm", blocks=1)
-    optimizer = sgd(model)
-    with probes.record(model, path, optimizer=optimizer, every=1):
-        for number in range(8):
-            if number == 3:
-                dist.barrier()
-                if rank:
-                    time.sleep(1)  # until what was handed over is summed
-                    os.kill(os.getpid(), signal.SIGKILL)
-            step(model, optimizer, rank, number)
-    return {"steps": 8}

@@ -1,6 +1,7 @@
 """Training scripts of others' making, for torchrun: `torchrun --nproc-per-node 2 -m tests.probes.ranks_trainers FOLDER`.
 
-Hugging Face's Trainer records at FOLDER/trainer, Accelerate at FOLDER/accelerate; the same on one process without torchrun.
+Hugging Face's Trainer records at FOLDER/trainer, Accelerate at FOLDER/accelerate, Lightning at FOLDER/lightning; the same on
+one process without torchrun.
 """
 
 import sys
@@ -68,8 +69,33 @@ def trained_by_accelerate(folder: Path) -> None:
                 recorder.log(loss=loss)
 
 
+def trained_by_lightning(folder: Path, world: int) -> None:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = llama()
+
+        def training_step(self, batch, index):
+            return self.model(input_ids=batch, labels=batch).loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", max_epochs=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    probes.attach(trainer, folder / "lightning", every=1, matrices_every=1, strict=True)
+    rank = trainer.global_rank
+    mine = [part.chunk(world)[rank] for part in texts().chunk(STEPS)]
+    trainer.fit(Module(), torch.utils.data.DataLoader(mine, batch_size=None))
+
+
 if __name__ == "__main__":
     folder, world = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     trained_by_hugging_face(folder, world)
     trained_by_accelerate(folder)
+    trained_by_lightning(folder, world)

@@ -175,7 +175,7 @@ def test_a_killed_command_goes_on(run):
 def test_bad_input_is_one_sentence_before_any_work(run, trained):
     other = checkpoints(trained / "prenorm")[0]
     (run.parent / "short.txt").write_bytes(b"short")
-    np.save(run.parent / "wide.npy", np.full((4, 32), 300))
+    np.save(run.parent / "wide.npy", np.full((4, 5), 300))
     np.save(run.parent / "real.npy", np.ones((4, 32)))
     (run.parent / "junk.pt").write_bytes(b"junk")
     (run.parent / "empty.npy").write_bytes(b"")
@@ -205,6 +205,7 @@ def test_bad_input_is_one_sentence_before_any_work(run, trained):
             ["--model", "tests.probes.test_attributed:failing"],
             "failed on one sequence of the batch: KeyError: 'mask'",
         ),
+        (["--context", 17], "--context 17 is more than the model of full takes: at most 16"),
         (["--memory", "1MB"], "Too little memory"),
         (["--memory", "much"], "is no size"),
         (["--methods", "integrated", "--mass", "shared"], 'need mass="kept"'),

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -133,7 +134,10 @@ def test_a_writer_makes_its_own_and_a_reader_that_looks_on_lets_go_of_the_rows(t
     while not list((tmp_path / "run" / files.RANK_FOLDER).glob("*.safetensors")):
         time.sleep(0.01)
     found = Run(tmp_path / "run")
-    put(range(40, 300))
+    put(range(40, 200))
+    # Somebody else does the same meanwhile, and leaves what fills no file to the writer.
+    assert CliRunner().invoke(main, ["compact", str(tmp_path / "run")]).exit_code == 0
+    put(range(200, 300))
     folder = tmp_path / "run" / files.RANK_FOLDER / FOLDER
     deadline = time.monotonic() + 30
     while not (folder.is_dir() and len(list(folder.iterdir()))) and time.monotonic() < deadline:
@@ -206,10 +210,18 @@ def test_the_end_of_a_recording_does_not_wait_for_a_digest(tmp_path, monkeypatch
     monkeypatch.setattr(
         compacting, "write_digest", lambda *given: (ended.append((path / files.END).exists()), sound(*given))
     )
-    seen = busy(monkeypatch, lambda number: writer._queue.put(None) if number == 1 else None)
+    all_put = threading.Event()
+
+    def ends(number: int) -> None:
+        if number == 1:
+            assert all_put.wait(20)
+            writer._queue.put(None)  # as `close` does
+
+    seen = busy(monkeypatch, ends)
     for step in range(120):
         assert writer.put(rows(step), step)
         time.sleep(0.001)
+    all_put.set()
     wait_for(lambda: seen)
     writer.close("finished")
     found = Run(path)

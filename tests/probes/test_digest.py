@@ -141,6 +141,52 @@ def test_a_damaged_digest_is_passed_over(digestible):
         same(Run(digestible), wanted)
 
 
+def test_damage_behind_the_header_is_said_when_it_is_met(digestible):
+    wanted = values(Run(digestible))
+    compacted(digestible)
+    file = sorted((digestible / files.RANK_FOLDER / FOLDER).iterdir())[0]
+    content = bytearray(file.read_bytes())
+    (length,) = struct.unpack_from("<Q", content)
+    first, _ = json.loads(content[8 : 8 + length])["steps.0"]["data_offsets"]
+    content[8 + length + first] ^= 1
+    file.write_bytes(content)
+    found = Run(digestible)
+    assert not found.problems, "nobody has looked there"
+    same(found, wanted)
+    (problem,) = found.problems
+    assert f"The digest {file.name} does not match its checksum" in problem
+    file.unlink()
+    assert not found.problems
+
+
+@pytest.mark.parametrize("every", [pytest.param(1, marks=(pytest.mark.long, pytest.mark.timeout(3000))), 101])
+def test_every_flipped_bit_and_every_truncation_of_a_digest_is_seen(every, tmp_path):
+    """Each, or each 101st, a number that is no multiple of eight."""
+    shards = begin(tmp_path / "run")
+    seal(shards, range(4), 0)
+    compacted(tmp_path / "run")
+    (path,) = (shards / FOLDER).iterdir()
+    content = path.read_bytes()
+
+    def passes(changed: bytes) -> bool:
+        path.write_bytes(changed)
+        try:
+            Digest(path, shards).verify()
+        except DigestError:
+            return False
+        return True
+
+    assert passes(content)
+    unseen, changed = [], bytearray(content)
+    for place in range(0, 8 * len(content), every):
+        changed[place >> 3] ^= 1 << (place & 7)
+        unseen += [place] if passes(bytes(changed)) else []
+        changed[place >> 3] ^= 1 << (place & 7)
+    assert unseen == [] and bytes(changed) == content
+    assert not any(passes(content[:length]) for length in range(0, len(content), every))
+    assert not passes(content + b"\0")
+
+
 def test_a_digest_of_other_shards_is_passed_over_and_made_anew(digestible, tmp_path):
     wanted = values(Run(digestible))
     compacted(digestible)

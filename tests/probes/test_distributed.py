@@ -1,49 +1,29 @@
 """Several processes train one model: what is recorded is what one process records of the same batch."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import probes
 from probes import checking
 from probes import manifest as files
-from probes.merging import packed, together, unpack
-from probes.sampled import SAMPLED_METRICS
-from probes.vocabulary import OF_ONE
+from probes.vocabulary import METRICS, OF_ONE
 from tests.probes import plain_reader
+from tests.probes.models import decoder, sgd, train
+from tests.probes.ranks_played import assert_alike, play, told
 
-ROOT = Path(__file__).parents[2]
-DEPTH = {"depth_weight", "depth_weight_std", "contribution_rms", "depth_entropy", "query_norm"}
-
-SHORT = ["ddp", "inner", "fsdp-masked-accumulate", "one_group-accumulate", "tp", "sp"]
-BROKEN = ["ddp-inf", "tp-inf", "sp-inf"]
-SCENES = ["nothing", "asked", "refused", "stages", "resumed", "unknown", "local-ddp", "one", "gone", "dead"]
-LONG = [
-    "ddp",
-    "ddp-masked-accumulate",
-    "fsdp",
-    "fsdp-masked-accumulate",
-    "hsdp",
-    "tp-4",
-    "sp-4",
-    "fsdp_tp",
-    "fsdp_sp",
+SHORT = [
+    *("ddp", "inner", "fsdp-masked-accumulate", "one_group-accumulate", "tp", "sp"),
+    *("views", "unused-found", "one_group-experts", "1f1b-plain-experts"),
 ]
-
-
-def play(folder: Path, world: int, *cases: str) -> Path:
-    command = [sys.executable, "-m", "tests.probes.ranks_at_work", str(folder), str(world), *cases]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+BROKEN = ["ddp-inf", "tp-inf", "sp-inf", "gpipe-plain-inf"]
+SCENES = [
+    *("nothing", "asked", "refused", "stages", "resumed", "joined", "counted", "saved", "half", "unknown"),
+    *("local-ddp", "one", "raises", "slow", "homeless", "gone", "dead"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,52 +32,57 @@ def two(tmp_path_factory):
     return play(tmp_path_factory.mktemp("two"), 2, *SHORT, *BROKEN, *SCENES)
 
 
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    return play(tmp_path_factory.mktemp("four"), 4, *LONG)
-
-
-def told(folder: Path, scene: str) -> list[dict]:
-    return [json.loads((folder / f"{scene}.{rank}.json").read_text()) for rank in range(2)]
-
-
-def assert_alike(folder: Path, case: str) -> None:
-    run, alone = probes.open_run(folder / case), probes.open_run(folder / f"{case}-single")
-    assert run.status == "finished" and not run.problems
-    # The norm that feeds a branch is behind a DTensor there, where the edges are not looked for.
-    untold = {"depth_attribution"} if "sp" in case.replace("fsdp", "") else set()
-    assert set(run.metrics) == set(alone.metrics) - untold
-    assert set(SAMPLED_METRICS) | {"grad_norm", "clip_factor", "param_norm", "update_ratio"} <= set(
-        run.metrics
-    )
-    assert ("sp" in case) or set(run.metrics) >= DEPTH
-    for name in set(run.metrics) - {"wall_time", "step_time", "probe_time"}:
-        assert run.steps(name).tolist() == alone.steps(name).tolist()
-        # What is zero but for rounding has no digits to compare.
-        atol = 1e-6 if name in ("identity_error", "depth_attribution") else 1e-7
-        np.testing.assert_allclose(run[name], alone[name], rtol=1e-5, atol=atol, err_msg=name)
-    squares = run["other_grad_norm"] ** 2 + (run["param_grad_norm"] ** 2).sum(1)
-    np.testing.assert_allclose(squares, run["grad_norm"] ** 2, rtol=1e-5)
-    np.testing.assert_allclose(run["clip_factor"], 0.25, rtol=1e-5)
-
-
 @pytest.mark.parametrize("case", SHORT)
 def test_every_metric_is_that_of_one_process_on_the_same_batch(case, two):
     assert_alike(two, case)
 
 
+def test_no_metric_is_forgotten(two):
+    """Each metric of the vocabulary is of one process alone, or among those that the cases above have compared."""
+    compared = {name for case in SHORT for name in probes.open_run(two / case).metrics}
+    assert set(METRICS) - compared == set(OF_ONE) - {"loss", "lr", "wall_time", "step_time", "probe_time"}
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_values_that_are_not_finite_are_counted_once(case, two):
     run, alone = probes.open_run(two / case), probes.open_run(two / f"{case}-single")
-    assert alone["nonfinite"][0].min() > 0
+    assert alone["nonfinite"][0].max() > 0
     np.testing.assert_array_equal(run["nonfinite"], alone["nonfinite"])
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("case", LONG)
-def test_every_metric_is_that_of_one_process_of_four(case, four):
-    """On a mesh of two by two, what is held twice is counted once."""
-    assert_alike(four, case)
+def test_stages_are_one_model(two):
+    run, alone = (probes.open_run(two / f"1f1b-plain-experts{end}") for end in ("", "-single"))
+    assert run.layers == alone.layers and len(run.layers) == 8
+    assert run.manifest.ranks.parallel == {"by": [], "data": 1, "meshes": [], "stages": 2}
+    # Rank 0 has the first stage, and knows no loss.
+    assert run.steps("loss").tolist() == [0, 1, 2, 3] and run["stage"].tolist() == [1, 1, 1, 1]
+    np.testing.assert_allclose(run["loss"], alone["loss"], rtol=1e-5)
+
+
+def test_one_packed_collective_a_recorded_step(two):
+    """Of every second step; with matrices, every fourth, one more and a sample. None in the thread that trains."""
+    for seen, sample in zip(told(two, "counted"), ("recv", "send"), strict=True):
+        matrices = ["allreduce", "allreduce", sample]
+        assert seen["ours"] == [matrices, [], ["allreduce"], [], matrices, []]
+        assert seen["theirs"] == [0] * 6
+
+
+def test_a_checkpoint_in_between_changes_nothing(two):
+    norms, _ = told(two, "saved")
+    plain, saved = (probes.open_run(two / "saved" / name) for name in ("without", "with"))
+    np.testing.assert_allclose(saved["grad_norm"], norms[4:], rtol=1e-5)
+    np.testing.assert_allclose(saved["clip_factor"], 0.01 / np.array(norms[4:]), rtol=1e-4)
+    assert plain.metrics == saved.metrics
+    for name in set(saved.metrics) - {"wall_time", "step_time", "probe_time"}:
+        np.testing.assert_array_equal(saved[name], plain[name], err_msg=name)
+
+
+def test_parameters_in_bfloat16(two):
+    """What FSDP2's policy rounds is no other model."""
+    run = probes.open_run(two / "half")
+    assert 1e-3 < run["identity_error"].max() < 1e-2 and np.isfinite(run["depth_attribution"]).any()
+    whole = probes.open_run(two / "resumed")
+    np.testing.assert_allclose(run["hidden_rms"][0], whole["hidden_rms"][0], rtol=1e-2)
 
 
 def test_a_run_says_how_it_was_trained(two):
@@ -144,6 +129,8 @@ def test_refusals_are_of_all(two):
     assert "already holds a run" in first["again"] and "other steps to record" in first["every"]
     assert "ranks='local'" in first["stages"] and "No transformer layers were found" in first["ill"]
     assert "give 'merged'" in first["word"] and first["places"] == ""
+    assert "is being recorded by process" in first["second"] and "Not a directory" in first["nowhere"]
+    assert "the schedule that runs them" in first["stages"]
 
 
 def test_each_process_its_own(two):
@@ -183,6 +170,21 @@ def test_a_run_of_several_is_continued(two):
     assert "2 shards of 2 ranks in 2 attempts" in str(checking.check(run.path))
 
 
+def test_a_run_goes_on_with_another_number_of_processes(two, tmp_path):
+    run = probes.open_run(two / "joined")
+    assert [each.manifest.ranks.world for each in run.attempts] == [2, 2]
+    assert [each.manifest.ranks.values for each in run.attempts] == ["one", "merged"]
+    assert run.steps("grad_norm").tolist() == [0, 1, 2, 3, 4] and not run.problems
+    alone = shutil.copytree(two / "resumed", tmp_path / "run")
+    model = decoder("prenorm", blocks=1)
+    optimizer = sgd(model)
+    with probes.record(model, alone, optimizer=optimizer, every=1, resume=3):
+        train(model, optimizer, 3, start=3)
+    run = probes.open_run(alone)
+    assert [(each.step, each.manifest.ranks.world) for each in run.attempts] == [(0, 2), (2, 2), (3, 1)]
+    assert run.steps("hidden_rms").tolist() == [0, 1, 2, 3, 4, 5] and run.ranks == {} and not run.problems
+
+
 def test_gradients_that_nobody_averages_are_not_told(two):
     run = probes.open_run(two / "unknown")
     assert run.steps("hidden_rms").tolist() == [0, 1]
@@ -190,24 +192,24 @@ def test_gradients_that_nobody_averages_are_not_told(two):
     assert "nothing tells" in json.dumps(run.attempts[0].told["missing"])
 
 
-@pytest.mark.long
-def test_trainers_of_others_under_torchrun(tmp_path):
-    """Hugging Face's Trainer and Accelerate: two processes record what one does."""
-    pytest.importorskip("transformers"), pytest.importorskip("accelerate")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for how, world in ((launch, 2), ([], 1)):
-        script = ["-m", "tests.probes.ranks_trainers", str(tmp_path / f"{world}"), f"{world}"]
-        command = [sys.executable, *how, *script]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
-        assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("trainer", "accelerate"):
-        run, alone = (probes.open_run(tmp_path / world / name) for world in "21")
-        assert run.manifest.ranks.parallel["by"] == ["DistributedDataParallel"]
-        assert run.metrics == alone.metrics and run.ranks[1] == ("finished", "") and not run.problems
-        assert run.steps("hidden_rms").tolist() == [0, 1, 2]
-        for metric in set(run.manifest.ranks.merged) & set(run.metrics):
-            atol = 1e-6 if metric in ("identity_error", "depth_attribution") else 1e-7
-            np.testing.assert_allclose(run[metric], alone[metric], rtol=1e-5, atol=atol, err_msg=metric)
+def test_a_process_that_raises_stops_alone(two):
+    run = probes.open_run(two / "raises")
+    assert run.status == "finished" and run.steps("lr").tolist() == [0, 1, 2, 3, 4, 5]
+    assert run.ranks[1] == ("stopped", "ValueError: the loss is nowhere")
+    assert run.problems[0] == "Rank 1 of 2 is stopped: ValueError: the loss is nowhere."
+    assert run.problems[1].startswith("Steps 2 to 5 are missing: another process is gone")
+
+
+def test_a_process_that_is_slow_loses_nothing(two):
+    run = probes.open_run(two / "slow")
+    assert run.steps("hidden_rms").tolist() == [0, 2] and run.steps("loss").tolist() == [0, 1, 2]
+    assert not run.problems and not checking.check(run.path).defects
+
+
+def test_a_process_without_a_folder_is_named(two):
+    run = probes.open_run(two / "homeless")
+    assert run.ranks[1] == ("missing", "no folder is here")
+    assert run.steps("hidden_rms").tolist() == [0, 1, 2] and run.status == "finished"
 
 
 def test_torch_may_be_done_before_the_recorder_is(two):
@@ -216,7 +218,7 @@ def test_torch_may_be_done_before_the_recorder_is(two):
 
 
 def test_the_others_outlive_a_process_that_is_killed(two, monkeypatch):
-    assert json.loads((two / "dead.0.json").read_text()) == {"steps": 8}
+    assert told(two, "dead", 0)["steps"] == 8
     assert not (two / "dead.1.json").exists()
     monkeypatch.setattr(files, "SILENT_SECONDS", 0)
     run = probes.open_run(two / "dead")
@@ -226,37 +228,6 @@ def test_the_others_outlive_a_process_that_is_killed(two, monkeypatch):
     assert any(text.startswith("Rank 1 of 2 is stopped: no sign of life") for text in run.problems)
     assert any("to 7 are missing: another process is gone" in text for text in run.problems)
     assert not checking.check(run.path).defects
-
-
-@pytest.mark.parametrize("tokens", [(4, 4), (0, 4), (4, 0), (0, 0), (3, 1)])
-def test_samples_come_together(tokens):
-    """Those of several processes, one after the other, and nothing of one that has no tokens."""
-    rows, elements, width = 3, 8, 2
-    kept = []
-    for rank, count in enumerate(tokens):
-        state = np.full((rows, elements), np.nan, np.float32)
-        state[:, : count * width] = 10 * rank + np.arange(count * width)
-        about = np.zeros((2, rows, 3), np.float32)
-        about[:] = (count, width, 1e-7) if count else 0
-        kept.append(np.concatenate([state.ravel(), state.ravel() + 100, about.ravel()]))
-    states, outputs, about = together(np.stack(kept), rows, elements)
-    expected = [10 * rank + i for rank, count in enumerate(tokens) for i in range(count * width)]
-    assert states[0].tolist() == expected or (not expected and np.isnan(states).all())
-    np.testing.assert_array_equal(outputs, states + 100)
-    assert about[:, :, 0].tolist() == [[sum(tokens)] * rows] * 2
-
-
-def test_packing_gives_back_what_was_packed():
-    tensors = [
-        torch.tensor([1.5, 2.5]),
-        torch.tensor(2**40 + 1),
-        torch.tensor([[1 / 3]], dtype=torch.float64),
-    ]
-    into = [torch.zeros_like(tensor) for tensor in tensors]
-    unpack(packed(tensors).numpy(), into)
-    assert all(torch.equal(*pair) for pair in zip(tensors, into, strict=True))
-    with pytest.raises(ValueError, match="4 numbers for 2 places"):
-        unpack(packed(tensors).numpy(), into[:1])
 
 
 # Runs of several processes on the disk

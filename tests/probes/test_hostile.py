@@ -16,12 +16,14 @@ import probes
 from probes import checking
 from probes import manifest as files
 from probes import run as reader
+from probes.digest import FOLDER
 from probes.layout import Layer, Layout
 from probes.manifest import Manifest
 from probes.shard import shard_name, write_shard
+from tests.probes import digested
 from tests.probes.hostile import SECONDS
 from tests.probes.models import shards
-from tests.probes.mutations import GOLDEN
+from tests.probes.mutations import GOLDEN, sealed
 
 LONG = (pytest.mark.long, pytest.mark.timeout(7200))
 
@@ -162,13 +164,15 @@ def test_metrics_of_a_later_depthscope_are_passed_over(run):
     rows = {
         "hidden_rms": np.ones((1, 5), np.float32), "hidden_rms.step": np.full(1, 20),
         "spectrum": np.ones((1, 3, 7), np.float32), "spectrum.step": np.full(1, 20),
-        "lonely": np.ones((2, 2), np.float32),
+        "lonely": np.ones((2, 2), np.float32), "alone": np.ones(2, np.float32),
         "mine": np.ones(1, np.float16), "mine.step": np.full(1, 20),
     }  # fmt: skip
     folder = run / "attempt-00001" / files.RANK_FOLDER
     write_shard(folder / shard_name(20, 20), rows, {"format": "2", "attempt": "1", "shard": "1", "rank": "0"})
     opened = probes.open_run(run)
-    assert not opened.problems and "spectrum" not in opened and "lonely" not in opened
+    assert (
+        not opened.problems and "spectrum" not in opened and "lonely" not in opened and "alone" not in opened
+    )
     assert opened.last_step == 20 and opened["mine"].tolist() == [1] and opened["mine"].dtype == np.float32
 
 
@@ -180,3 +184,74 @@ def test_the_checksum_of_a_strangers_file_is_no_pass(run):
     write_shard(path, rows, {"format": "2"})
     assert zlib.crc32(path.read_bytes())
     assert "holds steps -5 to -5, which are not those of its name" in probes.open_run(run).problems[0]
+
+
+def test_a_header_of_endless_products_is_refused_at_once(run):
+    """Each number is short enough to be read; a million of them multiplied would take hours."""
+    entry = {"dtype": "F32", "shape": [10**1000] * 1000, "data_offsets": [0, 4]}
+    text = json.dumps({"loss": entry}).encode()
+    shards(run)[0].write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    assert "other numbers than sizes" in probes.open_run(run).problems[0]
+
+
+# Digests with right checksums
+
+
+def twice(header: dict, data: bytearray) -> None:
+    """The first shard covered twice, so that it has room for twice as many rows."""
+    first, _ = header["shards"]["data_offsets"]
+    data[first + 40 : first + 80] = data[first : first + 40]
+
+
+def told(change):
+    """A change of what is told of metrics."""
+
+    def changes(header: dict, data: bytearray) -> None:
+        metrics = json.loads(header["__metadata__"]["metrics"])
+        header["__metadata__"]["metrics"] = json.dumps(change(metrics))
+
+    return changes
+
+
+def column(**changes):
+    return told(lambda metrics: metrics | {"loss": metrics["loss"] | changes})
+
+
+DIGESTS = {
+    "a list": told(lambda metrics: [metrics]),
+    "rows of text, a terabyte of them": column(rows="x", width=1 << 40),
+    "a list of rows, as many": column(rows=[0], width=1 << 40),
+    "rows that are no number": column(rows=float("nan")),
+    "more rows than anything": column(rows=1 << 62),
+    "steps of nobody": column(steps=["steps.0"]),
+    "steps behind the last": column(last=10**400),
+    "a name that commands": told(
+        lambda metrics: {"\x1b[2J" if k == "loss" else k: v for k, v in metrics.items()}
+    ),
+    "a field too many": column(more=1),
+    "a shard twice": twice,
+    "steps in floats": lambda header, data: header["steps.0"].update(dtype="F64"),
+    "no axes": lambda header, data: header["shards"].update(shape=[]),
+}
+
+
+@pytest.mark.parametrize("change", DIGESTS.values(), ids=list(DIGESTS))
+def test_a_digest_that_promises_too_much_is_passed_over(change, tmp_path, few):
+    path = digested.two_attempts(tmp_path / "run", (4, 0), 90)
+    shutil.rmtree(path / "attempt-00001")
+    wanted = digested.values(probes.open_run(path))
+    digested.compacted(path)
+    file, *others = sorted((path / files.RANK_FOLDER / FOLDER).iterdir())
+    for other in others:
+        other.unlink()
+    content = file.read_bytes()
+    (length,) = struct.unpack_from("<Q", content)
+    header, data = json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
+    assert sealed(header, data) and not probes.open_run(path).problems
+    change(header, data)
+    file.write_bytes(sealed(header, data))
+    found = probes.open_run(path)
+    digested.same(found, wanted)
+    assert not found.attempts[0].digests and len(found.problems) == 1
+    assert "the shards are read instead" in found.problems[0] and found.problems[0].isprintable()
+    assert len(found.problems[0]) < 600

@@ -92,6 +92,28 @@ def test_a_layer_of_many_experts_looks_at_some():
     assert ratio[0] == pytest.approx(0.5) and ratio[1].isnan()
 
 
+def test_steps_in_a_row_look_once(tmp_path, monkeypatch):
+    """What one update ends with, the next begins with, but where somebody writes in between."""
+    looks = []
+    gathered = Updates._gathered
+    monkeypatch.setattr(Updates, "_gathered", lambda self: looks.append(1) or gathered(self))
+    model = decoder("prenorm", blocks=1)
+    groups, optimizer, expected = groups_of(model), sgd(model, 0.1), []
+    (tokens,) = batches(0, [(2, 8)])
+    with probes.record(model, tmp_path / "run", optimizer=optimizer, every=1):
+        for step in range(4):
+            if step == 2:
+                with torch.no_grad():
+                    torch._foreach_mul_(list(model.parameters()), 0.5)
+            loss_of(model(tokens), tokens).backward()
+            before = copied(groups)
+            optimizer.step()
+            optimizer.zero_grad()
+            expected.append(ratios(groups, before))
+    assert len(looks) == 6  # before the first and the third, after each
+    np.testing.assert_allclose(probes.open_run(tmp_path / "run")["update_ratio"], expected, rtol=2e-4)
+
+
 def test_a_step_by_hand_through_data(tmp_path):
     model = decoder("prenorm", blocks=1)
     groups = groups_of(model)
