@@ -25,6 +25,7 @@ class SelfCheck:
         self._name = type(sites.root).__name__
         self._rows_checked = self._identity_checked = self._broken = False
         self._mixing_checked = False
+        self._finite: int | None = None  # the latest step at which all was
         self._said: set[str] = set()
         for note in sites.found.notes if sites.found is not None else ():
             self._say(f"depthscope: {self._name}, whose depth reads were found by running it once: {note}.")
@@ -94,9 +95,14 @@ class SelfCheck:
         if self._broken or not all(name in seen and name in values for name in names):
             return
         place = first_place(self._layout, *(not_finite(values[name], seen[name]) for name in names))
-        if place:
-            self._broken = True
-            self._say(f"depthscope: at step {step} the {place} is not finite, the first seen in this run.")
+        if not place:
+            self._finite = step
+            return
+        self._broken = True
+        since = ""
+        if self._finite is not None and step - self._finite > 1:
+            since = f" All was finite at step {self._finite}, the last recorded before."
+        self._say(f"depthscope: at step {step} the {place} is not finite, the first seen in this run.{since}")
 
     def reads(self, errors: np.ndarray | None, weights: np.ndarray | None) -> None:
         """Found reads that were not computed, or whose weights do not give back the state; runs in the writer's

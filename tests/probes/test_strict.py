@@ -120,10 +120,13 @@ def test_the_scripts_own_mistakes_are_its_own(tmp_path):
             recorder.log(hidden_rms=1.0)
 
 
-def test_the_first_layer_that_is_not_finite_is_told_once_with_its_step(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("every", "since"), [(1, ""), (2, " All was finite at step 0, the last recorded before.")]
+)
+def test_the_first_layer_that_is_not_finite_is_told_once_with_its_step(every, since, tmp_path, caplog):
     model = decoder("prenorm")
     optimizer = sgd(model, 0.0)
-    with probes.record(model, tmp_path / "run", optimizer=optimizer, every=1, matrices_every=100):
+    with probes.record(model, tmp_path / "run", optimizer=optimizer, every=every, matrices_every=100):
         train(model, optimizer, 2)
         with torch.no_grad():
             model.blocks[1].mlp.output.weight[0, 0] = torch.inf
@@ -131,4 +134,5 @@ def test_the_first_layer_that_is_not_finite_is_told_once_with_its_step(tmp_path,
     told = [message for message in caplog.messages if "finite" in message]
     assert told == [
         "depthscope: at step 2 the output of layer 4 (MLP of transformer block 2) is not finite, the first seen in this run."
+        + since
     ]
