@@ -171,6 +171,13 @@ def disagreements(frame: pd.DataFrame) -> pd.DataFrame:
     return found.assign(label=[link(row) for _, row in found.iterrows()])
 
 
+def all_one(weight: np.ndarray | pd.Series) -> bool:
+    """Whether weights are those of a plain sum."""
+    known = np.asarray(weight, float)
+    known = known[np.isfinite(known)]
+    return bool(len(known)) and bool(np.abs(known - 1).max() < 1e-6)
+
+
 def link(row: pd.Series) -> str:
     """ "12 ← 3", "final ← emb."."""
     return f"{words.short(row['read'])} ← {words.short(row['from'])}"

@@ -1,5 +1,6 @@
 """The one opener: finds runs below folders, opens each once for all sessions, looks for new shards."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from app import glance
 from app.glance import Glance, Unread
 from app.snapshot import Followed, Snapshot
 from probes import RunError
+from probes.careful import visible
 from probes.manifest import MANIFEST
 from probes.run import find_runs, place_of
 
@@ -64,7 +66,7 @@ def find(roots: list[Path]) -> list[Entry]:
 
 def opened(entry: Entry) -> Snapshot:
     """The run of an entry as it is now. Raises RunError."""
-    return _open(entry.path, _stamp(entry.path)).look()
+    return _open(os.fsencode(entry.path), _stamp(entry.path)).look()
 
 
 def glanced(entry: Entry) -> Glance:
@@ -94,15 +96,16 @@ def _stopped(entry: Entry) -> bool:
 
 
 def _names(paths: list[Path], roots: list[Path]) -> dict[Path, str]:
-    """A folder's own name where no other has it, else as much of its path as tells it apart."""
-    names = {path: path.resolve().name for path in paths}
+    """A folder's own name where no other has it, else as much of its path as tells it apart; on one line, whatever is in it:
+    Vega's expressions, which hold names, do not."""
+    names = {path: visible(path.resolve().name) for path in paths}
     depth = 1
     while len(set(names.values())) < len(paths) and depth < 20:
         depth += 1
         twice = {name for name in names.values() if list(names.values()).count(name) > 1}
         for path, name in names.items():
             if name in twice:
-                names[path] = "/".join(path.resolve().parts[-depth:])
+                names[path] = visible("/".join(path.resolve().parts[-depth:]))
     return names
 
 
@@ -115,5 +118,6 @@ def _stamp(path: Path) -> int:
 
 
 @st.cache_resource(show_spinner="Opening the run …", max_entries=64)
-def _open(path: Path, stamp: int) -> Followed:
-    return Followed(path)
+def _open(path: bytes, stamp: int) -> Followed:
+    # Bytes, for Streamlit makes a key of them; the name of a folder need not be text.
+    return Followed(Path(os.fsdecode(path)))

@@ -167,8 +167,13 @@ def played(run: Run, sequence: int, read: int, rows: int) -> tuple[list[int], np
 
 def seen(text: str) -> str:
     """A token's text as it can be drawn: line ends and tabs as signs, what cannot be seen as a dot."""
-    drawn = "".join(_MARKS.get(sign, sign if unicodedata.category(sign)[0] != "C" else "·") for sign in text)
-    return drawn or "∅"
+    return "".join(_MARKS.get(sign, "·" if _unseen(sign) else sign) for sign in text) or "∅"
+
+
+def _unseen(sign: str) -> bool:
+    """Control signs and the like, and those that part lines and paragraphs: Vega takes no expression with one of these."""
+    kind = unicodedata.category(sign)
+    return kind[0] == "C" or kind in ("Zl", "Zp")
 
 
 def _of_read(run: Run, step: int, read: int) -> np.ndarray | None:

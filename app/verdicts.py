@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from app import words
-from app.causes import RANKED, correlations, disagreements, edge_methods, edges, layers
+from app.causes import RANKED, all_one, correlations, disagreements, edge_methods, edges, layers
 from probes.attributed import (
     ABLATION,
     EDGES,
@@ -35,6 +35,11 @@ def small(found: Attribution) -> float:
         return SMALL * abs(found.about.value)
     known = [np.nanmax(np.abs(values)) for values in (*found.edges.values(), *found.layers.values())]
     return SMALLEST * float(max(known, default=0.0))
+
+
+def plain(found: Attribution) -> bool:
+    """Whether its model has no depth reads, or none whose weights are known: then nothing has a share of a softmax."""
+    return found.weight is None or not np.isfinite(found.weight).any() or all_one(found.weight)
 
 
 _ONE = "of one sequence there is no standard error (more of them: --sequences)"
@@ -74,14 +79,14 @@ class Idle:
 
 def idle(found: Attribution) -> Idle | None:
     """Which links have a high weight and no effect, by ablation: the effect and two of its standard errors together are
-    small. None where edges were not ablated or the weights are not known."""
+    small. None where edges were not ablated, or the weights are not known or all one, as in a plain sum."""
     if ABLATION not in found.edges or found.weight is None:
+        return None
+    if plain(found):
         return None
     frame = edges(found, ABLATION)
     heavy = frame[(frame["sources"] > 2) & (frame["even"] >= HIGH)].sort_values("even", ascending=False)
     limit = small(found)
-    if np.isfinite(frame["even"]).any() and np.allclose(frame["weight"].dropna(), 1):
-        heavy = heavy.iloc[:0]  # a plain sum: every source has weight one
     links = heavy[heavy["value"].abs() + 2 * heavy["error"] <= limit]
     return Idle(links, heavy, limit, found.about.unit, found.about.sequences)
 

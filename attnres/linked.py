@@ -8,7 +8,7 @@ a backward pass, and no others, have come before their source, whatever was reta
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 from attnres.logits import logits_gradients, logits_of, source_logits
 
 
-class Link(NamedTuple):
-    """What one source shows to one of its reads."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Link:
+    """What one source shows to one of its reads. No tuple, which those who look through a module's arguments would open."""
 
     source: Tensor
     logit: Tensor

@@ -21,7 +21,7 @@ def softmax_mix(
         if len(links) == len(sources) and all(
             link.source is source for link, source in zip(links, sources, strict=True)
         ):
-            _, _, shares, ways = zip(*links, strict=True)
+            shares, ways = zip(*((link.share, link.way) for link in links), strict=True)
         return _SoftmaxMix.apply(torch.stack(logits), *sources, *shares, *ways)
     # The compiler fuses the plain sum and its gradients by itself, and torch 2.13 fails on the function's form where
     # nothing needs a gradient.

@@ -1,6 +1,7 @@
 """Other orders of the same arithmetic than the one in `residual.py`.
 
-    no_stack   a source meets all of its later queries when it is written; the mix is an unstacked sum
+    no_stack   a source meets all of its later queries when it is written; the mix is an unstacked sum; in eager
+               training a source gets its gradient from all its reads at once (linked.py)
     stack      every read stacks its sources, normalises them and mixes them, as in the paper's pseudocode
     two_phase  all queries of a depth block meet its finished sources at once, and each read merges its partial sum
                into that by online softmax (the paper's §4)

@@ -128,7 +128,9 @@ def _take(
 
 def _settle(page: Page) -> None:
     """Until every chart of the page is drawn and nothing runs any more."""
-    page.wait_for_selector(CHART, timeout=60_000)
+    page.wait_for_selector(
+        f"{CHART}, [data-testid=stAlert]", timeout=60_000
+    )  # or what says why there is none
     page.wait_for_function(
         "() => !document.querySelector('[data-testid=stStatusWidget]') && "
         "[...document.querySelectorAll('.depthscope-chart')].every(c => c.querySelector('canvas, svg'))"

@@ -10,6 +10,7 @@ half a minute and proves nothing.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -50,8 +51,10 @@ class Sample:
 
 
 def look(who: str, pid: int, at: float) -> Sample:
-    """Raises OSError for a process that is gone."""
+    """Raises OSError for a process that is gone, or about to go."""
     told = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    if "VmRSS" not in told:
+        raise ProcessLookupError(f"process {pid} has ended")
     return Sample(
         who,
         at,
@@ -200,8 +203,8 @@ def watch(folder: Path, told: argparse.Namespace) -> tuple[list[Sample], dict]:
                         looked = time.monotonic()
                         if recorder.poll() is not None:
                             break
-                        for who, pid in pids.items():
-                            samples.append(look(who, pid, looked - start))
+                        with contextlib.suppress(OSError):  # the recorder has ended meanwhile
+                            samples += [look(who, pid, looked - start) for who, pid in pids.items()]
                 if recorder.poll() is not None or time.monotonic() - start > seconds + 300:
                     break
             browser.close()

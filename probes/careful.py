@@ -79,3 +79,9 @@ def printable(text: object, most: int = 300) -> str:
         character if character.isprintable() else "\N{REPLACEMENT CHARACTER}"
         for character in str(text)[:most]
     )
+
+
+def visible(name: str) -> str:
+    """A file's name with what cannot be seen in it written as Python writes it: a line separator as \\u2028, a byte that is no
+    text as \\udcff. Different names stay different as far as that is possible."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)

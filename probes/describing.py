@@ -91,6 +91,8 @@ class Description:
             reads = f"{len(sites.reads)} depth reads, one for each layer and the final read ({sites.reads[-1].depth_sources} sources)"
         else:
             reads = "none: no module says that it attends over depth"
+            if sites.change:
+                reads = f"none: the stream is {sites.change}, which no read weighs alone; what states are made of is in mixing_weight"
         share = self.probe_bytes / self.model_bytes
         return [
             f"final state  {sites.final or self._final()}",

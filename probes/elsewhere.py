@@ -20,6 +20,9 @@ class Shadow(Protocol):
     def soon(self, paths: list[Path]) -> None: ...
     def shown(self, path: Path) -> str: ...
 
+    @property
+    def trouble(self) -> str: ...
+
 
 _shadows: dict[str, Shadow] = {}
 
@@ -65,6 +68,11 @@ def soon(paths: Iterable[Path]) -> None:
     """These files of one folder are about to be read as a whole. Never raises."""
     if _shadows and (paths := list(paths)) and (shadow := of(paths[0])) is not None:
         shadow.soon(paths)
+
+
+def trouble(path: Path) -> str:
+    """A sentence while what a path shadows cannot be reached, else empty."""
+    return "" if (shadow := of(path)) is None else shadow.trouble
 
 
 def shown(path: Path) -> str:

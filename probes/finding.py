@@ -7,10 +7,11 @@ from contextlib import suppress
 from torch import nn
 
 from probes.declared import declared
-from probes.foreign import foreign_sites, may_read
+from probes.foreign import foreign_sites
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.names import matching
+from probes.queries import may_read
 from probes.sites import LayerSite, Place, Sites, unwrap
 from probes.stacks import Stack, find_stacks, is_norm, is_read, stack_at
 from probes.symbols import Untraceable

@@ -10,12 +10,12 @@ from probes.columns import columns_of
 from probes.few_tokens import two_tapes
 from probes.found import FoundRead, FoundReads, Replay, Spot
 from probes.layout import Layer, Read
-from probes.mixes import Mixes, widths
+from probes.mixes import Mixes, head_counts, widths
 from probes.naming import blocks_of, common_name
 from probes.oddities import oddities
 from probes.replay import Unreplayable, moment_of, replay_of, witness_of
 from probes.sites import LayerSite, Place, Sites, place_of
-from probes.stacks import Stack, is_norm, kind_by_name
+from probes.stacks import is_norm, kind_by_name
 from probes.symbols import Untraceable
 from probes.tape import Node, Tape
 from probes.walks import Mix, name_of
@@ -37,37 +37,12 @@ def _found(root: nn.Module) -> Sites:
     tape, twin = two_tapes(root)
     reasons = []
     for width in list(widths(tape))[:2]:
-        mixes = Mixes(tape, width)
-        if mixes.reason is None:
-            return _Finding(tape, twin, mixes).sites()
-        reasons.append(mixes.reason)
+        for heads in (1, *head_counts(tape, width)):
+            mixes = Mixes(tape, width, heads)
+            if mixes.reason is None:
+                return _Finding(tape, twin, mixes).sites()
+            reasons.append(mixes.reason)
     raise Untraceable(max(reasons, key=len, default="no module of it hands tokens on"))
-
-
-def may_read(root: nn.Module, stack: Stack) -> bool:
-    """Whether a model whose layers were followed may have depth reads all the same: it has vectors as wide as its
-    stream that belong to no norm, are no bias and no embeddings, as queries are."""
-    matrices = [
-        p
-        for site in stack.layers
-        for p in (*site.parameters, *(q for m in site.modules for q in m.parameters()))
-    ]
-    inside = set(matrices)
-    widths = {p.shape[-1] for p in matrices if p.ndim == 1} or {p.shape[-1] for p in matrices if p.ndim > 1}
-    for module in root.modules():
-        if is_norm(module) or isinstance(module, nn.Embedding):
-            continue
-        for name, p in module._parameters.items():
-            if p is None or name == "bias" or p.shape[-1:] == ():
-                continue
-            slim = (
-                p.ndim == 1
-                or 1 in p.shape
-                or (p.ndim == 2 and p not in inside and len(p) <= 2 * len(stack.layers) + 4)
-            )
-            if slim and p.ndim <= 3 and p.shape[-1] in widths:
-                return True
-    return False
 
 
 class _Finding:
@@ -269,11 +244,13 @@ class _Finding:
     def _as_place(self, spot: Spot) -> Place:
         return place_of(spot, self._runs[spot.module])
 
-    def _same(self, node: Node) -> Iterator[Node]:
+    def _same(self, node: Node, bare: Node | None = None) -> Iterator[Node]:
         for user in self._tape.users.get(node, ()):
-            if self._mixes.is_stream(user) and self._mixes.bare(user) is node:
-                yield user
-                yield from self._same(user)
+            alike = user.tensor.numel() == node.tensor.numel() and user.tensor.is_floating_point()
+            if alike and self._mixes.bare(user) is (bare or node):
+                if self._mixes.is_stream(user):
+                    yield user
+                yield from self._same(user, bare or node)
 
     def _place(self, node: Node) -> Place | None:
         """A state is seen best where it is received."""
@@ -286,13 +263,15 @@ class _Finding:
     def _rows(self, layers: list[LayerSite]) -> tuple[list[Read], list[FoundRead], list[str]]:
         rows, reads, failed = [], [], []
         for label, kind, layer, mix in self._labelled(layers):
-            try:
-                found = self._read(mix)
-            except Unreplayable as error:
-                failed.append(f"{label}: {error}")
-                continue
-            rows.append(Read(label, kind, layer, max(1, len(mix.edges))))
-            reads.append(found)
+            for head in range(mix.heads):
+                which = f", head {head + 1} of {mix.heads}" if mix.heads > 1 else ""
+                try:
+                    found = self._read(mix, head)
+                except Unreplayable as error:
+                    failed.append(f"{label}{which}: {error}")
+                    continue
+                rows.append(Read(label + which, kind, layer, max(1, len(mix.edges))))
+                reads.append(found)
         return rows, reads, failed
 
     def _labelled(self, layers: list[LayerSite]) -> Iterator[tuple[str, str, int | None, Mix | None]]:
@@ -305,7 +284,8 @@ class _Finding:
                 None,
             )
             of_layer.setdefault(index, []).append(mix) if index else rest.append(mix)
-        if 1 not in of_layer and len(of_layer) == len(layers) - 1 and self._states[0] is self._embedding:
+        alone = 1 not in of_layer and len(of_layer) == len(layers) - 1
+        if alone and self._states[0] is self._embedding and self._receives_embedding():
             of_layer[1] = [Mix(self._embedding, {}, [])]
         for site in layers:
             several = of_layer.get(site.layer.index, [])
@@ -316,7 +296,17 @@ class _Finding:
             is_final = self._mixes.carried(mix.node) is self._final or number == len(rest)
             yield ("final read" if is_final else f"read {number} after the layers"), "final", None, mix
 
-    def _read(self, mix: Mix) -> FoundRead:
+    def _receives_embedding(self) -> bool:
+        """Whether a norm, or a layer without one in it, is given the embedding, and not something made of it."""
+        return any(
+            spot.before and (is_norm(spot.module) or not any(map(is_norm, spot.module.modules())))
+            for node in (self._embedding, *self._same(self._embedding))
+            for spot in self._tape.spots.get(node, ())
+            if spot.name
+            and any(self._tape.made_from(self._outputs[0], n) for n in self._tape.users.get(node, ()))
+        )
+
+    def _read(self, mix: Mix, head: int) -> FoundRead:
         spot = self._seen_at(mix.node, before=True) or self._seen_at(mix.node)
         if not mix.edges:
             if spot is None:
@@ -324,23 +314,26 @@ class _Finding:
             # The embedding where it is made, so that what the layer receives is compared with it.
             made = [each for each in self._embedding_spots() if each.moment <= spot.moment]
             replay = Replay(_of_one, tuple(made) or (spot,), (), False)
-            return FoundRead("the embedding as it is", replay, self._tape.moments[spot.moment], spot, ())
+            moment = self._tape.moments[spot.moment]
+            return FoundRead("the embedding as it is", replay, moment, spot, (), is_source=True)
         route, query = self._route(mix), self._query(mix)
         if spot is None and (found := witness_of(self._tape, mix.node)) is not None:
             witness, seen = found
             with suppress(Unreplayable):
-                replay = replay_of(self._tape, self._twin, mix, seen.moment, witness)
+                replay = replay_of(self._tape, self._twin, mix, seen.moment, witness, head)
                 return FoundRead(route, replay, self._tape.moments[seen.moment], None, query, seen)
         if spot is None:
             route += ", its mix seen nowhere, so that it is not checked"
         when = moment_of(self._tape, mix.node) if spot is None else self._tape.moments[spot.moment]
-        replay = replay_of(self._tape, self._twin, mix, when.place)
+        replay = replay_of(self._tape, self._twin, mix, when.place, head=head)
         return FoundRead(route, replay, when, spot, query)
 
     def _query(self, mix: Mix) -> tuple[tuple[nn.Module, str], ...]:
         """The parameters whose product is the query: a vector, and perhaps the gain of the keys. Empty where the
         weights are made otherwise."""
         root = self._tape.root
+        if mix.heads > 1:
+            return ()
         if mix.law is not None:
             vectors = [mix.node.slots[slot] for slot in mix.law.query]
             names = [name for each in vectors for name in self._parameters(each, self._stops)]

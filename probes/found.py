@@ -55,7 +55,7 @@ class FoundRead:
     """One read: `route` says in words how it is seen, `when` it can be computed, `state` where the mix itself is seen
     (None: nowhere), `witness` where instead something made of it is seen, as by a norm that is no module. Where both are
     None it cannot be checked against the model. `query` names parameters, by module and attribute, whose product is the
-    query; empty where that is not known."""
+    query; empty where that is not known. `is_source`: the state is a source itself, which later reads take too."""
 
     route: str
     replay: Replay
@@ -63,6 +63,7 @@ class FoundRead:
     state: Spot | None
     query: tuple[tuple[nn.Module, str], ...]
     witness: Spot | None = None
+    is_source: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ class FoundTaps:
         """`states` are the rows of states that nothing but a read shows, by row of that."""
         self._taps, self._states = taps, states
         self._embedding = found.embedding
+        self._are_sources = [read.is_source for read in found.reads]
         self._reads = ReadTaps(found, self._computed)
         self._parts: dict[int, Tensor] = {}  # of the embedding, in this forward
 
@@ -57,7 +58,8 @@ class FoundTaps:
             self._taps.values(mix, "state", self._states[row], error <= allowed)
         self._taps.depth(row, weights, sources)
         self._taps.read_errors.add(row, error, allowed)
-        self._taps.edge_taps.read(row, state, weights, sources)
+        if not self._are_sources[row]:  # the gradient of a source carries every later read
+            self._taps.edge_taps.read(row, state, weights, sources)
 
     def _part(self, x: Tensor, part: int) -> None:
         """One of several tensors that are summed to the embedding where no hook sees it. What has its full shape has

@@ -14,7 +14,7 @@ import queue
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -49,7 +49,8 @@ class Merging:
     """`hand` a step over; `close` when there are no more."""
 
     def __init__(self, agreed: Agreed):
-        self._agreed, self._group = agreed, agreed.group
+        # Nobody else keeps the group: where it is let go its connections are closed, and the others need not wait.
+        self._agreed, self._group = replace(agreed, group=None), agreed.group
         self._teams = agreed.teams[:SENDERS]
         self.senders = len(self._teams)
         self._handed = self._done = 0  # bytes, each counted by one thread
@@ -96,6 +97,7 @@ class Merging:
             self._done += step.nbytes
             with contextlib.suppress(Exception):  # it says itself what goes wrong with it
                 step.then(found, why)
+        self._group = None
 
     def _sum(self, step: Step) -> Sums | None:
         """The sums over all processes; None where not all of them have this step."""

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 from probes.kernels import law_of, solved
 from probes.tape import Node, Tape
 from probes.transformed import before_this_read
-from probes.trials import axis_of
 from probes.walks import Edge, Lost, Mix, Walks, name_of, same_values
 from probes.weighing import reads_in
 
@@ -18,8 +18,8 @@ class Mixes(Walks):
     """All mixes of a tape of a model of this `width`, in order. Whoever asks puts random numbers back: each trial begins
     them anew."""
 
-    def __init__(self, tape: Tape, width: int):
-        super().__init__(tape, width)
+    def __init__(self, tape: Tape, width: int, heads: int = 1):
+        super().__init__(tape, width, heads)
         self.found: dict[Node, Mix] = {}
         self.sums: dict[Node, Mix] = {}  # and those that are no reads
         # One source with a weight: a gate, or a first read without a softmax.
@@ -154,7 +154,7 @@ class Mixes(Walks):
         edge = mix.edges[0]
         node = edge.source
         while node not in known:
-            axis = axis_of(node, self.width)
+            axis = self.axis_of(node)
             operands = self.linear(node, axis) if axis is not None and node.func is not None else None
             if operands is None or len(operands) != 1:
                 return
@@ -186,7 +186,7 @@ class Mixes(Walks):
                 or self.width not in each.tensor.shape
             ):
                 continue
-            source, axis = self.bare(each), axis_of(each, self.width)
+            source, axis = self.bare(each), self.axis_of(each)
             if self.is_stream(source):
                 mix.edges.append(Edge(node, slot, axis, source))
             elif each.tensor.numel() > self.size and self.linear(each, axis) is not None:
@@ -207,7 +207,7 @@ class Mixes(Walks):
     def terms(self, node: Node, stop: Node | None = None) -> list[Node]:
         """What a plain sum adds up, taken apart down to what layers make; other mixes and `stop` stay whole."""
         node = self.bare(node)
-        axis = axis_of(node, self.width)
+        axis = self.axis_of(node)
         if node is stop or node in self.whole or node.func is None or axis is None:
             return [node]
         operands = self.linear(node, axis)
@@ -245,3 +245,14 @@ def widths(tape: Tape) -> Iterator[int]:
         if x.is_floating_point() and x.ndim > 1 and x.numel() == tokens * x.shape[-1] and x.shape[-1] > 1:
             counts[x.shape[-1]] = counts.get(x.shape[-1], 0) + len(spots)
     return iter(sorted(counts, key=lambda each: -counts[each]))
+
+
+def head_counts(tape: Tape, width: int) -> list[int]:
+    """Into how many heads channels are split somewhere."""
+    counts = {
+        size
+        for node in tape.nodes
+        for size, part in pairwise(node.tensor.shape)
+        if size > 1 and part > 1 and size * part == width
+    }
+    return sorted(counts)

@@ -17,9 +17,9 @@ from probes.flush import start_copy
 from probes.following import Decode, Following
 from probes.gradients import NORMS, GradientNorms
 from probes.hooks import Hook
+from probes.joint import Joint
 from probes.manifest import Manifest
 from probes.masks import Masks
-from probes.merging import END
 from probes.mirrors import Mirror
 from probes.parallel import Parallel
 from probes.pipeline import Pipeline
@@ -32,7 +32,7 @@ from probes.sites import Sites
 from probes.statistics import DEPTH_METRICS
 from probes.tally import ACTIVATIONS
 from probes.taps import MATRICES, OFF, VECTORS, Taps
-from probes.together import Done, Found, Said, Together
+from probes.together import Together
 from probes.updates import UPDATE_RATIO, Updates
 from probes.vocabulary import GRADIENTS, METRICS
 from probes.writer import RunWriter
@@ -61,7 +61,7 @@ class Recorder:
         pipeline: Pipeline | None = None,
     ):
         self._pipeline = pipeline
-        self._mirror, self._parallel, self._together = mirror, parallel, together
+        self._mirror, self._parallel = mirror, parallel
         self._following: Following | None = None
         self._writer, self._manifest, self._optimizers = writer, manifest, optimizers
         self._scale, self._faults = scale, faults
@@ -78,6 +78,11 @@ class Recorder:
         self._owed = False  # the writer waits to hear that the recorded step is complete
         self._process = os.getpid()
         self._scalars = Scalars()
+        self._joint = (
+            None
+            if together is None
+            else Joint(together, self._clock, scale, faults, self._scalars, writer, mirror, self._told)
+        )
         self._stepped_at = time.perf_counter()
         self._began = self._stepped_at - seconds  # of a clock that nobody sets, as if there had been no pause
         senders, copies = (1, 1) if together is None else (together.merging.senders, parallel.copies)
@@ -124,12 +129,15 @@ class Recorder:
             return
         now = time.perf_counter()
         with self._faults.guard(*METRICS):
-            if self._taps.mode != OFF and (self._taps.seen or self._together is not None):
+            if self._taps.mode != OFF and (self._taps.seen or self._joint is not None):
                 self._keep_own(now)
-                if self._together is None:
+                if not self._optimizers:
+                    self._scale.unknown = self._taps.half and not self._scale.given
+                if self._joint is None:
                     self._put(self._measured(), self._taps.counts(), self._sampled())
                 else:  # with data or without: the others wait for the sums of this process
-                    self._put_together()
+                    self._joint.put(self._taps, self._gradients, self._updates, self._skipped)
+                    self._put()
                 self._owed = True
             elif self._owed or self._scalars.due(now):
                 self._put()
@@ -181,10 +189,11 @@ class Recorder:
         self._ending.release()
         try:
             self._put()
-            if self._together is not None and self._together.staged:
-                self._put_last()
+            if self._joint is not None:
+                self._taps.mode = OFF
+                self._joint.put_last(self._taps, self._gradients, self._updates)
         finally:
-            if self._together is not None and not self._together.close(status):
+            if self._joint is not None and not self._joint.close(status):
                 self._writer.lose(self._step, "the other processes did not answer before the end")
             self._writer.close(status, reason)
             if self._mirror is not None:
@@ -213,7 +222,7 @@ class Recorder:
             self._sites, steps, decode, taps.masks, self._faults, self._writer, lambda: clock.now
         )
         # Where a forward takes all processes, all follow their sequences, and rank 0 alone tells.
-        self._following.silent = self._together is not None and self._writer.rank > 0
+        self._following.silent = self._joint is not None and self._writer.rank > 0
         self._following.begin(self._step)
 
     @property
@@ -240,7 +249,7 @@ class Recorder:
             self.step()
 
     def _watch_parameters(self) -> None:
-        shared = self._parallel if self._together is not None else None
+        shared = self._parallel if self._joint is not None else None
         self._gradients, self._updates = GradientNorms(self._sites, shared), Updates(self._sites, shared)
         self._backwards = Backwards(
             self._gradients.watched(),
@@ -306,8 +315,6 @@ class Recorder:
 
     def _measured(self) -> dict[str, torch.Tensor]:
         """The metrics of this step, gradients unscaled; without those that failed or cannot be known."""
-        if not self._optimizers:
-            self._scale.unknown = self._taps.half and not self._scale.given
         known = self._scale.known()
         metrics = self._taps.finish() | self._gradients.finish(self._scale.value)
         with self._faults.guard(UPDATE_RATIO):
@@ -342,8 +349,8 @@ class Recorder:
     ) -> None:
         """Hand this step's `metrics` and all pending scalars over; `counts` say what was observed, and `sampled` is
         the sample."""
-        if self._together is not None and self._writer.rank:
-            if not self._together.speaks:
+        if self._joint is not None and self._writer.rank:
+            if not self._joint.keeps_scalars:
                 self._scalars.take()  # what was logged here is not of all
             return
         now, mode, metrics, counts = self._clock.now, self._taps.mode, metrics or {}, counts or {}
@@ -391,8 +398,8 @@ class Recorder:
 
     def _complete(self, attempt: int) -> int:
         """The last step of which no more rows will come, when `attempt` has begun."""
-        if self._together is not None:
-            attempt = int(min(attempt, self._together.settled + 1))
+        if self._joint is not None:
+            attempt = int(min(attempt, self._joint.settled + 1))
         return self._clock.known_at(attempt) - 1
 
     def _told(self, step: int, values: dict, seen: dict, kept: dict):
@@ -411,64 +418,3 @@ class Recorder:
                 self._selfcheck.mixing(solved)
                 for name, value in solved.items():
                     yield name, step, value
-
-    def _put_together(self) -> None:
-        """Hand this step's sums over, to be merged with those of the other processes."""
-        now, scale = self._clock.now, self._scale
-        if not self._optimizers:
-            scale.unknown = self._taps.half and not scale.given
-        if not self._parallel.known:
-            untold = RuntimeError("nothing tells what becomes of the gradients of several processes")
-            self._faults.caught(untold, *GRADIENTS, *NORMS)
-        left_out = self._scalars.logged | (set() if scale.known() else set(GRADIENTS))
-        skips = {} if now.skips is None else {"skips": now.skips}
-        vain = self._clock.vain()
-        own = (
-            skips
-            | ({} if scale.value is None else {"scale": scale.value})
-            | ({} if vain is None else {"vain": vain})
-        )
-        if scale.given or vain is not None:
-            own["skipped"] = torch.zeros(()) if self._skipped is None else self._skipped
-
-        def done(found: Found | None, own: dict, why: str, said: Said) -> None:
-            step = now.attempt - int(own.get("skips", 0))
-            self._writer.reached(step)
-            if self._writer.rank:
-                return
-            if found is None:
-                self._writer.lose(step, why)
-                return
-            metrics, counts, sample = ({name: x.numpy() for name, x in part.items()} for part in found)
-            if own.get("vain", 0):
-                metrics, counts, sample, own = {}, {}, {}, {"skipped": np.float32(1)}
-            if "skipped" in own:
-                metrics["skipped"] = own["skipped"]
-            missing = left_out | self._together.faults
-            metrics = {name: value for name, value in metrics.items() if name not in missing}
-            sample = {} if missing & set(SAMPLED_METRICS) else sample
-            rows = [*said, *self._told(step, metrics, counts, sample)]
-            rows = rows if self._mirror is None else self._mirror.watch(rows)
-            self._writer.put(lambda: rows, complete=lambda: step - 1)
-
-        self._hand(now.attempt, self._faults.now, own, done)
-        self._put()
-
-    def _put_last(self) -> None:
-        """What was logged since the last recorded step, where another process knows the loss."""
-        self._taps.mode = OFF
-        self._taps.tally.reset()
-        self._gradients.reset()
-
-        def done(found: Found | None, own: dict, why: str, said: Said) -> None:
-            if said:
-                self._writer.put(lambda: said, complete=-1)
-
-        self._hand(END, set(), {}, done)
-
-    def _hand(self, number: int, faults: set[str], own: dict, done: Done) -> None:
-        said = []
-        if self._together.speaks:
-            pending = [each for each in self._scalars.take() if each[0] in self._scalars.logged]
-            said = [(name, moment.attempt, value) for name, moment, value in pending]
-        self._together.hand(number, self._taps, self._gradients, self._updates, faults, own, done, said)

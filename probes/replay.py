@@ -38,10 +38,12 @@ class Unreplayable(Exception):
     """The weights cannot be computed from what hooks see; the message says why."""
 
 
-def replay_of(tape: Tape, twin: Tape, mix: Mix, until: int, witness: Node | None = None) -> Replay:
-    """The program of one mix, and of a `witness` that is made of it, from what hooks see up to moment `until`. `twin` is
+def replay_of(
+    tape: Tape, twin: Tape, mix: Mix, until: int, witness: Node | None = None, head: int = 0
+) -> Replay:
+    """The program of one mix (of one `head` of it), and of a `witness` that is made of it, from what hooks see up to moment `until`. `twin` is
     a tape of the same model with another number of tokens: what differs depends on that."""
-    return _Cutting(tape, twin, mix, until, witness or mix.node).replay()
+    return _Cutting(tape, twin, mix, until, witness or mix.node).replay(head)
 
 
 def witness_of(tape: Tape, node: Node) -> tuple[Node, Spot] | None:
@@ -82,7 +84,8 @@ class _Cutting:
         self._inputs: dict[Node, None] = {}
         self._collect()
 
-    def replay(self) -> Replay:
+    def replay(self, head: int) -> Replay:
+        width = self._mix.node.tensor.shape[-1]
         for node in self._inputs:
             self._real[node] = self._graph.placeholder(f"x{node.index}")
         spots = tuple(self._spot(node) for node in self._inputs if self._spot(node) is not None)
@@ -98,11 +101,19 @@ class _Cutting:
             weights = self._graph.call_function(certain, (sources, mix))
         else:
             weights, mix = self._weights(), self._emit(self._mix.node)
+        several, call = self._mix.heads, self._graph.call_function
+        if several > 1:
+            if (
+                not self._mix.passed
+            ):  # of other channels than this head's, too, so that the state can be checked
+                mix = call(_of_heads, (weights, sources))
+            weights = call(_of_head, (weights, head, 1))
+            sources = [call(_of_head, (each, head, width // several)) for each in sources]
         self._real[self._mix.node] = mix
         made = self._emit(self._witness)
         self._graph.output((weights, sources, mix, made))
         module = fx.GraphModule(nn.Module(), self._graph)
-        by_mix = self._mix.normalised or (law is not None and law.gain is not None)
+        by_mix = self._mix.normalised or several > 1 or (law is not None and law.gain is not None)
         return Replay(module.forward, spots, held, by_mix)
 
     def _alike(self, edge: Edge) -> Node:
@@ -229,13 +240,16 @@ class _Cutting:
     # The weights
 
     def _weights(self) -> fx.Node:
-        count, width = len(self._mix.edges), self._mix.node.tensor.shape[-1]
+        count, heads = len(self._mix.edges), self._mix.heads
+        part = self._mix.node.tensor.shape[-1] // heads
         parts = []
-        for first in range(0, count, width):
-            some = self._mix.edges[first : first + width]
+        for first in range(0, count, part):
+            some = self._mix.edges[first : first + part]
             self._probes = {(edge.user, edge.slot): channel for channel, edge in enumerate(some)}
             self._done: dict[Node, fx.Node] = {}
-            parts.append(self._graph.call_function(_leading, (self._probed(self._mix.node), len(some))))
+            parts.append(
+                self._graph.call_function(_leading, (self._probed(self._mix.node), len(some), heads))
+            )
         return self._graph.call_function(torch.cat, (parts,)) if len(parts) > 1 else parts[0]
 
     def _probed(self, node: Node) -> fx.Node:
@@ -255,7 +269,8 @@ class _Cutting:
         channel = self._probes.get((node, slot))
         if channel is None and child in self._mix.steps and not self._is_edge(node, slot):
             return self._probed(child)
-        return self._graph.call_function(_one_hot, (self._emit(child), axis, channel))
+        part = self._mix.node.tensor.shape[-1] // self._mix.heads
+        return self._graph.call_function(_one_hot, (self._emit(child), axis, channel, part))
 
     def _is_edge(self, node: Node, slot: int) -> bool:
         return any(edge.user is node and edge.slot == slot for edge in self._mix.edges)
@@ -294,16 +309,31 @@ def _item(values: tuple, place: int) -> Tensor:
     return values[place]
 
 
-def _leading(x: Tensor, count: int) -> Tensor:
-    """[..., D] -> [count, ...]"""
+def _leading(x: Tensor, count: int, heads: int) -> Tensor:
+    """[..., D] -> [count, ...], with several heads [count, ..., H]"""
+    if heads > 1:
+        x = x.unflatten(-1, (heads, -1))
     return x[..., :count].movedim(-1, 0)
 
 
-def _one_hot(like: Tensor, axis: int, channel: int | None) -> Tensor:
+def _one_hot(like: Tensor, axis: int, channel: int | None, part: int) -> Tensor:
+    """Ones in one channel of each part."""
     probe = torch.zeros_like(like)
     if channel is not None:
-        probe.select(axis, channel).fill_(1)
+        probe[(slice(None),) * axis + (slice(channel, None, part),)] = 1
     return probe
+
+
+def _of_head(x: Tensor, head: int, part: int) -> Tensor:
+    """The channels of one head, or (a part of one channel) its weights."""
+    return x[..., head] if part == 1 else x[..., head * part : (head + 1) * part]
+
+
+def _of_heads(weights: Tensor, sources: list[Tensor]) -> Tensor:
+    """Weights [S, ..., H] times sources [..., D]"""
+    heads = weights.shape[-1]
+    parts = (w.unsqueeze(-1) * x.unflatten(-1, (heads, -1)) for w, x in zip(weights, sources, strict=True))
+    return sum(parts).flatten(-2)
 
 
 def moment_of(tape: Tape, node: Node) -> Moment:

@@ -12,7 +12,7 @@ from probes import compacting, elsewhere
 from probes import manifest as files
 from probes.attempts import Attempt, attempt_folder, claimed, hide, row_shape
 from probes.attributed import Attribution, attribution_names, read_attribution
-from probes.careful import is_folder, printable
+from probes.careful import is_folder, printable, visible
 from probes.gaps import Gap, gaps_of
 from probes.layout import Layout, difference
 from probes.manifest import Manifest, RunError
@@ -46,6 +46,8 @@ class Run:
         """With a folder for a `cache`, a long run without a digest gets one there."""
         self.path, self.rank, self._cache = place_of(path), rank, cache
         elsewhere.look(self.path)
+        if not (self.path / files.MANIFEST).exists() and (trouble := elsewhere.trouble(self.path)):
+            raise RunError(trouble)
         self.manifest = _manifest(self.path, files.MANIFEST, rank)
         self.attempts: list[Attempt] = [Attempt(self.path, 0, self.manifest, rank)]
         self._left_out: dict[int, str] = {}
@@ -62,7 +64,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        return visible(self.path.resolve().name)
 
     @property
     def layout(self) -> Layout:
@@ -335,7 +337,8 @@ def list_runs(root: str | os.PathLike) -> Iterator[Run]:
     root = place_of(root)
     paths = find_runs(root)
     if not root.is_dir():
-        raise RunError(f"There is no folder {elsewhere.shown(root)}: give a folder that holds runs.")
+        there_is_none = f"There is no folder {elsewhere.shown(root)}: give a folder that holds runs."
+        raise RunError(elsewhere.trouble(root) or there_is_none)
     for path in paths:
         try:
             yield Run(path)

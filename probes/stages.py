@@ -40,12 +40,13 @@ def judge(told: Sequence[dict | None]) -> list[dict] | None:
             "schedule."
         )
     count = told[0]["count"]
+    missing = set(range(count)) - {each["index"] for each in told}
+    if missing:
+        raise RunError(
+            f"No process records stage {min(missing)} of {count}: call probes.record on every process."
+        )
     for index in range(count):
         holders = [each for each in told if each["index"] == index]
-        if not holders:
-            raise RunError(
-                f"No process records stage {index} of {count}: call probes.record on every process."
-            )
         if len(holders) * count != len(told) or any(each != holders[0] for each in holders):
             raise RunError(f"Stage {index} of {count} is not held alike by as many processes as the others.")
     return [next(each for each in told if each["index"] == index) for index in range(count)]

@@ -23,10 +23,12 @@ _MIXING_CHANNELS = {
 
 
 class Trials:
-    """What the operations of a tape of a model of this `width` do, each found out once."""
+    """What the operations of a tape of a model of this `width` do, each found out once. With several `heads`, channels
+    are those of one head: what treats the heads differently leaves them alone all the same."""
 
-    def __init__(self, tape: Tape, width: int):
-        self.tape, self.width = tape, width
+    def __init__(self, tape: Tape, width: int, heads: int = 1):
+        self.tape, self.width, self.heads = tape, width, heads
+        self.part = width // heads
         self._linear: dict[tuple[Node, int], list[tuple[int, int]] | None] = {}
         self._weighted: dict[Node, bool] = {}
         own = {id(p) for p in tape.root.parameters()}
@@ -34,6 +36,14 @@ class Trials:
         leaves = [each for each in tape.nodes if each.func is None]
         self._parameters = sum(1 << each.index for each in leaves if id(each.tensor) in own)
         self._sources = self._parameters | sum(1 << n.index for n in leaves if id(n.tensor) in given)
+
+    def axes_of(self, node: Node) -> list[int]:
+        """Where its channels may be."""
+        return [axis for axis, size in enumerate(node.tensor.shape) if size in (self.width, self.part)]
+
+    def axis_of(self, node: Node) -> int | None:
+        axes = self.axes_of(node)
+        return axes[-1] if axes else None
 
     def linear(self, node: Node, axis: int) -> list[tuple[int, int]] | None:
         """The operands in which `node` is linear, leaving channels along `axis` alone: (slot, channel axis) of each."""
@@ -47,9 +57,9 @@ class Trials:
             return None
         from_end = axis - node.value.ndim
         candidates = {
-            slot: sorted(axes_of(each, self.width), key=lambda a, e=each: a - e.value.ndim != from_end)
+            slot: sorted(self.axes_of(each), key=lambda a, e=each: a - e.value.ndim != from_end)
             for slot, each in enumerate(node.slots)
-            if each.tensor.is_floating_point() and self.width in each.tensor.shape
+            if each.tensor.is_floating_point() and self.axes_of(each)
         }
         if not candidates:
             return None
@@ -81,7 +91,7 @@ class Trials:
     def _tried_linear(
         self, node: Node, axis: int, operands: list[tuple[int, int]], beside: dict[int, Tensor]
     ) -> bool | None:
-        mixing = torch.randn(self.width, self.width, dtype=torch.float64) / self.width**0.5
+        mixing = torch.randn(self.part, self.part, dtype=torch.float64) / self.part**0.5
         one, two, both = dict(beside), dict(beside), dict(beside)
         for slot, at in operands:
             x, y = (_drawn(node.slots[slot]) for _ in range(2))
@@ -90,7 +100,7 @@ class Trials:
             f_one, f_two, f_both = (tried(node, each) for each in (one, two, both))
         except Exception:  # double precision does not suit every operation
             return False
-        if f_one.shape != node.tensor.shape or f_one.shape[axis] != self.width:
+        if f_one.shape != node.tensor.shape or axis not in self.axes_of(node):
             return False
         expected = _mixed(f_one.cpu().double(), mixing, axis) + f_two.cpu().double()
         size = expected.abs().max()
@@ -101,7 +111,7 @@ class Trials:
     def weighted(self, node: Node) -> bool:
         """Whether the values of its other operands matter, and are not constants."""
         if node not in self._weighted:
-            axis = axis_of(node, self.width)
+            axis = self.axis_of(node)
             operands = self.linear(node, axis) if axis is not None else None
             self._weighted[node] = bool(operands) and any(
                 self.matters(node, slot, operands) for slot, _ in self.others(node, operands)
@@ -199,17 +209,10 @@ def _drawn(like: Node) -> Tensor:
     return torch.randn(like.tensor.shape, dtype=torch.float64)
 
 
-def axes_of(node: Node, width: int) -> list[int]:
-    return [axis for axis, size in enumerate(node.tensor.shape) if size == width]
-
-
-def axis_of(node: Node, width: int) -> int | None:
-    axes = axes_of(node, width)
-    return axes[-1] if axes else None
-
-
 def _mixed(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    return (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
+    channels = x.movedim(axis, -1)
+    parts = channels.unflatten(-1, (-1, len(matrix)))
+    return (parts @ matrix).flatten(-2).movedim(-1, axis)
 
 
 def tried(node: Node, instead: dict[int, Tensor]) -> Tensor:

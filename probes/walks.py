@@ -11,7 +11,7 @@ import torch
 
 from probes.kernels import Law
 from probes.tape import Node, Tape
-from probes.trials import Trials, axes_of, axis_of
+from probes.trials import Trials
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Mix:
         default_factory=set
     )  # norms, projections and the like of the sources, on the way
     law: Law | None = None  # of a kernel
+    heads: int = 1  # each weighs channels of its own
 
     @property
     def normalised(self) -> bool:
@@ -60,8 +61,8 @@ class Lost(Exception):
 class Walks(Trials):
     """Ways back on a tape of a model of this `width`."""
 
-    def __init__(self, tape: Tape, width: int):
-        super().__init__(tape, width)
+    def __init__(self, tape: Tape, width: int, heads: int = 1):
+        super().__init__(tape, width, heads)
         self.size = tape.items * tape.tokens * width
         self._plain: dict[Node, bool] = {}
         self.whole: set[Node] = set()  # weighted sums that count as one: other mixes, experts of one layer
@@ -96,7 +97,7 @@ class Walks(Trials):
     def plain(self, node: Node) -> bool:
         """Whether a tensor is a sum of others, each as it is, or no sum at all."""
         if node not in self._plain:
-            axis = axis_of(node, self.width)
+            axis = self.axis_of(node)
             operands = None if node.func is None or axis is None else self.linear(node, axis)
             self._plain[node] = operands is None or (
                 not self.weighted(node) and all(self.plain(node.slots[slot]) for slot, _ in operands)
@@ -118,7 +119,7 @@ class Walks(Trials):
         )
 
     def _hands_on(self, user: Node, node: Node) -> bool:
-        for axis in axes_of(user, self.width):
+        for axis in self.axes_of(user):
             operands = self.linear(user, axis)
             if operands and any(user.slots[slot] is node for slot, _ in operands):
                 return True
@@ -129,6 +130,10 @@ class Walks(Trials):
         `norms`. Raises Lost."""
         mix = Mix(node, {}, [])
         self.walk(mix, node, node.value.ndim - 1, norms)
+        axes = (
+            step.slots[slot].tensor.shape[axis] for step, all_ in mix.steps.items() for slot, axis in all_
+        )
+        mix.heads = self.heads if any(size != self.width for size in axes) else 1
         return mix.in_order(self.is_constant)
 
     def walk(self, mix: Mix, node: Node, axis: int, norms: frozenset[str] = frozenset()) -> None:
@@ -157,13 +162,13 @@ class Walks(Trials):
             return True
         if node.func is None or node.value.any():
             return False
-        axis = axis_of(node, self.width)
+        axis = self.axis_of(node)
         return axis is None or self.linear(node, axis) is None
 
     def bare(self, node: Node) -> Node:
         """What stands behind views and casts."""
         while node.func is not None and node not in self.whole:
-            axis = axis_of(node, self.width)
+            axis = self.axis_of(node)
             operands = self.linear(node, axis) if axis is not None else None
             if operands and len(operands) > 1:  # written over a store for one
                 operands = [each for each in operands if "empty" not in name_of(node.slots[each[0]])]
@@ -189,7 +194,7 @@ class Walks(Trials):
                 if torch.equal(each.value.flatten(), node.value.flatten()):
                     return each
                 continue
-            axis = axis_of(each, self.width)
+            axis = self.axis_of(each)
             operands = self.linear(each, axis) if each.func is not None and axis is not None else None
             if operands and not self.weighted(each):
                 waiting += [each.slots[slot] for slot, _ in operands]
@@ -207,7 +212,7 @@ class Walks(Trials):
         others = [other for _, other in self.others(node, operands) if self.tape.made_from(other, values)]
         if not others or any(self.has_parameter(other, values) for other in others):
             return False
-        sizes = node.value.double().square().mean(axis_of(node, self.width)).sqrt()
+        sizes = node.value.double().square().mean(self.axis_of(node)).sqrt()
         sizes = sizes[sizes > 0]  # zeros have no size that could be made one
         return bool(len(sizes) > 1 and sizes.std() < 0.05 * sizes.mean())
 

@@ -86,9 +86,20 @@ def _weighing(walks: Walks, mix: Mix) -> list[_Together]:
             below += [sources[each]] if each in sources else []
             waiting += [child for child in below if child not in keys]
             keys.update(below)
-        scores = {e for e in made if e.func is not None and walks.width not in e.tensor.shape}
+        scores = {e for e in made if e.func is not None} - _behind_vectors(walks, made)
         by_token = {e for e in scores if walks.tape.behind[e.index] & inside}
         found.append(_Together({node}, by_token or scores, parameters, keys))
+    return found
+
+
+def _behind_vectors(walks: Walks, made: set[Node]) -> set[Node]:
+    """Those that have channels, and what these are made of, as the size of a key."""
+    found, waiting = set(), [x for x in made if x.tensor.is_floating_point() and walks.axes_of(x)]
+    while waiting:
+        each = waiting.pop()
+        if each not in found:
+            found.add(each)
+            waiting += [slot for slot in each.slots if slot in made]
     return found
 
 
@@ -173,7 +184,7 @@ def _cut(walks: Walks, mix: Mix, group: _Together) -> Mix | None:
 def _below(
     walks: Walks, mix: Mix, head: Node, leads: dict[Node, bool], edges: dict[tuple[Node, int], Edge]
 ) -> Mix | None:
-    cut = Mix(head, {}, [], law=mix.law)
+    cut = Mix(head, {}, [], law=mix.law, heads=mix.heads)
     waiting = [head]
     while waiting:
         node = waiting.pop()

@@ -22,10 +22,13 @@ def paired(frame: pd.DataFrame, unit: str, title: str, height: int = 260) -> alt
     parts = []
     for name, column in (("Weight", "weight"), ("Attribution", "value")):
         most = frame[column].abs().max()
+        if name == "Weight" and pd.isna(most):
+            continue  # of a plain sum there are none to show
         scale = 1 / most if most and most > 0 else 0.0
         error = 2 * frame["error"] * scale if name == "Attribution" else float("nan")
         parts.append(frame.assign(what=name, relative=frame[column] * scale, reach=error))
     both = pd.concat(parts, ignore_index=True)
+    shown = list(both["what"].unique())
     both = both.assign(low=both["relative"] - both["reach"], high=both["relative"] + both["reach"])
     every = max(1, -(-len(frame) // 14))
     named = [short for i, short in enumerate(frame["short"]) if i % every == 0]
@@ -50,7 +53,7 @@ def paired(frame: pd.DataFrame, unit: str, title: str, height: int = 260) -> alt
         color=alt.Color(
             "what:N",
             sort=list(PAIR),
-            scale=alt.Scale(domain=list(PAIR), range=list(PAIR.values())),
+            scale=alt.Scale(domain=shown, range=[PAIR[name] for name in shown]),
             legend=alt.Legend(title=None, orient="top", direction="horizontal", offset=28),
         ),
     )

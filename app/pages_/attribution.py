@@ -96,7 +96,7 @@ def _live(one: room.Shown) -> None:
                 icon=":material/info:",
             )
     st.caption(
-        "Single layers, spread over sequences and ablation need a saved model: `depthscope attribute` measures them."
+        f"{SIGNED} Single layers, spread over sequences and ablation need a saved model: `depthscope attribute` measures them."
     )
 
 
@@ -105,7 +105,7 @@ def _file(one: room.Shown, found: Attribution) -> None:
     st.caption(
         words.plain(
             f"{words.capital(about.target)} {words.number(about.value)} of {about.checkpoint or 'the model'} on "
-            f"{words.counted(about.sequences, 'sequence')} of {about.tokens} tokens ({about.data or 'a batch'}); {MASS.get(about.mass, about.mass)}. "
+            f"{words.counted(about.sequences, 'sequence')} of {about.tokens} tokens ({about.data or 'a batch'}){'' if verdicts.plain(found) else f'; {MASS.get(about.mass, about.mass)}'}. "
             + " ".join(about.notes)
         )
     )
@@ -125,14 +125,19 @@ def _file(one: room.Shown, found: Attribution) -> None:
 def _edges(one: room.Shown, frame: pd.DataFrame, unit: str, step: int) -> None:
     """Weight and attribution of every edge, of one read, read by read, and against each other."""
     frame = frame.assign(row=frame["number"] - 1)
-    st.subheader("Does the weight go to what matters?", anchor=False)
+    plain = causes.all_one(frame["weight"])
+    if plain:  # a plain sum: weights of one all over tell nothing
+        frame = frame.assign(weight=float("nan"), even=float("nan"))
+    st.subheader("Which edges matter?" if plain else "Does the weight go to what matters?", anchor=False)
     legends = {"weight": "Weight (share of the read)", "value": f"Attribution ({unit})"}
     told = {
         "weight": findings.routing(frame.assign(depth_weight=frame["weight"], step=step), one.name),
         "value": f"{one.name}: {_peak(frame, unit)}",
     }
     columns = [name for name in legends if frame[name].notna().any()]
-    for name, place in zip(columns, st.columns(2, gap="medium", vertical_alignment="bottom"), strict=False):
+    align = "top" if plain else "bottom"
+    places = st.columns(2, gap="medium", vertical_alignment=align)
+    for name, place in zip(columns, places, strict=False):
         with place:
             chart = triangle(
                 frame,
@@ -150,6 +155,11 @@ def _edges(one: room.Shown, frame: pd.DataFrame, unit: str, step: int) -> None:
                 fields=("number", "source"),
                 on_click=lambda told: view.change(cause_read=_number(told)),
             )
+    if plain:
+        with places[1]:
+            _bars(one, frame, unit)
+            st.caption(PLAIN)
+        return
     if "weight" not in columns:
         st.caption(
             "The weights were not recorded at this step, so there is nothing to compare the attribution with."
@@ -158,9 +168,6 @@ def _edges(one: room.Shown, frame: pd.DataFrame, unit: str, step: int) -> None:
         )
         return
     _one_read(one, frame, unit)
-    if frame["weight"].dropna().sub(1).abs().max() < 1e-6:
-        st.caption(PLAIN)
-        return
     _compared(one, frame, unit)
 
 
@@ -175,35 +182,9 @@ def _read(frame: pd.DataFrame) -> int:
 
 
 def _one_read(one: room.Shown, frame: pd.DataFrame, unit: str) -> None:
-    number = _read(frame)
-    reads = {int(n): str(read) for n, read in zip(frame["number"], frame["read"], strict=True)}
-    key = "pick cause_read"
-    if st.session_state.get(key) != number:
-        st.session_state[key] = number
     left, right = st.columns(2, gap="medium", vertical_alignment="bottom")
     with left:
-        st.selectbox(
-            "Read",
-            list(reads),
-            key=key,
-            format_func=lambda n: words.capital(reads[n]),
-            on_change=lambda: view.change(cause_read=st.session_state[key]),
-        )
-        part = frame[frame["number"] == number].assign(short=lambda rows: rows["from"].map(words.short))
-        top = {
-            name: part.loc[part[name].abs().idxmax(), "from"]
-            for name in ("weight", "value")
-            if part[name].notna().any()
-        }
-        told = f"{words.capital(words.the(reads[number]))}"
-        if len(top) == 2:
-            same = top["weight"] == top["value"]
-            told += (
-                f" gives {words.the(top['weight'])} most weight, and that has the largest effect too"
-                if same
-                else f" gives {words.the(top['weight'])} most weight; {words.the(top['value'])} has the largest effect"
-            )
-        draw.show(paired(part, unit, told), key=f"pair {one.name}", data=part)
+        _bars(one, frame, unit)
     with right:
         known = causes.correlations(frame)
         if known["value"].notna().any():
@@ -212,6 +193,39 @@ def _one_read(one: room.Shown, frame: pd.DataFrame, unit: str) -> None:
                 key=f"agreement {one.name}",
                 data=known,
             )
+
+
+def _bars(one: room.Shown, frame: pd.DataFrame, unit: str) -> None:
+    """One read: its sources by weight, as far as that tells them apart, and by effect."""
+    number = _read(frame)
+    reads = {int(n): str(read) for n, read in zip(frame["number"], frame["read"], strict=True)}
+    key = "pick cause_read"
+    if st.session_state.get(key) != number:
+        st.session_state[key] = number
+    st.selectbox(
+        "Read",
+        list(reads),
+        key=key,
+        format_func=lambda n: words.capital(reads[n]),
+        on_change=lambda: view.change(cause_read=st.session_state[key]),
+    )
+    part = frame[frame["number"] == number].assign(short=lambda rows: rows["from"].map(words.short))
+    top = {
+        name: part.loc[part[name].abs().idxmax(), "from"]
+        for name in ("weight", "value")
+        if part[name].notna().any()
+    }
+    told = f"{words.capital(words.the(reads[number]))}"
+    if "value" in top:
+        told += f": {words.the(top['value'])} has the largest effect"
+    if len(top) == 2:
+        same = top["weight"] == top["value"]
+        told = words.capital(words.the(reads[number])) + (
+            f" gives {words.the(top['weight'])} most weight, and that has the largest effect too"
+            if same
+            else f" gives {words.the(top['weight'])} most weight; {words.the(top['value'])} has the largest effect"
+        )
+    draw.show(paired(part, unit, told), key=f"pair {one.name}", data=part)
 
 
 def _compared(one: room.Shown, frame: pd.DataFrame, unit: str) -> None:

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Iterable
@@ -145,8 +146,8 @@ class Shadow:
         self._listed[folder] = time.monotonic(), time.monotonic() - now
         try:
             return self._take(folder, there)
-        except OSError as error:  # the cache's own disk
-            self._trouble = datetime.now(UTC), f"the cache cannot be written: {error.strerror or error}"
+        except (OSError, sqlite3.Error) as error:  # the cache's own disk
+            self._trouble = datetime.now(UTC), f"the cache cannot be written: {printable(error)}"
             return False
 
     def _take(self, folder: str, there: dict[str, Listed]) -> bool:
@@ -223,7 +224,7 @@ class Shadow:
         wanted: list[tuple[str, int]] = []
         for path in paths:
             inner = self._inner(path)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, sqlite3.Error):
                 size = os.lstat(path).st_size
                 if size <= shard.MOST_BYTES and self._cache.missing(self._key(inner), 0, size) == [(0, size)]:
                     wanted.append((inner, size))
@@ -241,11 +242,20 @@ class Shadow:
                 return
             for inner, content in found.items():
                 self.fetched += len(content)
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, sqlite3.Error):
                     self._cache.keep(self._key(inner), 0, content)
 
-    def bytes(self, inner: str, start: int, stop: int) -> bytes:
+    def part(self, inner: str, start: int, stop: int) -> bytes:
         """Bytes of a file, from the cache or fetched into it. Raises OSError."""
+        try:
+            found = self._cached(inner, start, stop)
+        except (Unreachable, FileNotFoundError):
+            raise
+        except (OSError, sqlite3.Error):  # a cache that keeps nothing, its disk being full
+            found = None
+        return self._range(inner, start, stop) if found is None else found
+
+    def _cached(self, inner: str, start: int, stop: int) -> bytes | None:
         key = self._key(inner)
         if (found := self._cache.read(key, start, stop)) is not None:
             return found
@@ -257,9 +267,7 @@ class Shadow:
                 for first, last in self._cache.missing(key, start, stop):
                     self._cache.keep(key, first, self._range(inner, first, last))
                 found = self._cache.read(key, start, stop)
-        if found is None:  # no cache that keeps anything, as of another version by now
-            return self._range(inner, start, stop)
-        return found
+        return found  # None: of another version by now
 
     def _range(self, inner: str, start: int, stop: int) -> bytes:
         if time.monotonic() < self._ask_at and self._trouble is not None:
@@ -330,7 +338,7 @@ class _Fetched(io.RawIOBase):
         stop = self.size if size < 0 else min(self.size, self._at + size)
         if stop <= self._at:
             return b""
-        content = self._shadow.bytes(self._inner, self._at, stop)
+        content = self._shadow.part(self._inner, self._at, stop)
         self._at += len(content)
         return content
 

@@ -6,7 +6,7 @@ one goes on with it.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from probes import manifest as files
@@ -23,7 +23,7 @@ from probes.shard import shard_names
 
 WHERE = "DEPTHSCOPE_SPOOL"
 SIZE = "DEPTHSCOPE_SPOOL_SIZE"
-MOST_BYTES = 16 << 30  # of one recording, where nobody says otherwise
+MOST_BYTES = 16 << 30  # of one recording that may wait, where nobody says otherwise
 
 _ADDRESS = "address.json"
 
@@ -77,10 +77,10 @@ class Spool:
             skipped = [rank_folder(now, other) for other in ranks_in(now) if other]
         yield from _files(self.run, skipped)
 
-    @property
-    def size(self) -> int:
-        """Bytes that lie here."""
-        return sum(_size(path) for path in _files(self.run, ()))
+    def sizes(self, sent: Container[Path]) -> tuple[int, int]:
+        """Bytes that lie here, and those of them that were not sent."""
+        found = [(path in sent, _size(path)) for path in _files(self.run, ())]
+        return sum(size for _, size in found), sum(size for done, size in found if not done)
 
     def shrink(self, sent: set[Path], over: int) -> int:
         """Remove `over` bytes of what was sent, the oldest first; how many there were.

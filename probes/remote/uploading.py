@@ -51,7 +51,7 @@ class Upload:
         self._signs: dict[Path, bytes] = {}
         self._beaten = self._compared = -float("inf")
         self._took = 0.0
-        self._sized: tuple[float, int] = (-float("inf"), 0)
+        self._sized: tuple[float, int, int] = (-float("inf"), 0, 0)
         self._offline = ""  # why the store did not answer
         self._told: set[str] = set()
         self._wait = _FIRST_WAIT
@@ -249,7 +249,7 @@ class Upload:
                 self._signs[path] = signs[path]
         if beats:
             self._beaten = time.monotonic()
-        if (over := self._size() - int(_ROOM * self.spool.most)) > 0:
+        if (over := self._size()[0] - int(_ROOM * self.spool.most)) > 0:
             self.spool.shrink(set(self._sent), over)
 
     def _compare(self) -> None:
@@ -326,20 +326,18 @@ class Upload:
         inner = path.relative_to(self.run).as_posix()
         return "" if inner == "." else inner
 
-    def _size(self) -> int:
-        now, (again_at, size) = time.monotonic(), self._sized
-        if now >= again_at:
-            size = self.spool.size
-            self._sized = now + max(PASS_SECONDS, _PART * (time.monotonic() - now)), size
-        return size
+    def _size(self) -> tuple[int, int]:
+        """Bytes that lie here, and those of them that have not arrived."""
+        again_at, *sizes = self._sized
+        if (now := time.monotonic()) >= again_at:
+            sizes = self.spool.sizes(self._sent)
+            self._sized = now + max(PASS_SECONDS, _PART * (time.monotonic() - now)), *sizes
+        return sizes[0], sizes[1]
 
     def _admit(self) -> None:
         """Called before a shard is sealed. Raises OSError while no more may wait here."""
-        if self._size() > self.spool.most:
-            raise OSError(
-                errno.ENOSPC,
-                f"{self._sized[1] / 1e9:.1f} GB wait there to be uploaded, and it may hold no more",
-            )
+        if (waiting := self._size()[1]) > self.spool.most:
+            raise OSError(errno.ENOSPC, f"{waiting / 1e9:.1f} GB wait there to be uploaded, and no more may")
 
     def _clear(self) -> None:
         """Everything has arrived: the spool goes."""

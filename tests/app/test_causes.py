@@ -13,7 +13,7 @@ from probes import open_run
 from probes.attributed import FOLDER, Curve
 from probes.layout import Layout
 from tests.app import made
-from tests.app.test_pages import opened, plotted, said
+from tests.app.test_pages import SAMPLE_RUNS, opened, plotted, said
 
 PAGE = "pages_/attribution.py"
 
@@ -162,8 +162,10 @@ def test_the_idle_link_is_there_or_said_to_be_missing(attributed):
         found, edges={"ablation": 0 * effects}, edges_std={"ablation": np.full(effects.shape, 9.0)}
     )
     assert verdicts.idle(unsure).links.empty
-    even = replace(found, weight=np.where(found.layout.triangle(), 1.0, np.nan))
+    there = found.layout.triangle()
+    even = replace(found, weight=np.where(there, 1 / there.sum(1, keepdims=True), np.nan))
     assert verdicts.idle(even).sentence().startswith("No link has a weight of")
+    assert verdicts.idle(replace(found, weight=np.where(there, 1.0, np.nan))) is None  # a plain sum
     assert verdicts.idle(replace(found, edges={})) is None
 
 
@@ -250,6 +252,16 @@ def test_the_newest_is_shown_first(attributed, tmp_path):
     told = next(box for box in at.selectbox if box.label == "Attribution").options
     assert [each.split(":")[0] for each in told] == ["Step 200", "Step 200", "Step 100", "Step 100"]
     assert "(0000)" in told[0] and "(ffff)" in told[2]
+
+
+def test_a_plain_sum_shows_no_weights():
+    """They are all one: nothing is said of where they go."""
+    at = opened(SAMPLE_RUNS, PAGE, runs=["prenorm"], cause_read="25")
+    assert not at.exception
+    told = said(at)
+    assert "Which edges matter?" in told and "of the weight goes" not in told and "most weight" not in told
+    assert "The final read: layer 2 (MLP) has the largest effect" in told
+    assert "A plain residual gives every source weight one" in told and "High weight" not in told
 
 
 @pytest.mark.parametrize("scale", [{}, {"type": "symlog", "constant": 0.01}])

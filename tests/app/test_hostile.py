@@ -9,6 +9,7 @@ import socket
 import struct
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from probes import manifest as files
 from probes.digest import FOLDER
 from probes.manifest import RANK_FOLDER
 from probes.shard import shard_name
+from probes.tokens import write_tokens
 from probes.writer import RunWriter
 from tests.app import made
 from tests.app.test_pages import PAGES, opened, said
@@ -27,7 +29,7 @@ LONG = "n" * 250
 WORDS = (
     "\u202egnp.exe", "\u2066\u2069\u200b\ufeff", "\x1b[2J\x07\x00", "a\nb\r\nc\td", "{{7*7}} ${7*7} %s %n", "☃" * 3000,
     "</script><script>alert(1)</script>", "'; DROP TABLE runs; --", "../../../etc/passwd", "[x](javascript:alert(2))",
-    "\u0301" * 500, "datum['x']; alert(3)",
+    "\u0301" * 500, "datum['x']; alert(3)", "'\u2028\u2029\\",
 )  # fmt: skip
 NUMBERS = (np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 1e-45, 0.0, -1.0)
 
@@ -35,6 +37,7 @@ NUMBERS = (np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 1e-45, 0.0, -1.0)
 def words(root: Path) -> None:
     """A run of a long name, and one whose texts are of every kind that a text should not be."""
     made.run(root / LONG, "full", blocks=2, steps=3)
+    made.run(root / os.fsdecode(b"bytes \xff"), "full", blocks=2, steps=3)  # no text at all
     config = {word: word for word in WORDS} | {"deep": json.loads("[" * 40 + "]" * 40), "NaN": float("nan")}
     config |= {
         "residual": "</script>",
@@ -51,7 +54,15 @@ def words(root: Path) -> None:
         rows = [*made.rows("full", told.layout, step), ("{{alert(4)}}", step, np.float32(step))]
         writer.put(lambda rows=rows: rows, step)
     writer.close("stopped", "".join(WORDS))
-    made.follow(root / "\u202etxt.\u2028<b>", (0, 20), tokens=4)
+    weight = np.broadcast_to(made.triangle(told.layout, 0.5)[0], (2, len(WORDS), 5, 5))
+    for step in (0, 20):
+        write_tokens(
+            root / "\u202etxt.\u2028<b>" / RANK_FOLDER,
+            step,
+            told.layout.pack(weight),
+            None,
+            [list(WORDS)] * 2,
+        )
 
 
 def numbers(root: Path) -> None:
@@ -151,7 +162,7 @@ def strict(text: str) -> object:
     return json.loads(text, parse_constant=never)
 
 
-def watched(at) -> None:
+def accepted(at) -> None:
     """No exception, and nothing that a browser would not parse."""
     assert not at.exception, [error.value for error in at.exception]
     assert at.title[0].value.endswith("?")
@@ -163,26 +174,40 @@ def watched(at) -> None:
         assert "<script" not in element.proto.body and "<img" not in element.proto.body
 
 
+PICKED = {
+    "words": [LONG, "\\u202etxt.\\u2028<b>", "bytes \\udcff"],
+    "numbers": ["numbers full", "numbers block", "numbers prenorm"],
+    "things": ["things", "promises", "pipes"],
+}
+
+
 @pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize(
-    "runs",
-    [
-        [LONG, "\u202etxt.\u2028<b>"],
-        ["numbers full", "numbers block", "numbers prenorm"],
-        ["things", "promises", "pipes"],
-    ],
-    ids=["words", "numbers", "things"],
-)
+@pytest.mark.parametrize("runs", PICKED.values(), ids=list(PICKED))
 def test_every_page_opens(root, page, runs, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     at = opened(root, f"pages_/{page}.py", runs=runs, scalar="{{alert(4)}}")
-    watched(at)
+    accepted(at)
     told = said(at)
     for name in ("deep", "nan", "huge", "latin", "device"):
         assert f"{root.name}/{name} {'has format 1000' if name == 'huge' else 'cannot be opened'}" in told
     if "promises" in runs:
         assert "is a link to somewhere else" in told and "is not a regular file" in told
         assert "larger than the 1024 MiB" in told
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("kind", ["words", "numbers"])
+def test_a_browser_takes_it(root, kind, watched, serve):
+    """No error on its console, nothing fetched from elsewhere, no dialog, and charts where there are any."""
+    dialogs = []
+    watched.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    address = serve(root)
+    for page in ("", "dilution", "depth_attention", "tokens"):
+        watched.goto(f"{address}/{page}?{urlencode({'runs': PICKED[kind]}, doseq=True)}")
+        watched.get_by_text("cannot be opened").first.wait_for(timeout=30_000)  # the last thing on each page
+        watched.wait_for_selector(".depthscope-chart :is(canvas, svg)", timeout=30_000)
+        watched.wait_for_timeout(500)
+    assert dialogs == []
 
 
 # Changed at random
@@ -207,7 +232,7 @@ def test_pages_open_over_changed_runs(first, count, tmp_path, monkeypatch):
         hostile.changed_run(sound, root / "run", random.Random(number))
         signal.alarm(60)
         try:
-            watched(opened(root, f"pages_/{PAGES[number % len(PAGES)]}.py"))
+            accepted(opened(root, f"pages_/{PAGES[number % len(PAGES)]}.py"))
         except BaseException:
             print(f"run {number}")
             raise

@@ -8,6 +8,7 @@ import torch
 
 from attnres import generate
 from attnres.cache import Cache
+from attnres.depth_attention import DepthAttention
 from attnres.generation import choose
 from tests.attnres.models import RESIDUALS, lively_decoder, seeded_decoder, tokens
 
@@ -32,6 +33,20 @@ def greedy_by_hand(model, inputs, new_tokens):
 @pytest.mark.parametrize("kind", RESIDUALS)
 def test_greedy_generation_takes_the_likeliest_token_each_time(kind):
     model, prompt = lively_decoder(context=16, **RESIDUALS[kind]), tokens(length=3)
+    assert torch.equal(generate(model, prompt, 13), greedy_by_hand(model, prompt, 13))
+
+
+@pytest.mark.parametrize("kind", ["full", "block of 2"])
+def test_queries_are_worked_out_once_for_each_text(kind, monkeypatch):
+    """Not for each token, and not once for all: the next text is of the parameters as they are then."""
+    model, prompt = lively_decoder(context=16, **RESIDUALS[kind]), tokens(length=3)
+    calls, work_out = [], DepthAttention.effective_query
+    monkeypatch.setattr(DepthAttention, "effective_query", lambda read: calls.append(read) or work_out(read))
+    generate(model, prompt, 13)
+    assert len(calls) == len(model.residual.reads)
+    with torch.no_grad():
+        for read in model.residual.reads:
+            read.query.add_(torch.randn_like(read.query))
     assert torch.equal(generate(model, prompt, 13), greedy_by_hand(model, prompt, 13))
 
 

@@ -21,7 +21,7 @@ each_residual = pytest.mark.parametrize("make", RESIDUALS.values(), ids=RESIDUAL
 
 
 class Pass:
-    """A pass of four layers that double what they are given, and everything that has a gradient in it."""
+    """A pass of four layers, and everything that has a gradient in it."""
 
     def __init__(self, residual, schedule, frozen=(), reads=1, weighs=False):
         residual.schedule = schedule
@@ -131,6 +131,25 @@ def test_a_loss_on_the_weights_alone(make):
         both = entropy + each.loss(3)
         grads[-1] += torch.autograd.grad(both, each.parameters)
     same(*grads)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), 2 * (torch.bfloat16,)]
+)
+def test_sources_of_several_dtypes(dtypes):
+    """As autocast makes them: each gets its gradient in its own, near that of float64."""
+    torch.manual_seed(0)
+    given = [torch.randn(2, 8, 16).to(dtype) for dtype in (*dtypes, dtypes[1])]
+    seen = {}
+    for width in (None, torch.float64):
+        sources = [(each if width is None else each.to(width)).requires_grad_() for each in given]
+        queries = torch.ones(1, 16, dtype=width or torch.float32, requires_grad=True)
+        links = [scored(source, queries, 1e-6, sources[0].dtype)[0] for source in sources]
+        loss = softmax_mix(sources, links)[0].square().sum()
+        seen[width] = torch.autograd.grad(loss, [*sources, queries])
+    assert [each.dtype for each in seen[None]] == [*(each.dtype for each in given), torch.float32]
+    for one, other in zip(seen[None], seen[torch.float64], strict=True):
+        assert (one - other).norm() <= 4 * 2**-8 * other.norm()
 
 
 def test_sources_that_a_hook_exchanges_get_the_gradients_of_their_own_way():

@@ -36,3 +36,11 @@ def test_what_was_watched_for_too_short_is_not_called_flat():
 def test_a_process_is_looked_at():
     one = soak.look("recorder", os.getpid(), 0.0)
     assert one.memory > 10 and one.files > 2 and one.threads >= 1
+    gone = os.fork()
+    if not gone:
+        os._exit(0)
+    while os.waitid(os.P_PID, gone, os.WEXITED | os.WNOWAIT) is None:
+        pass
+    with pytest.raises(OSError):  # dead, and nobody has asked for its exit code yet
+        soak.look("recorder", gone, 0.0)
+    os.waitpid(gone, 0)

@@ -254,6 +254,8 @@ class Foreign(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def read(self, number: int, done: list[Tensor], partial: Tensor | None) -> Tensor:
+        if "no first read" in self.quirks and not number:
+            return done[0]
         read = self.reads[number]
         if self.layout == "committed and partial":
             return read(torch.stack(done), partial)

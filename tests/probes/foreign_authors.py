@@ -427,6 +427,90 @@ class Dynamic(Family):
         return weighed(self.kept(torch.einsum("btd,sbtd->sbt", query, rms(values)).div(2).softmax(0)), values)
 
 
+class TwoSummed(Family):
+    """Two reads with queries of their own, summed."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Parameter(torch.randn(5, WIDTH))
+
+    def mix(self, sources, read):
+        values = torch.stack(sources)
+        keys = unit(values)
+        one, two = (self.kept((keys @ q[read]).softmax(0)) for q in (self.queries, self.second))
+        return weighed(one, values) + weighed(two, values)
+
+
+class QueriesAtOnce(Family):
+    """Three queries in one product, for queries, keys and values of attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.three = nn.Parameter(torch.randn(4, 3, WIDTH))
+        self.into = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(16))
+
+    def layer(self, index, sources):
+        values = torch.stack(sources)
+        weight = torch.einsum("qd,nbtd->qnbt", self.three[index], unit(values)).softmax(1)
+        for each in weight:
+            self.kept(each)
+        mixes = torch.einsum("qnbt,nbtd->qbtd", weight, values)
+        parts = [self.into[4 * index + j](self.norms[index](mix)) for j, mix in enumerate(mixes)]
+        return self.into[4 * index + 3](F.scaled_dot_product_attention(*parts, is_causal=True))
+
+
+class Heads(Family):
+    """Four heads, each weighing channels of its own."""
+
+    def mix(self, sources, read):
+        values = torch.stack(sources)
+        keys = unit(values).unflatten(-1, (4, -1))
+        weight = torch.einsum("hk,nbthk->nbth", 2 * self.queries[read].view(4, -1), keys).softmax(0)
+        for each in weight.unbind(-1):
+            self.kept(each)
+        return torch.einsum("nbth,nbthk->bthk", weight, values.unflatten(-1, (4, -1))).flatten(-2)
+
+
+class HeadsInAKernel(Family):
+    """Three heads in an attention kernel over depth."""
+
+    def mix(self, sources, read):
+        values = torch.stack(sources, 2)
+        B, T, S, D = values.shape
+        keys, split = (x.view(B * T, S, 3, D // 3).transpose(1, 2) for x in (unit(values), values))
+        query = self.queries[read].view(1, 3, 1, D // 3).expand(B * T, 3, 1, D // 3)
+        weight = (query @ keys.mT / (D // 3) ** 0.5).softmax(-1)
+        for each in weight.view(B, T, 3, S).unbind(2):
+            self.kept(each.movedim(-1, 0))
+        return F.scaled_dot_product_attention(query, keys, split).transpose(1, 2).reshape(B, T, D)
+
+
+class Packed(Family):
+    """All tokens on one axis, the query as the weight of a linear map, keys kept beside their sources."""
+
+    def stream(self, x):
+        B, T, D = x.shape
+        sources, keys = [x.reshape(-1, D)], [unit(x).reshape(-1, D)]
+        for i in range(5):
+            weight = F.linear(torch.stack(keys, 1), self.queries[i][None]).squeeze(-1).softmax(1)
+            self.kept(weight.view(B, T, -1).movedim(-1, 0))
+            state = torch.bmm(weight.unsqueeze(1), torch.stack(sources, 1)).view(B, T, D)
+            if i < 4:
+                sources.append(self.sublayers[i](self.norms[i](state)).reshape(-1, D))
+                keys.append(unit(sources[-1]))
+        return state
+
+
+class ChannelsFirst(Family):
+    """Channels before tokens while it reads."""
+
+    def mix(self, sources, read):
+        values = torch.stack([source.transpose(1, 2) for source in sources])
+        keys = values / (values.pow(2).mean(2, keepdim=True) + 1e-6).sqrt()
+        weight = self.kept(torch.einsum("sbdt,d->sbt", keys, self.queries[read]).softmax(0))
+        return torch.einsum("sbt,sbdt->btd", weight, values)
+
+
 AUTHORS = {
     name: each
     for name, each in list(globals().items())

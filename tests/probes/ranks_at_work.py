@@ -194,7 +194,8 @@ def made(case: str) -> nn.Module:
         return Foreign("list", width=8)
     kind = "prenorm" if "sp" in case.split("-")[0].split("_") else "full"
     heads = 4 if "4" in case else 2
-    model = decoder(kind, blocks=2, heads=heads, kv_heads=heads)
+    blocks = 1 if "compiled" in case else 2
+    model = decoder(kind, blocks=blocks, heads=heads, kv_heads=heads)
     if "inf" in case:
         with torch.no_grad():
             model.embedding.weight[3, 0] = torch.inf

@@ -148,7 +148,7 @@ def counted(rank, path):
     model = decoder("prenorm", blocks=1)
     optimizer, ours, theirs = sgd(model), [], []
     with probes.record(model, path, optimizer=optimizer, every=2, matrices_every=4) as recorder:
-        merging = recorder._together.merging
+        merging = recorder._joint._together.merging
         merging._group = Counted(merging._group)
         for number in range(6):
             with Collectives() as seen:

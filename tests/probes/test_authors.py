@@ -9,8 +9,10 @@ import torch
 import probes
 from probes.foreign import foreign_sites
 from probes.symbols import Untraceable
-from tests.probes.foreign_authors import AUTHORS, NO_READS, FallingBack, Gated, WithNull
-from tests.probes.test_foreign import TOLERANCE, recorded, tokens
+from tests.probes.foreign_authors import AUTHORS, NO_READS, FallingBack, Gated, Heads, WithNull
+from tests.probes.models import sgd
+from tests.probes.test_foreign import TOLERANCE, recorded, step, tokens
+from tests.probes.test_mixing import Hyper
 
 
 def own_and_found(author, path):
@@ -45,9 +47,13 @@ def test_every_read_is_the_models_own(author, tmp_path):
     several = [row for row, read in zip(rows, run.reads, strict=True) if read.sources > 1]
     assert len(several) == sum(len(weight) > 1 for weight in own)
     assert np.nanmax(run["read_error"][0]) < 1e-5
-    # What is no row of the model's own is a layer that receives the embedding as it is.
+    # What is no row of the model's own is a layer that receives the embedding as it is, or that it reads with weight 1.
     for row, read in zip(rows, run.reads, strict=True):
         assert any(is_own(row, weight) for weight in own) or (read.sources == 1 and row[0] == 1)
+
+
+def test_hyper_connections_say_why_they_have_no_depth_weights():
+    assert "the stream is mixed by its blocks, which no read weighs alone" in str(probes.describe(Hyper()))
 
 
 @pytest.mark.parametrize("model", NO_READS)
@@ -74,3 +80,32 @@ def test_a_learned_vector_has_a_column_before_the_embedding(tmp_path):
     assert [source.label for source in run.sources] == [
         "learned vector", "embedding", "layer 1 (attention)", "layer 2 (MLP)", "layer 3 (attention)", "layer 4 (MLP)",
     ]  # fmt: skip
+
+
+def test_dropout_on_the_weights_of_heads_leaves_their_rows_blank(tmp_path):
+    class Dropped(Heads):
+        def mix(self, sources, read):
+            values = torch.stack(sources).unflatten(-1, (4, -1))
+            weight = torch.nn.functional.dropout(values.sum(-1).softmax(0), 0.5, self.training)
+            return torch.einsum("nbth,nbthk->bthk", weight, values).flatten(-2)
+
+    run = recorded(Dropped(), tmp_path / "run", tokens(3, 10))
+    assert run["read_error"][0].min() > 1e-2
+    assert "depth_weight" not in run.metrics or np.isnan(run["depth_weight"][0]).all()
+
+
+@pytest.mark.long
+def test_heads_are_seen_in_compiled_training(tmp_path):
+    torch._dynamo.reset()
+    model, batch = Heads(), tokens(3, 10)
+    twin = copy.deepcopy(model)
+    twin.own = []
+    twin(batch, batch)
+    optimizer = sgd(model)
+    with probes.record(model, tmp_path / "run", optimizer=optimizer, every=1, matrices_every=1, strict=True):
+        model.compile(fullgraph=True, backend="aot_eager")
+        step(model, optimizer, batch)
+    torch._dynamo.reset()
+    run = probes.open_run(tmp_path / "run")
+    for row, weight in zip(run["depth_weight"][0], twin.own, strict=True):
+        np.testing.assert_allclose(row[: len(weight)], weight.flatten(1).mean(1), atol=TOLERANCE)

@@ -56,10 +56,12 @@ def test_killed_at_random_moments(count, seal_seconds, longest, tmp_path, capsys
         missing = set(range(run.last_step + 1)) - set(run.steps("loss").tolist())
         assert missing == {step for gap in run.gaps for step in range(gap.first, gap.last + 1)}, run.gaps
     assert losses, "some had begun"
-    assert list(tmp_path.glob("after */run/**/digest/*")), "some were killed beside a digest"
+    digests = [len(list(tmp_path.glob(f"{which}/run/**/digest/0*"))) for which in ("0*", "after *")]
+    assert digests[0], "they make digests as they go"
     with capsys.disabled():
         print(
-            f"\n{count} kills, sealed every {seal_seconds} s: the worst lost {max(losses):.2f} s of training"
+            f"\n{count} kills, sealed every {seal_seconds} s: the worst lost {max(losses):.2f} s of training; "
+            f"{digests[1]} files of digests beside the killed"
         )
 
 

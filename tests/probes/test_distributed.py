@@ -1,27 +1,19 @@
 """Several processes train one model: what is recorded is what one process records of the same batch."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import probes
 from probes import checking
 from probes import manifest as files
-from probes.packing import packed, together, unpack
-from probes.sampled import SAMPLED_METRICS
 from probes.vocabulary import METRICS, OF_ONE
 from tests.probes import plain_reader
 from tests.probes.models import decoder, sgd, train
-
-ROOT = Path(__file__).parents[2]
-DEPTH = {"depth_weight", "depth_weight_std", "contribution_rms", "depth_entropy", "query_norm"}
+from tests.probes.ranks_played import assert_alike, play, told
 
 SHORT = [
     *("ddp", "inner", "fsdp-masked-accumulate", "one_group-accumulate", "tp", "sp"),
@@ -32,67 +24,12 @@ SCENES = [
     *("nothing", "asked", "refused", "stages", "resumed", "joined", "counted", "saved", "half", "unknown"),
     *("local-ddp", "one", "raises", "slow", "homeless", "gone", "dead"),
 ]
-LONG = [
-    "ddp",
-    "ddp-masked-accumulate",
-    "fsdp",
-    "fsdp-masked-accumulate",
-    "hsdp",
-    "tp-4",
-    "sp-4",
-    "fsdp_tp",
-    "fsdp_sp",
-    "1f1b-ddp",
-    "gpipe-fsdp-experts",
-    "ddp-experts",
-]
-COMPILED = ["compiled_ddp", "compiled_fsdp"]
-
-
-def play(folder: Path, world: int, *cases: str) -> Path:
-    command = [sys.executable, "-m", "tests.probes.ranks_at_work", str(folder), str(world), *cases]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Every case, and every scene, by the same two processes: starting them is what takes time."""
     return play(tmp_path_factory.mktemp("two"), 2, *SHORT, *BROKEN, *SCENES)
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    return play(tmp_path_factory.mktemp("four"), 4, *LONG)
-
-
-def told(folder: Path, scene: str, *ranks: int):
-    found = [json.loads((folder / f"{scene}.{rank}.json").read_text()) for rank in ranks or range(2)]
-    return found if len(found) > 1 else found[0]
-
-
-def assert_alike(folder: Path, case: str) -> None:
-    run, alone = probes.open_run(folder / case), probes.open_run(folder / f"{case}-single")
-    assert run.status == "finished" and not run.problems
-    # Of a pipeline the sources are in other stages.
-    staged = "stages" in run.manifest.ranks.parallel
-    untold = {"depth_attribution"} if staged else set()
-    script = {"loss", "stage"}
-    assert set(run.metrics) - script == set(alone.metrics) - untold - script
-    assert set(SAMPLED_METRICS) | {"grad_norm", "clip_factor", "param_norm", "update_ratio"} <= set(
-        run.metrics
-    )
-    assert not run.reads or ("sp" in case) or staged or "experts" in case or set(run.metrics) >= DEPTH
-    for name in (set(run.metrics) & set(alone.metrics)) - {"wall_time", "step_time", "probe_time"}:
-        assert run.steps(name).tolist() == alone.steps(name).tolist()
-        # What is zero but for rounding has no digits to compare.
-        atol = 1e-6 if name in ("identity_error", "depth_attribution") else 1e-7
-        np.testing.assert_allclose(run[name], alone[name], rtol=1e-5, atol=atol, err_msg=name)
-    squares = run["other_grad_norm"] ** 2 + (run["param_grad_norm"] ** 2).sum(1)
-    np.testing.assert_allclose(squares, run["grad_norm"] ** 2, rtol=1e-5)
-    np.testing.assert_allclose(run["clip_factor"], 0.25, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", SHORT)
@@ -111,19 +48,6 @@ def test_values_that_are_not_finite_are_counted_once(case, two):
     run, alone = probes.open_run(two / case), probes.open_run(two / f"{case}-single")
     assert alone["nonfinite"][0].max() > 0
     np.testing.assert_array_equal(run["nonfinite"], alone["nonfinite"])
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("case", LONG)
-def test_every_metric_is_that_of_one_process_of_four(case, four):
-    """On a mesh of two by two, what is held twice is counted once."""
-    assert_alike(four, case)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("case", COMPILED)
-def test_compiled_models_over_processes(case, tmp_path):
-    assert_alike(play(tmp_path, 2, case), case)
 
 
 def test_stages_are_one_model(two):
@@ -268,27 +192,6 @@ def test_gradients_that_nobody_averages_are_not_told(two):
     assert "nothing tells" in json.dumps(run.attempts[0].told["missing"])
 
 
-@pytest.mark.long
-def test_trainers_of_others_under_torchrun(tmp_path):
-    """Hugging Face's Trainer, Accelerate and Lightning: two processes record what one does."""
-    for library in ("transformers", "accelerate", "lightning"):
-        pytest.importorskip(library)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for how, world in ((launch, 2), ([], 1)):
-        script = ["-m", "tests.probes.ranks_trainers", str(tmp_path / f"{world}"), f"{world}"]
-        command = [sys.executable, *how, *script]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
-        assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("trainer", "accelerate", "lightning"):
-        run, alone = (probes.open_run(tmp_path / world / name) for world in "21")
-        assert run.manifest.ranks.parallel["by"] == ["DistributedDataParallel"]
-        assert run.metrics == alone.metrics and run.ranks[1] == ("finished", "") and not run.problems
-        assert run.steps("hidden_rms").tolist() == [0, 1, 2]
-        for metric in set(run.manifest.ranks.merged) & set(run.metrics):
-            atol = 1e-6 if metric in ("identity_error", "depth_attribution") else 1e-7
-            np.testing.assert_allclose(run[metric], alone[metric], rtol=1e-5, atol=atol, err_msg=metric)
-
-
 def test_a_process_that_raises_stops_alone(two):
     run = probes.open_run(two / "raises")
     assert run.status == "finished" and run.steps("lr").tolist() == [0, 1, 2, 3, 4, 5]
@@ -325,47 +228,6 @@ def test_the_others_outlive_a_process_that_is_killed(two, monkeypatch):
     assert any(text.startswith("Rank 1 of 2 is stopped: no sign of life") for text in run.problems)
     assert any("to 7 are missing: another process is gone" in text for text in run.problems)
     assert not checking.check(run.path).defects
-
-
-@pytest.mark.long
-def test_what_was_sealed_outlives_the_process_that_writes(tmp_path, monkeypatch):
-    play(tmp_path, 2, "headless")
-    assert told(tmp_path, "headless", 1)["steps"] == 8
-    monkeypatch.setattr(files, "SILENT_SECONDS", 0)
-    run = probes.open_run(tmp_path / "headless")
-    assert run.status == "stopped" and run.ranks[1] == ("finished", "")
-    assert run.steps("hidden_rms").tolist() == [0, 1, 2] and not checking.check(run.path).defects
-
-
-@pytest.mark.parametrize("tokens", [(4, 4), (0, 4), (4, 0), (0, 0), (3, 1)])
-def test_samples_come_together(tokens):
-    """Those of several processes, one after the other, and nothing of one that has no tokens."""
-    rows, elements, width = 3, 8, 2
-    kept = []
-    for rank, count in enumerate(tokens):
-        state = np.full((rows, elements), np.nan, np.float32)
-        state[:, : count * width] = 10 * rank + np.arange(count * width)
-        about = np.zeros((2, rows, 3), np.float32)
-        about[:] = (count, width, 1e-7) if count else 0
-        kept.append(np.concatenate([state.ravel(), state.ravel() + 100, about.ravel()]))
-    states, outputs, about = together(np.stack(kept), rows, elements)
-    expected = [10 * rank + i for rank, count in enumerate(tokens) for i in range(count * width)]
-    assert states[0].tolist() == expected or (not expected and np.isnan(states).all())
-    np.testing.assert_array_equal(outputs, states + 100)
-    assert about[:, :, 0].tolist() == [[sum(tokens)] * rows] * 2
-
-
-def test_packing_gives_back_what_was_packed():
-    tensors = [
-        torch.tensor([1.5, 2.5]),
-        torch.tensor(2**40 + 1),
-        torch.tensor([[1 / 3]], dtype=torch.float64),
-    ]
-    into = [torch.zeros_like(tensor) for tensor in tensors]
-    unpack(packed(tensors).numpy(), into)
-    assert all(torch.equal(*pair) for pair in zip(tensors, into, strict=True))
-    with pytest.raises(ValueError, match="4 numbers for 2 places"):
-        unpack(packed(tensors).numpy(), into[:1])
 
 
 # Runs of several processes on the disk

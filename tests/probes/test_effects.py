@@ -221,6 +221,34 @@ def test_a_converted_model_has_edges(residual):
     assert found.loss == pytest.approx(((short + long) / 2).item(), rel=1e-4)  # padding does not count
 
 
+@pytest.mark.parametrize("mode", ["full", "block"])
+def test_attn_res_of_the_package_index(mode):
+    attn_res = pytest.importorskip("attn_res")
+    torch.manual_seed(0)
+    config = attn_res.TransformerConfig(
+        d_model=32, n_layers=6, n_heads=2, n_kv_heads=1, vocab_size=19, n_blocks=3,
+        attn_res_mode=attn_res.AttnResMode(mode),
+    )  # fmt: skip
+    model = attn_res.AttnResTransformer(config).double()
+    for layer in model.layers:
+        torch.nn.init.normal_(layer.attn_res.pseudo_query)
+    found = attribute(model, tokens(), methods=list(METHODS), steps=2, samples=1, mass="kept")
+    assert all(np.isfinite(values).all() for values in found.layers.values())
+    assert all(np.isfinite(values).sum() > 10 for values in found.edges.values())
+
+    def nothing(module, args, output):
+        return 0 * output
+
+    def changed(sublayer):
+        handle = sublayer.register_forward_hook(nothing)
+        loss = attribute(model, tokens(), methods=[REMOVAL]).loss
+        handle.remove()
+        return loss - found.loss
+
+    ways = [changed(child) for child in model.layers[1].children() if child is not model.layers[1].attn_res]
+    assert any(way == pytest.approx(found.layers[REMOVAL][1], rel=1e-9) for way in ways)
+
+
 def test_a_baseline_whose_states_are_no_sums_has_layers_only():
     model = lively_decoder(blocks=2, **RESIDUALS["deepnorm"])
     found = attribute(model, tokens(), methods=list(METHODS), steps=2, samples=1)

@@ -121,3 +121,37 @@ def test_the_default_sigterm_handler_comes_back(tmp_path):
     with probes.record(decoder("prenorm", blocks=1), tmp_path / "run"):
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+ENDS = """
+import sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from probes.ending import Ending
+
+def close(status, reason):
+    ending.release()
+    try:
+        print(ThreadPoolExecutor(1).submit(lambda: status).result())
+    except RuntimeError as error:
+        print(error)
+
+pool = ThreadPoolExecutor(1)
+pool.submit(int).result()
+ending = Ending(close, early=sys.argv[1] != "late")
+if sys.argv[1] == "thread":
+    threading.Thread(target=lambda: (time.sleep(0.5), print("trained"))).start()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("early", ["finished"]),
+        ("late", ["cannot schedule new futures after shutdown"]),
+        ("thread", ["trained", "cannot schedule new futures after shutdown"]),  # what trains comes first
+    ],
+)
+def test_what_is_sent_at_the_end_is_sent_while_there_are_thread_pools(how, said):
+    done = subprocess.run([sys.executable, "-c", ENDS, how], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert [line.replace("interpreter ", "") for line in done.stdout.splitlines()] == said

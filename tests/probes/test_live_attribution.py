@@ -13,9 +13,10 @@ import torch
 from captum.attr import InputXGradient
 from torch import nn
 
+import probes
 from probes.finding import find_sites
 from probes.gates import Gates
-from tests.attnres.models import RESIDUALS, lively_decoder, tokens
+from tests.attnres.models import RESIDUALS, lively_decoder, loss_of, tokens
 from tests.probes.foreign import Foreign
 from tests.probes.live import MODELS, loss_on, recorded
 from tests.probes.models import decoder
@@ -120,6 +121,19 @@ def test_of_foreign_reads(layout, size, tmp_path):
             part = weight[column].to(value).unsqueeze(-1) * value
             expected[row, column] = -(gradient * part).sum().item()
     assert_same(run, expected, 1e-4)
+
+
+@pytest.mark.parametrize("layout, size", [("inline", None), ("list", 2)])
+def test_a_first_layer_that_is_given_the_embedding_itself_stays_blank(layout, size, tmp_path):
+    """The gradient of the embedding is that of all reads, so nothing tells what layer 1 alone does with it."""
+    model, inputs = Foreign(layout, size=size, quirks=("no first read",)), tokens()
+    found = probes.attribute(copy.deepcopy(model), inputs, methods=["gradient"])
+    run, _ = recorded(model, tmp_path / "run", lambda model: loss_of(model(inputs)[:, :-1], inputs[:, 1:]))
+    live = run["depth_attribution"][0]
+    assert np.isnan(live[0]).all() and not np.isnan(live[1, :2]).any()
+    assert abs(found.edges["gradient"][0, 0]) < 1e-5
+    expected = found.edges["gradient"][1:]
+    np.testing.assert_allclose(live[1:], expected, rtol=1e-4, atol=1e-4 * np.nanmax(np.abs(expected)))
 
 
 # Answers that are known beforehand

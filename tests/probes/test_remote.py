@@ -71,6 +71,10 @@ def shadow() -> shadows.Shadow:
     return found
 
 
+def shadow_of(run: probes.Run) -> shadows.Shadow:
+    return elsewhere.of(run.path)
+
+
 def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -314,10 +318,13 @@ def test_a_lost_connection_leaves_what_was_fetched(tmp_path, bucket, at_once, mo
         assert not run.refresh() and same(probes.open_run("s3://bucket/cut/full"), run)
         (trouble,) = remote.troubles()
         assert trouble.startswith("s3://bucket/cut has not answered since ") and "secret" not in trouble
+        for reading in (probes.open_run, lambda address: next(probes.list_runs(address))):
+            with pytest.raises(RunError, match="s3://bucket/never-seen has not answered since"):
+                reading("s3://bucket/never-seen")
         assert [path.name for path in find_runs(remote.local("s3://bucket/cut"))] == ["block", "full"]
     finally:
         bucket.port.open()
-    wait_for(lambda: run.refresh() or not remote.troubles())
+    wait_for(lambda: run.refresh() or not shadow_of(run).trouble)
     assert same(run, probes.open_run(tmp_path / "full"))
 
 
