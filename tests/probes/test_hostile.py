@@ -170,7 +170,9 @@ def test_metrics_of_a_later_depthscope_are_passed_over(run):
     folder = run / "attempt-00001" / files.RANK_FOLDER
     write_shard(folder / shard_name(20, 20), rows, {"format": "2", "attempt": "1", "shard": "1", "rank": "0"})
     opened = probes.open_run(run)
-    assert not opened.problems and "spectrum" not in opened and "lonely" not in opened and "alone" not in opened
+    assert (
+        not opened.problems and "spectrum" not in opened and "lonely" not in opened and "alone" not in opened
+    )
     assert opened.last_step == 20 and opened["mine"].tolist() == [1] and opened["mine"].dtype == np.float32
 
 
