@@ -168,7 +168,10 @@ def unused(model):
 
 
 def compiled_ddp(model):
-    return torch.compile(nn.parallel.DistributedDataParallel(model)), dist.get_world_size()
+    # What inductor makes of the graphs is not the question, and takes minutes.
+    return torch.compile(
+        nn.parallel.DistributedDataParallel(model), backend="aot_eager"
+    ), dist.get_world_size()
 
 
 def compiled_fsdp(model):
