@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 import probes
 from app.checkpoints import checkpoints
 from app.cli import main
-from app.sequences import check_vocabulary
+from app.sequences import check_vocabulary, sequences
 from app.training import DecoderConfig, RecordedTraining, Schedule, TrainingConfig, in_turn
 from attnres import Corpus
 from probes import attributed, checking
@@ -175,7 +175,7 @@ def test_a_killed_command_goes_on(run):
 def test_bad_input_is_one_sentence_before_any_work(run, trained):
     other = checkpoints(trained / "prenorm")[0]
     (run.parent / "short.txt").write_bytes(b"short")
-    np.save(run.parent / "wide.npy", np.full((4, 5), 300))
+    np.save(run.parent / "wide.npy", np.full((4, 32), 300))
     np.save(run.parent / "real.npy", np.ones((4, 32)))
     (run.parent / "junk.pt").write_bytes(b"junk")
     (run.parent / "empty.npy").write_bytes(b"")
@@ -222,6 +222,14 @@ def failing():
     model = own()[0]
     model.register_forward_pre_hook(lambda module, args: {}["mask"])
     return model
+
+
+def test_shorter_sequences_are_taken_whole_where_no_length_is_asked_for(tmp_path):
+    np.save(tmp_path / "short.npy", np.arange(20).reshape(4, 5))
+    assert sequences(tmp_path / "short.npy", 2, 16, or_fewer=True).tolist() == [[*range(5)], [*range(15, 20)]]
+    assert sequences(tmp_path / "short.npy", 2, 3, or_fewer=True).shape == (2, 3)
+    with pytest.raises(probes.RunError, match="2 of 16 are asked for"):
+        sequences(tmp_path / "short.npy", 2, 16)
 
 
 def test_positions_are_not_taken_for_a_vocabulary():
