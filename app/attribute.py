@@ -60,7 +60,10 @@ def _bytes(context: click.Context, option: click.Parameter, value: str | None) -
 )
 @click.option("--position", default=-1, show_default=True, help="Where the logit is taken, in each sequence.")
 @click.option(
-    "--mass", default="kept", show_default=True, help="kept or shared: the weight of a removed source."
+    "--mass",
+    default="kept",
+    show_default=True,
+    help="kept or shared: the weight of a removed source. Behind a norm both give the same.",
 )
 @click.option(
     "--sequences", default=16, show_default=True, type=click.IntRange(1), help="Sequences of tokens."
