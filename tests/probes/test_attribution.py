@@ -266,11 +266,26 @@ def test_what_cannot_be_is_one_sentence():
         ({"loss": lambda logits: 0.5}, "it gave float"),
         ({"loss": lambda logits: logits["x"]}, "A forward of Decoder and its target failed on one sequence"),
         ({"loss": lambda logits: logits[:, 0, 0] / 0}, "is no finite number on sequence 1"),
-        ({"what_if": tokens()[:, :1]}, "is no finite number on sequence 1 of the what-if"),
+        (
+            {"what_if": tokens()[:, :3], "loss": lambda x: x.mean((1, 2)) / (x.shape[1] - 3)},
+            "is no finite number on sequence 1 of the what-if",
+        ),
+        ({"what_if": tokens()[:, :1]}, "Of a sequence of one token there is no next one to predict"),
+        ({"loss": "loss"}, "loss must be a function of what the model returns, not 'loss'"),
+        ({"memory": "much"}, "memory is 'much', which is no size: write it as 8GB"),
+        ({"memory": "1 kB"}, "Too little memory"),
     ):
         with pytest.raises(probes.RunError, match=said):
             attribute(model, tokens(), **given)
+    with pytest.raises(probes.RunError, match="Of a sequence of one token"):
+        attribute(model, tokens()[:, :1])
+    with (
+        torch.inference_mode(),
+        pytest.raises(probes.RunError, match=r"inference_mode.* nothing has a gradient"),
+    ):
+        attribute(model, tokens())
     with torch.no_grad():
+        assert attribute(model, tokens(), memory="64GB").loss > 0
         model.final_norm.weight.fill_(torch.nan)
     with pytest.raises(probes.RunError, match="The loss of the model as it is is no finite number"):
         attribute(model, tokens())
