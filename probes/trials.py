@@ -195,19 +195,6 @@ class Trials:
     def is_parameter(self, node: Node) -> bool:
         return bool(self._parameters >> node.index & 1)
 
-    def has_parameter(self, node: Node, beyond: Node) -> bool:
-        """Whether a parameter has a say in `node` that does not go through `beyond`."""
-        waiting, done = [node], {beyond}
-        while waiting:
-            each = waiting.pop()
-            if each in done:
-                continue
-            done.add(each)
-            if self.is_parameter(each):
-                return True
-            waiting += each.slots
-        return False
-
     def _varies(self, node: Node) -> bool:
         """Whether it was made from parameters or from what the model was given."""
         return bool((self.tape.behind[node.index] | 1 << node.index) & self._sources)
