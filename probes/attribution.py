@@ -27,6 +27,7 @@ from probes.attributed import (
     About,
     Attribution,
 )
+from probes.batch import Batch
 from probes.budget import Estimate
 from probes.effects import Effects, jobs
 from probes.finding import find_sites
@@ -38,7 +39,7 @@ from probes.objective import next_token_losses
 from probes.sizes import bytes_in
 from probes.target import arguments, said
 from probes.unchanged import unchanged
-from probes.work import Batch, Parts, Work
+from probes.work import Parts, Work
 
 __all__ = [
     "ABLATION", "GRADIENT", "INTEGRATED", "METHODS", "REMOVAL", "SHAPLEY", "Attribution", "attribute",
