@@ -107,9 +107,8 @@ class _Finding:
         """Whether it reads the embedding alone, or its sum with the first layers, as where it is part of a depth block."""
         if mix.sources == [self._embedding]:
             return True
-        return mix.node in self._mixes.found and self._embedding in self._mixes.terms(
-            mix.sources[0], self._embedding
-        )
+        terms = self._mixes.terms(mix.sources[0], self._embedding)
+        return mix.node in self._mixes.found and self._embedding in terms and len(terms) > 1
 
     def _find_embedding(self, mixes: list[Mix]) -> Node:
         """The oldest source, or what that began with."""

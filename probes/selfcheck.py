@@ -27,6 +27,7 @@ class SelfCheck:
         self._mixing_checked = False
         self._finite: int | None = None  # the latest step at which all was
         self._said: set[str] = set()
+        self._wrong_reads: set[str] = set()  # labels
         for note in sites.found.notes if sites.found is not None else ():
             self._say(f"depthscope: {self._name}, whose depth reads were found by running it once: {note}.")
 
@@ -111,9 +112,9 @@ class SelfCheck:
             return
         first = self._layout.unpack(weights)[:, 0]
         rows = list(zip(self._layout.reads, errors, first, strict=True))
-        wrong = [
-            f"{read.label} ({error:.1e})" for read, error, weight in rows if error >= 0 and np.isnan(weight)
-        ]
+        bad = {read.label: error for read, error, weight in rows if error >= 0 and np.isnan(weight)}
+        wrong = [f"{label} ({error:.1e})" for label, error in bad.items() if label not in self._wrong_reads]
+        self._wrong_reads |= bad.keys()
         if wrong:
             self._say(
                 "depthscope computes depth weights that do not give back the state, so those reads are blank: "
