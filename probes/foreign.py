@@ -9,6 +9,7 @@ from torch import nn
 from probes.columns import columns_of
 from probes.few_tokens import two_tapes
 from probes.found import FoundRead, FoundReads, Replay, Spot
+from probes.given import Given
 from probes.layout import Layer, Read
 from probes.mixes import Mixes, head_counts, widths
 from probes.naming import blocks_of, common_name
@@ -66,7 +67,10 @@ class _Finding:
             raise Untraceable("its depth reads mix nothing that layers make")
         self._stops = {source for mix in self._reads for source in mix.sources}
         self._stops |= {self._embedding, *self._outputs}
-        self._states = [self._state_of(output) for output in self._outputs]
+        every = [*self._reads, *self._mixes.found.values()]
+        states = {node for mix in every for node in (mix.node, mixes.carried(mix.node))}
+        given = Given(tape, mixes, self._embedding, self._outputs, states, self._stops)
+        self._states = [given.to(output) for output in self._outputs]
 
     def sites(self) -> Sites:
         layers = self._layers()
@@ -165,50 +169,6 @@ class _Finding:
         ]
         return sorted((t for t in found if self._tape.made_from(t, self._embedding)), key=lambda t: t.index)
 
-    def _state_of(self, output: Node) -> Node:
-        """What a layer receives: the newest mix, sum or embedding that its output was made from."""
-        every = [*self._reads, *self._mixes.found.values()]
-        candidates = {self._mixes.carried(mix.node) for mix in every} | self._stops
-        newest = max(
-            (each for each in candidates if self._tape.made_from(output, each)), key=lambda each: each.index
-        )
-        if newest in self._outputs and self._goes_past(newest, output):
-            return self._sum_with(newest, output) or newest
-        return newest
-
-    def _goes_past(self, state: Node, output: Node) -> bool:
-        """Whether a layer is given another source too, which is then a part of its state."""
-        waiting, done = [output], {state}
-        while waiting:
-            each = waiting.pop()
-            if each in done:
-                continue
-            if each in self._stops and each is not output:
-                return True
-            done.add(each)
-            waiting += each.slots
-        return False
-
-    def _sum_with(self, newest: Node, output: Node) -> Node | None:
-        """The plain sum of `newest` and older sources that a layer receives, where no read mixes them."""
-        known = {self._embedding, *self._outputs}
-        sums = (
-            each
-            for each in self._tape.ancestors(output)
-            if each is not newest and self._mixes.is_stream(each) and self._tape.made_from(each, newest)
-        )
-        return next(
-            (
-                each
-                for each in sorted(sums, key=lambda each: each.index)
-                if newest in (terms := set(self._mixes.terms(each, self._embedding)))
-                and len(terms) > 1
-                and terms <= known
-                and not self._goes_past(each, output)
-            ),
-            None,
-        )
-
     def _embedding_spots(self) -> tuple[Spot, ...]:
         """Where the embedding is seen; where nowhere, the parts that it sums, in order."""
         spot = self._seen_at(self._embedding)
@@ -223,7 +183,9 @@ class _Finding:
             or not torch.allclose(sum(p.value for p in parts), node.value, rtol=1e-2)
         ):
             return ()
-        if not any(p.tensor.shape == node.tensor.shape and len(self._tape.users[p]) == 1 for p in parts):
+        if not any(
+            p.tensor.shape == node.tensor.shape and len(self._tape.users.get(p, ())) == 1 for p in parts
+        ):
             return ()
         return tuple(sorted(spots, key=lambda spot: spot.moment))
 

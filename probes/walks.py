@@ -83,10 +83,15 @@ class Walks(Trials):
         """The state that `node` is handed on in: itself, or what it was added to, or gated with, before anything else was
         made of it."""
         while True:
-            users = [user for user in self.tape.users.get(node, ()) if self._only_adds(user, node)]
+            users = [user for user in self._goes_on(node) if self._only_adds(user, node)]
             if len(set(users)) != 1:
                 return node
             node = users[0]
+
+    def _goes_on(self, node: Node) -> list[Node]:
+        """Who uses `node`, without copies that go no further, as where the model returns its states."""
+        users = self.tape.users.get(node, ())
+        return [user for user in users if self.tape.users.get(user) or self.bare(user) is not node]
 
     def _only_adds(self, user: Node, node: Node) -> bool:
         operands = self.linear(user, user.value.ndim - 1) if self.is_stream(user) else None
