@@ -9,6 +9,7 @@ from torch import nn
 from probes.columns import columns_of
 from probes.few_tokens import two_tapes
 from probes.found import FoundRead, FoundReads, Replay, Spot
+from probes.given import Given
 from probes.layout import Layer, Read
 from probes.mixes import Mixes, head_counts, widths
 from probes.naming import blocks_of, common_name
@@ -58,7 +59,7 @@ class _Finding:
         self._reads = [
             mix
             for mix in sorted(every.values(), key=lambda mix: mix.node.index)
-            if len(mix.edges) > 1 or mix.sources == [self._embedding]
+            if len(mix.edges) > 1 or self._begins(mix)
         ]
         self._final = self._find_final()
         self._outputs = self._find_outputs()
@@ -66,7 +67,10 @@ class _Finding:
             raise Untraceable("its depth reads mix nothing that layers make")
         self._stops = {source for mix in self._reads for source in mix.sources}
         self._stops |= {self._embedding, *self._outputs}
-        self._states = [self._state_of(output) for output in self._outputs]
+        every = [*self._reads, *self._mixes.found.values()]
+        states = {node for mix in every for node in (mix.node, mixes.carried(mix.node))}
+        given = Given(tape, mixes, self._embedding, self._outputs, states, self._stops)
+        self._states = [given.to(output) for output in self._outputs]
 
     def sites(self) -> Sites:
         layers = self._layers()
@@ -98,6 +102,14 @@ class _Finding:
         return Sites(self._tape.root, layers, final, [], change="mixed by depth reads", found=found)
 
     # What is what
+
+    def _begins(self, mix: Mix) -> bool:
+        """Whether it reads the embedding alone, or its sum with the first layers, as where it is part of a depth block."""
+        if mix.sources == [self._embedding]:
+            return True
+        return mix.node in self._mixes.found and self._embedding in self._mixes.terms(
+            mix.sources[0], self._embedding
+        )
 
     def _find_embedding(self, mixes: list[Mix]) -> Node:
         """The oldest source, or what that began with."""
@@ -157,13 +169,6 @@ class _Finding:
         ]
         return sorted((t for t in found if self._tape.made_from(t, self._embedding)), key=lambda t: t.index)
 
-    def _state_of(self, output: Node) -> Node:
-        """What a layer receives: the newest mix, sum or embedding that its output was made from."""
-        candidates = {self._mixes.carried(mix.node) for mix in self._reads} | self._stops
-        return max(
-            (each for each in candidates if self._tape.made_from(output, each)), key=lambda each: each.index
-        )
-
     def _embedding_spots(self) -> tuple[Spot, ...]:
         """Where the embedding is seen; where nowhere, the parts that it sums, in order."""
         spot = self._seen_at(self._embedding)
@@ -178,7 +183,9 @@ class _Finding:
             or not torch.allclose(sum(p.value for p in parts), node.value, rtol=1e-2)
         ):
             return ()
-        if not any(p.tensor.shape == node.tensor.shape and len(self._tape.users[p]) == 1 for p in parts):
+        if not any(
+            p.tensor.shape == node.tensor.shape and len(self._tape.users.get(p, ())) == 1 for p in parts
+        ):
             return ()
         return tuple(sorted(spots, key=lambda spot: spot.moment))
 
@@ -232,14 +239,20 @@ class _Finding:
     # Places
 
     def _seen_at(self, node: Node, before: bool | None = None) -> Spot | None:
-        """Where hooks meet a tensor, or the same behind a view or cast; best where its module runs once."""
+        """Where hooks meet a tensor, or the same behind a view or cast; best with items and tokens in the order that
+        reads have them, and where its module runs once."""
         spots = [
-            spot
+            (self._is_turned(each), self._runs[spot.module], spot.moment, spot)
             for each in (node, *self._same(node))
             for spot in self._tape.spots.get(each, ())
             if spot.name and before in (None, spot.before)
         ]
-        return min(spots, key=lambda spot: (self._runs[spot.module], spot.moment), default=None)
+        return min(spots, key=lambda each: each[:3], default=(None,))[-1]
+
+    def _is_turned(self, node: Node) -> bool:
+        """Whether it has items first where what reads make has tokens first, or the other way about."""
+        here, there = node.tensor.shape, self._reads[-1].node.tensor.shape
+        return here != there and sorted(here) == sorted(there)
 
     def _as_place(self, spot: Spot) -> Place:
         return place_of(spot, self._runs[spot.module])

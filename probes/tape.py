@@ -77,14 +77,25 @@ class Tape:
     tokens: int
 
     def __post_init__(self):
-        self.users: dict[Node, list[Node]] = {}
+        self.users: dict[Node, list[Node]] = {}  # without what the model makes for nobody, as copies it keeps
         self.behind: list[int] = []  # by node, the nodes it was made from, as bits
         for node in self.nodes:
             bits = 0
             for each in dict.fromkeys(node.slots):
-                self.users.setdefault(each, []).append(node)
                 bits |= self.behind[each.index] | 1 << each.index
             self.behind.append(bits)
+        led = self._leading_to_results()
+        for node in self.nodes:
+            for each in dict.fromkeys(node.slots if led >> node.index & 1 else ()):
+                self.users.setdefault(each, []).append(node)
+
+    def _leading_to_results(self) -> int:
+        """What the results of the model were made from, and these, as bits; all, where it returns no tensor."""
+        bits = 0
+        for node, spots in self.spots.items():
+            if any(spot.module is self.root and not spot.before for spot in spots):
+                bits |= self.behind[node.index] | 1 << node.index
+        return bits or -1
 
     def made_from(self, node: Node, other: Node) -> bool:
         return bool(self.behind[node.index] >> other.index & 1)

@@ -83,10 +83,15 @@ class Walks(Trials):
         """The state that `node` is handed on in: itself, or what it was added to, or gated with, before anything else was
         made of it."""
         while True:
-            users = [user for user in self.tape.users.get(node, ()) if self._only_adds(user, node)]
+            users = [user for user in self._goes_on(node) if self._only_adds(user, node)]
             if len(set(users)) != 1:
                 return node
             node = users[0]
+
+    def _goes_on(self, node: Node) -> list[Node]:
+        """Who uses `node`, without copies that go no further, as where the model returns its states."""
+        users = self.tape.users.get(node, ())
+        return [user for user in users if self.tape.users.get(user) or self.bare(user) is not node]
 
     def _only_adds(self, user: Node, node: Node) -> bool:
         operands = self.linear(user, user.value.ndim - 1) if self.is_stream(user) else None
@@ -215,6 +220,21 @@ class Walks(Trials):
         sizes = node.value.double().square().mean(self.axis_of(node)).sqrt()
         sizes = sizes[sizes > 0]  # zeros have no size that could be made one
         return bool(len(sizes) > 1 and sizes.std() < 0.05 * sizes.mean())
+
+    def has_parameter(self, node: Node, beyond: Node) -> bool:
+        """Whether a parameter has a say in `node` that does not go through `beyond`, or what is the same as it: a kernel
+        of one source gives that back whatever its query."""
+        end = self.bare(beyond)
+        waiting, done = [node], {beyond}
+        while waiting:
+            each = waiting.pop()
+            if each in done or (self.is_stream(each) and self.bare(each) is end):
+                continue
+            done.add(each)
+            if self.is_parameter(each):
+                return True
+            waiting += each.slots
+        return False
 
     def _may_pass(self, node: Node, norms: frozenset[str]) -> bool:
         """Whether many sources at once are worked on, or one where that is known to be done."""
