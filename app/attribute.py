@@ -82,7 +82,7 @@ def attribute(folder: Path, **options) -> None:
     """
     try:
         from app.asking import asked, files
-        from app.attributing import attribute_one
+        from app.attributing import attribute_all
         from probes import RunError
     except ModuleNotFoundError as error:
         raise click.ClickException(
@@ -90,8 +90,7 @@ def attribute(folder: Path, **options) -> None:
         ) from error
     try:
         wanted = asked(folder, options)
-        for path in files(wanted, options["checkpoint"]):
-            attribute_one(wanted, path)
+        attribute_all(wanted, files(wanted, options["checkpoint"]))
     except RunError as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:

@@ -1,11 +1,13 @@
 """One checkpoint of a run attributed: the model, its tokens, the work and the file. Needs torch."""
 
+import contextlib
 import hashlib
 import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import click
 import torch
@@ -29,8 +31,19 @@ from probes.unchanged import unchanged
 Batch = tuple[Tensor, ...] | dict
 
 
-def attribute_one(asked: Asked, path) -> None:
-    """Raises RunError before long work begins."""
+class _Announced(Exception):
+    """The seconds that it would take, where nobody wants more."""
+
+
+def attribute_all(asked: Asked, paths: list[Path]) -> None:
+    """Each checkpoint. Raises RunError before the long work on one begins."""
+    seconds = [attribute_one(asked, path) for path in paths]
+    if asked.dry_run and len(paths) > 1:
+        click.echo(f"All {len(paths)} checkpoints: about {words.age(sum(seconds))}.", err=True)
+
+
+def attribute_one(asked: Asked, path: Path) -> float:
+    """The seconds that it took, or with `dry_run` would take. Raises RunError before long work begins."""
     run = asked.run
     checkpoint = checkpoints.read_checkpoint(path)
     step = asked.step if asked.step is not None else checkpoint.step
@@ -42,19 +55,21 @@ def attribute_one(asked: Asked, path) -> None:
         raise RunError(f"The model is not the one that {run.name} was recorded of: {other}.")
     checkpoints.take(model, checkpoint)
     name, batch, what_if = _batches(asked, model, own_batch)
-    digest = _digest(asked, checkpoint, batch, what_if)
+    digest = _digest(asked, model, checkpoint, batch, what_if)
     result = attribution_path(run.path, step, digest)
     if result.exists():
-        click.echo(f"Attributed already: {result}.", err=True)
+        click.echo(f"Attributed already: {result} (delete it to ask anew).", err=True)
         _tell(read_attribution(run.path, result.name, run.layout), run.name)
-        return
+        return 0.0
     announced: list[tuple[float, float]] = []
 
     def announce(estimate: Estimate) -> None:
         _announce(asked, step, estimate)
         announced.append((time.monotonic(), estimate.seconds))
+        if asked.dry_run:
+            raise _Announced
 
-    with Parts(result.with_name(f".{result.name}.parts")) as parts:
+    with contextlib.suppress(_Announced), Parts(result.with_name(f".{result.name}.parts")) as parts:
         found = attribution.attribute(
             model,
             batch,
@@ -76,9 +91,12 @@ def attribute_one(asked: Asked, path) -> None:
         write_attribution(result, found)
         parts.finish()
     ((begun, wanted),) = announced
+    if asked.dry_run:
+        return wanted
     took = f"{words.age(time.monotonic() - begun)} ({words.age(wanted)} were announced)"
     click.echo(f"Written after {took}{_peak()}: {result}", err=True)
     _tell(found, run.name)
+    return time.monotonic() - begun
 
 
 def _model(asked: Asked) -> tuple[nn.Module, Batch | None, Callable | None]:
@@ -133,9 +151,11 @@ def _loss(asked: Asked, own: Callable | None) -> Callable | None:
     return logit(first, asked.position, *rest)
 
 
-def _digest(asked: Asked, checkpoint: Checkpoint, *batches: Batch | None) -> str:
+def _digest(asked: Asked, model: nn.Module, checkpoint: Checkpoint, *batches: Batch | None) -> str:
     """Of everything that the numbers depend on: the same question finds its file again."""
     told = hashlib.sha256(checkpoint.digest.encode())
+    for source in _sources(asked.model, model):
+        told.update(source)
     for batch in batches:
         values = () if batch is None else batch.values() if isinstance(batch, dict) else batch
         for x in values:
@@ -157,6 +177,20 @@ def _digest(asked: Asked, checkpoint: Checkpoint, *batches: Batch | None) -> str
     return told.hexdigest()[:12]
 
 
+def _sources(name: str | None, model: nn.Module) -> list[bytes]:
+    """The files that a model of one's own is written in, but torch's: those of its modules and of the function `name`."""
+    if name is None:
+        return []
+    written = {
+        name.partition(":")[0].removesuffix(".py"),
+        *(type(each).__module__ for each in model.modules()),
+    }
+    files = {
+        getattr(sys.modules.get(each), "__file__", None) for each in written if each.split(".")[0] != "torch"
+    }
+    return [Path(file).read_bytes() for file in sorted(filter(None, files))]
+
+
 def _bytes(x: Tensor) -> bytes:
     """Of any kind of numbers; numpy knows no bfloat16."""
     return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
@@ -170,8 +204,6 @@ def _announce(asked: Asked, step: int, estimate: Estimate) -> None:
         f"{words.age(estimate.seconds)} and {estimate.bytes / 1e9:.2g} GB.{done}",
         err=True,
     )
-    if asked.dry_run:
-        raise click.exceptions.Exit(0)
 
 
 def _peak() -> str:

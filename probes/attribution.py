@@ -36,10 +36,11 @@ from probes.identity import tolerance
 from probes.manifest import RunError
 from probes.masks import Masks
 from probes.objective import next_token_losses
+from probes.results import Parts
 from probes.sizes import bytes_in
 from probes.target import arguments, said
 from probes.unchanged import unchanged
-from probes.work import Parts, Work
+from probes.work import Work
 
 __all__ = [
     "ABLATION", "GRADIENT", "INTEGRATED", "METHODS", "REMOVAL", "SHAPLEY", "Attribution", "attribute",

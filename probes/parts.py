@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from probes.claim import Taken, claimed
+from probes.manifest import RunError
 from probes.shard import ShardError, read_shard, write_shard
 
 SECONDS = 5.0  # between two writings
@@ -14,21 +16,30 @@ DONE = "|done"  # ends the name of what says that a part is complete: before tha
 
 
 class Parts(MutableMapping[str, np.ndarray]):
-    """Arrays by name. What the file held is there again; what cannot be trusted is left out. Written every few seconds
+    """Arrays by name, of one process at a time. What the file held is there again; what cannot be trusted is left out. Written every few seconds
     and when it is closed, removed by `finish`."""
 
     def __init__(self, path: Path):
         self._path, self._held = path, {}
-        with contextlib.suppress(ShardError, FileNotFoundError):
-            self._held = dict(read_shard(path).tensors)
+        self._claim = contextlib.ExitStack()
+        self._read()
         self._written = time.monotonic()
 
     def __enter__(self) -> "Parts":
+        """Raises RunError where another process is at the same."""
+        try:
+            self._claim.enter_context(claimed(self._path.with_suffix(".claim")))
+        except Taken:
+            raise RunError(
+                "Another process is at the same question: wait for it, and what it finds is there for all."
+            ) from None
+        self._read()
         return self
 
     def __exit__(self, *error) -> None:
-        if len(self._held) > 1:  # more than the plan
-            self._write()
+        with self._claim:
+            if len(self._held) > 1:  # more than the plan
+                self._write()
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._held[name]
@@ -51,6 +62,10 @@ class Parts(MutableMapping[str, np.ndarray]):
         """Everything is in the result now."""
         self._held = {}
         self._path.unlink(missing_ok=True)
+
+    def _read(self) -> None:
+        with contextlib.suppress(ShardError, FileNotFoundError):
+            self._held = dict(read_shard(self._path).tensors)
 
     def _write(self) -> None:
         self._path.parent.mkdir(exist_ok=True)

@@ -262,6 +262,8 @@ def test_a_plain_sum_shows_no_weights():
     assert "Which edges matter?" in told and "of the weight goes" not in told and "most weight" not in told
     assert "The final read: layer 2 (MLP) has the largest effect" in told
     assert "A plain residual gives every source weight one" in told and "High weight" not in told
+    (found,) = open_run(SAMPLE_RUNS / "prenorm").attributions()
+    assert "eight" not in " ".join(verdicts.sentences(found, "prenorm"))
 
 
 @pytest.mark.parametrize("scale", [{}, {"type": "symlog", "constant": 0.01}])

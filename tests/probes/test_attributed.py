@@ -1,5 +1,6 @@
 """Attribution in a run: by the command, in its own file, resumed, checked; other people's models; what cannot be."""
 
+import importlib
 import json
 import os
 import re
@@ -126,6 +127,24 @@ def test_a_dry_run_leaves_nothing(run):
 def test_every_checkpoint_of_a_folder(run):
     assert asked(run, "--methods", "gradient", "--checkpoint", run / "checkpoints")[0] == 0
     assert [found.step for found in probes.open_run(run).attributions()] == [1, 2]
+
+
+def test_a_dry_run_tells_of_every_checkpoint(run):
+    code, told = asked(run, "--dry-run", "--checkpoint", run / "checkpoints")
+    assert code == 0 and "Step 1 of" in told and "Step 2 of" in told and "All 2 checkpoints: about" in told
+    assert not (run / attributed.FOLDER).exists()
+
+
+def test_a_changed_model_is_another_question(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "from tests.probes.test_attributed import own\n\n\ndef build():\n    return own()[0]\n"
+    for source, found in ((code, 1), (code, 1), (code + "\n\nCHANGED = True\n", 2)):
+        (tmp_path / "changing.py").write_text(source)
+        sys.modules.pop("changing", None)
+        importlib.invalidate_caches()
+        done, told = asked(run, "--model", "changing:build", "--methods", "gradient")
+        assert done == 0 and len(probes.open_run(run).attributions()) == found
+    assert "Attributed already" not in told
 
 
 def test_a_logit_and_a_difference(run):

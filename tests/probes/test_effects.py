@@ -137,6 +137,18 @@ def test_what_a_damaged_part_held_is_computed_again(tmp_path):
     assert len(Parts(tmp_path / "x")) == 0
 
 
+def test_two_commands_do_not_share_what_is_done(tmp_path):
+    path = tmp_path / "parts" / "x"
+    with Parts(path) as parts:
+        parts["a"], parts["b"] = np.ones(3), np.ones(2)
+        with pytest.raises(probes.RunError, match="Another process is at the same question"), Parts(path):
+            pass
+    with Parts(path) as parts:
+        assert set(parts) == {"a", "b"}
+        parts.finish()
+    assert not list(path.parent.iterdir())
+
+
 def test_memory_bounds_what_goes_through_at_once(monkeypatch):
     from probes import budget
 
