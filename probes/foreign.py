@@ -85,7 +85,7 @@ class _Finding:
             self._final,
             lambda node: self._mixes.terms(node, self._embedding),
             self._members,
-            self._mixes.carried,
+            self._handed_on,
         )
         found = FoundReads(
             tuple(reads),
@@ -159,10 +159,16 @@ class _Finding:
 
     def _state_of(self, output: Node) -> Node:
         """What a layer receives: the newest mix, sum or embedding that its output was made from."""
-        candidates = {self._mixes.carried(mix.node) for mix in self._reads} | self._stops
+        before = [mix.node for mix in self._reads if self._tape.made_from(output, mix.node)]
+        candidates = {self._mixes.carried(node, output) for node in before} | self._stops
         return max(
             (each for each in candidates if self._tape.made_from(output, each)), key=lambda each: each.index
         )
+
+    def _handed_on(self, node: Node) -> Node:
+        """The state that a mix is handed on in: to the first layer that is made of it, or as the final state."""
+        towards = next((output for output in self._outputs if self._tape.made_from(output, node)), self._final)
+        return node if towards is None else self._mixes.carried(node, towards)
 
     def _embedding_spots(self) -> tuple[Spot, ...]:
         """Where the embedding is seen; where nowhere, the parts that it sums, in order."""
@@ -293,7 +299,7 @@ class _Finding:
                 which = f", read {number} of {len(several)}" if len(several) > 1 else ""
                 yield site.layer.label + which, site.layer.kind, site.layer.index, mix
         for number, mix in enumerate(rest, 1):
-            is_final = self._mixes.carried(mix.node) is self._final or number == len(rest)
+            is_final = self._handed_on(mix.node) is self._final or number == len(rest)
             yield ("final read" if is_final else f"read {number} after the layers"), "final", None, mix
 
     def _receives_embedding(self) -> bool:

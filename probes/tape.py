@@ -6,9 +6,10 @@ the values it saw, so that questions about it can be answered by trying.
 
 import operator
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -88,6 +89,23 @@ class Tape:
 
     def made_from(self, node: Node, other: Node) -> bool:
         return bool(self.behind[node.index] >> other.index & 1)
+
+    def of(self, results: list[Node]) -> "Tape":
+        """What the results were made of, without what was made beside: a copy that is kept, a number that is logged.
+        Everything, where no result was made from what the model was given."""
+        bits = 0
+        for each in results:
+            bits |= self.behind[each.index] | 1 << each.index
+        given = sum(1 << each.index for each in self.given)
+        if not bits & given:
+            return self
+        kept = [node for node in self.nodes if (bits | given) >> node.index & 1]
+        moments = [replace(m, nodes=bisect_left(kept, m.nodes, key=lambda node: node.index)) for m in self.moments]
+        for index, node in enumerate(kept):
+            node.index = index
+        alive = set(kept)
+        spots = {node: spots for node, spots in self.spots.items() if node in alive}
+        return Tape(self.root, kept, spots, moments, self.given, self.items, self.tokens)
 
     def ancestors(self, node: Node) -> Iterator[Node]:
         bits = self.behind[node.index]
@@ -191,11 +209,13 @@ def record_tape(root: nn.Module, args: tuple, kwargs: dict, items: int, tokens: 
         try:
             with _told_of_casts(running.casts), running, torch.compiler.set_stance("force_eager"):
                 given = [running.node_of(tensor) for _, tensor in leaves((args, kwargs))]
-                root(*args, **kwargs)
+                result = root(*args, **kwargs)
+                results = [running.node_of(tensor) for _, tensor in leaves(result)]
         finally:
             nn.Module.__call__ = real
             del base.apply
-    return Tape(root, running.nodes, running.spots, running.moments, given, items, tokens)
+    tape = Tape(root, running.nodes, running.spots, running.moments, given, items, tokens)
+    return tape.of(results)
 
 
 @contextmanager
