@@ -122,7 +122,7 @@ def _only_stack(root: nn.Module, staged: bool) -> Stack | Sites:
             sites = foreign_sites(root)
             # What reads several streams is no depth read; it may look like one for some of the layers.
             alike = not found.change or len(sites.layers) <= len(found.layers)
-            if sites.found.is_clear and alike:
+            if alike:
                 return _called(sites)
     return found
 

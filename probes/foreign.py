@@ -167,7 +167,9 @@ class _Finding:
 
     def _handed_on(self, node: Node) -> Node:
         """The state that a mix is handed on in: to the first layer that is made of it, or as the final state."""
-        towards = next((output for output in self._outputs if self._tape.made_from(output, node)), self._final)
+        towards = next(
+            (output for output in self._outputs if self._tape.made_from(output, node)), self._final
+        )
         return node if towards is None else self._mixes.carried(node, towards)
 
     def _embedding_spots(self) -> tuple[Spot, ...]:

@@ -77,8 +77,3 @@ class FoundReads:
     columns: tuple[Source, ...]
     embedding: tuple
     notes: tuple[str, ...] = ()
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether these can be nothing but depth reads: several of many sources, which gates and scales never have."""
-        return sum(row.sources > 2 for row in self.rows) > 1

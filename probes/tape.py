@@ -100,7 +100,9 @@ class Tape:
         if not bits & given:
             return self
         kept = [node for node in self.nodes if (bits | given) >> node.index & 1]
-        moments = [replace(m, nodes=bisect_left(kept, m.nodes, key=lambda node: node.index)) for m in self.moments]
+        moments = [
+            replace(m, nodes=bisect_left(kept, m.nodes, key=lambda node: node.index)) for m in self.moments
+        ]
         for index, node in enumerate(kept):
             node.index = index
         alive = set(kept)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import probes
-from probes import recorder as recorder_module
+from probes import samples
 from probes.mixing import MIXING_METRICS, definition, recover
 from probes.sampled import SAMPLED_METRICS
 from tests.attnres.families import FAMILIES, logits_of
@@ -527,15 +527,15 @@ def test_a_failure_is_a_fault_like_the_others(tmp_path, monkeypatch, caplog):
 
 def test_training_never_waits_for_it(tmp_path, monkeypatch):
     """Samples that the thread has not come to are few; later ones are left out, and the run says so."""
-    monkeypatch.setattr(recorder_module, "_WAITING", 0)
+    monkeypatch.setattr(samples, "_WAITING", 0)
     go = threading.Event()
-    solve = recorder_module.of_sample
+    solve = samples.of_sample
 
     def late(*values):
         assert go.wait(20)
         return solve(*values)
 
-    monkeypatch.setattr(recorder_module, "of_sample", late)
+    monkeypatch.setattr(samples, "of_sample", late)
     model = decoder("full", width=64, blocks=1)
     optimizer = sgd(model)
     with probes.record(model, tmp_path / "run", optimizer=optimizer, every=1, matrices_every=1):
