@@ -23,6 +23,7 @@ class Asked:
     mass: str
     sequences: int
     context: int
+    context_given: bool
     step: int | None
     steps: int
     samples: int
@@ -61,7 +62,8 @@ def asked(folder: Path, options: dict) -> Asked:
         raise RunError(f"--context {context} is more than the model of {run.name} takes: at most {known[0]}.")
     choice = {name: options[name] for name in ("stack", "layers", "norms")}
     given = {name: options[name] for name in Asked.__dataclass_fields__ if name in options}
-    return Asked(**given | {"run": run, "methods": methods, "context": context, "choice": choice})
+    given |= {"context": context, "context_given": options["context"] is not None}
+    return Asked(**given | {"run": run, "methods": methods, "choice": choice})
 
 
 def files(asked: Asked, given: Path | None) -> list[Path]:

@@ -95,7 +95,8 @@ def _batches(asked: Asked, model: nn.Module, own: Batch | None) -> tuple[str, Ba
         name, ids = sequences.own_text(asked.run)
         found = sequences.windows(ids, count, asked.context, f"The {name}")
     else:
-        name, found = asked.data.name, sequences.sequences(asked.data, count, asked.context)
+        name, may_be_fewer = asked.data.name, not asked.context_given
+        found = sequences.sequences(asked.data, count, asked.context, or_fewer=may_be_fewer)
     tokens = torch.from_numpy(found)
     sequences.check_vocabulary(model, tokens, name)
     tokens = tokens.to(next(model.parameters()).device)

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 _ARRAYS = (".npy", ".safetensors")
 
 
-def sequences(path: Path, count: int, context: int) -> np.ndarray:
+def sequences(path: Path, count: int, context: int, or_fewer: bool = False) -> np.ndarray:
     """int64 [count, context]: token ids from a .npy or .safetensors file of integers, [N] or [N, T], or the bytes of any
-    other file, evenly spread over it. RunError where it has too few."""
+    other file, evenly spread over it. RunError where it has too few; of a file of sequences that are shorter they are
+    taken whole where `or_fewer` tokens will do."""
     ids = _ids(path)
     if ids.ndim == 2:
+        if or_fewer and ids.shape[1] > 1:
+            context = min(context, ids.shape[1])
         if len(ids) < count or ids.shape[1] < context:
             raise RunError(
                 f"{path.name} holds {words.counted(len(ids), 'sequence')} of {ids.shape[1]} tokens, and {count} of {context} are asked for: "
@@ -82,6 +85,9 @@ def _ids(path: Path) -> np.ndarray:
         raise RunError(f"There is no file {path} to take tokens from.")
     try:
         if path.suffix == ".npy":
+            with path.open("rb") as file:
+                if not file.read(6) == b"\x93NUMPY":  # numpy would advise to unpickle it
+                    raise ValueError("it is no array that numpy saved")
             found = np.load(path, allow_pickle=False)
         elif path.suffix == ".safetensors":
             from safetensors.numpy import load_file

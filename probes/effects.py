@@ -100,6 +100,8 @@ def sequences_of(args: tuple, kwargs: Mapping) -> int:
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
     if not tensors:
         raise RunError("The batch holds no tensor: give the model's input.")
+    if not len(tensors[0]):
+        raise RunError("The batch holds no sequence: give at least one.")
     return len(tensors[0])
 
 

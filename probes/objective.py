@@ -69,9 +69,11 @@ def logit(token: int, position: int = -1, minus: int | None = None) -> Callable[
 
 
 def logits_of(output: object) -> Tensor | None:
-    """The logits a model returned: alone, as `logits`, or as the first of several."""
+    """The logits a model returned: alone, as `logits` of an object or a mapping, or as the first of several."""
     if isinstance(output, tuple | list) and output:
         output = output[0]
+    if isinstance(output, Mapping):
+        output = output.get("logits")
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     return found if isinstance(found, Tensor) else None
 

@@ -10,6 +10,7 @@ import numpy as np
 from probes.shard import ShardError, read_shard, write_shard
 
 SECONDS = 5.0  # between two writings
+DONE = "|done"  # ends the name of what says that a part is complete: before that it is not worth writing
 
 
 class Parts(MutableMapping[str, np.ndarray]):
@@ -34,7 +35,7 @@ class Parts(MutableMapping[str, np.ndarray]):
 
     def __setitem__(self, name: str, value: np.ndarray) -> None:
         self._held[name] = value
-        if time.monotonic() - self._written > SECONDS:
+        if name.endswith(DONE) and time.monotonic() - self._written > SECONDS:
             self._write()
 
     def __delitem__(self, name: str) -> None:

@@ -14,6 +14,7 @@ from probes.gates import Gates
 from probes.manifest import RunError
 from probes.objective import Objective, token_means
 from probes.pace import Pace, Pass
+from probes.parts import DONE
 from probes.routed import Routed
 from probes.target import said
 
@@ -128,7 +129,7 @@ class Work:
             if found.square is not None:
                 self._keep(f"{job.key}|{kind}.square", self._whole, first, last, found.square)
         # Last, for after any of these the work may end.
-        self._keep(f"{job.key}|done", self._whole, first, last, np.ones(last - first))
+        self._keep(f"{job.key}{DONE}", self._whole, first, last, np.ones(last - first))
 
     def _others(self, tick: Callable[[float], object]) -> list[tuple[int, int, Effects]]:
         """The sequences of the what-ifs, with their targets."""
@@ -136,7 +137,8 @@ class Work:
         for first, last in self._pieces(self._other) if self._other else ():
             effects = self._other.part(first, last)
             self._tell(effects, tick, _ROUTED, 0)
-            self._looked(lambda effects=effects: effects.base, first, last, " of the what-if")
+            base = self._looked(lambda effects=effects: effects.base, first, last, " of the what-if")
+            self._check_finite(token_means(base).double().cpu().numpy(), first, " of the what-if")
             found.append((first, last, effects))
         return found
 
@@ -206,7 +208,7 @@ class Work:
         return [(first, min(first + self._at_once, count)) for first in range(0, count, self._at_once)]
 
     def _has(self, key: str, first: int, last: int) -> bool:
-        done = self._parts.get(f"{key}|done")
+        done = self._parts.get(f"{key}{DONE}")
         return done is not None and bool(np.all(done[first:last] == 1))
 
     def _keep(self, key: str, batch: Batch, first: int, last: int, values: np.ndarray) -> None:
@@ -217,12 +219,12 @@ class Work:
         whole[first:last] = values
         self._parts[key] = whole
 
-    def _check_finite(self, values: np.ndarray, first: int) -> None:
+    def _check_finite(self, values: np.ndarray, first: int, more: str = "") -> None:
         if not np.isfinite(values).all():
             number = first + int(np.flatnonzero(~np.isfinite(values))[0]) + 1
             raise RunError(
-                f"The {self._about.target} of the model as it is is no finite number on sequence {number}, so nothing can be "
-                "attributed: take a checkpoint from before the model diverged, or leave out sequences of padding alone."
+                f"The {self._about.target} of the model as it is is no finite number on sequence {number}{more}, so nothing "
+                "can be attributed: take a checkpoint from before the model diverged, or leave out sequences of padding alone."
             )
 
     # What was found
@@ -290,5 +292,5 @@ class Work:
                 if not self._has(key, first, last):
                     self._tell(effects, tick, plan.kin, 0)
                     self._keep(key, self._other, first, last, plan.run(effects))
-                    self._keep(f"{key}|done", self._other, first, last, np.ones(last - first))
+                    self._keep(f"{key}{DONE}", self._other, first, last, np.ones(last - first))
         return pruning.curves(plans, {plan.key: self._parts[f"other {plan.key}"].mean(0) for plan in plans})

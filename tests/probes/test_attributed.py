@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 import probes
 from app.checkpoints import checkpoints
 from app.cli import main
-from app.sequences import check_vocabulary
+from app.sequences import check_vocabulary, sequences
 from app.training import DecoderConfig, RecordedTraining, Schedule, TrainingConfig, in_turn
 from attnres import Corpus
 from probes import attributed, checking
@@ -197,7 +197,7 @@ def test_bad_input_is_one_sentence_before_any_work(run, trained):
         (["--data", run.parent / "wide.npy"], "holds the token 300, and the model knows 256 tokens"),
         (["--data", run.parent / "real.npy"], "token ids are integers"),
         (["--data", run.parent / "none.txt"], "There is no file"),
-        (["--data", run.parent / "empty.npy"], "empty.npy cannot be read: No data left in file."),
+        (["--data", run.parent / "empty.npy"], "empty.npy cannot be read: it is no array that numpy saved."),
         (["--data", run.parent / "junk.safetensors"], "junk.safetensors cannot be read: "),
         (["--data", run.parent / "two.safetensors"], "it holds 2 tensors, not one of token ids"),
         (["--checkpoint", run / "checkpoints", "--step", 3], "--step is of one checkpoint"),
@@ -222,6 +222,14 @@ def failing():
     model = own()[0]
     model.register_forward_pre_hook(lambda module, args: {}["mask"])
     return model
+
+
+def test_shorter_sequences_are_taken_whole_where_no_length_is_asked_for(tmp_path):
+    np.save(tmp_path / "short.npy", np.arange(20).reshape(4, 5))
+    assert sequences(tmp_path / "short.npy", 2, 16, or_fewer=True).tolist() == [[*range(5)], [*range(15, 20)]]
+    assert sequences(tmp_path / "short.npy", 2, 3, or_fewer=True).shape == (2, 3)
+    with pytest.raises(probes.RunError, match="2 of 16 are asked for"):
+        sequences(tmp_path / "short.npy", 2, 16)
 
 
 def test_positions_are_not_taken_for_a_vocabulary():

@@ -233,6 +233,7 @@ def test_what_cannot_be_is_one_sentence():
         ({"loss": lambda logits: 0.5}, "it gave float"),
         ({"loss": lambda logits: logits["x"]}, "A forward of Decoder and its target failed on one sequence"),
         ({"loss": lambda logits: logits[:, 0, 0] / 0}, "is no finite number on sequence 1"),
+        ({"what_if": tokens()[:, :1]}, "is no finite number on sequence 1 of the what-if"),
     ):
         with pytest.raises(probes.RunError, match=said):
             attribute(model, tokens(), **given)
@@ -242,6 +243,8 @@ def test_what_cannot_be_is_one_sentence():
         attribute(model, tokens())
     with pytest.raises(probes.RunError, match="pass loss="):
         attribute(nn.Sequential(model, nn.Flatten(0, 1)), tokens())
+    with pytest.raises(probes.RunError, match="holds no sequence"):
+        attribute(model, tokens()[:0])
     with pytest.raises(probes.RunError, match="No transformer layers"):
         attribute(nn.Linear(2, 2), torch.ones(1, 2))
 

@@ -118,6 +118,16 @@ def test_what_is_done_stays_of_use_where_fewer_or_more_fit(before, after, monkey
             np.testing.assert_allclose(values, whole.curves[kind].values[ranking], rtol=1e-9)
 
 
+def test_what_is_done_is_in_the_file_from_then_on(tmp_path, monkeypatch):
+    """Written a moment earlier, what says that it is done would wait for the next part, and be lost with a kill."""
+    now = [0.0]
+    monkeypatch.setattr("probes.parts.time.monotonic", lambda: now[0])
+    parts = Parts(tmp_path / "x")
+    now[0] = 9.0
+    parts["a|value"], parts["a|done"] = np.ones(3), np.ones(3)
+    assert set(Parts(tmp_path / "x")) == {"a|value", "a|done"}
+
+
 def test_what_a_damaged_part_held_is_computed_again(tmp_path):
     with Parts(tmp_path / "x") as parts:
         parts["a"], parts["b"] = np.ones(3), np.ones(2)

@@ -9,8 +9,15 @@ from torch.nn import functional as F
 import probes
 from probes.attributed import GRADIENT, REMOVAL
 from probes.attribution import attribute
-from probes.objective import next_token_losses
+from probes.objective import logits_of, next_token_losses
 from tests.attnres.models import RESIDUALS, lively_decoder, tokens
+
+
+def test_logits_may_come_in_a_dict():
+    logits = torch.randn(1, 3, 5)
+    for output in ({"loss": None, "logits": logits}, (logits, None), logits):
+        assert logits_of(output) is logits
+    assert logits_of({"scores": logits}) is None
 
 
 def test_neither_from_padding_nor_of_it_is_anything_predicted():
