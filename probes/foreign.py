@@ -130,7 +130,7 @@ class _Finding:
         if received:
             node = self._mixes.bare(max(received, key=lambda each: each[0])[1])
             if node.index >= last:
-                return node
+                return self._before_projection(node)
         known = {source for mix in self._reads for source in mix.sources}
         for node in reversed(self._tape.nodes):
             if self._mixes.is_stream(node) and self._mixes.plain(node):
@@ -139,6 +139,16 @@ class _Finding:
                 if bare in self._mixes.found or (len(terms) > 1 and known & {bare, *terms}):
                     return bare
         return None
+
+    def _before_projection(self, node: Node) -> Node:
+        """The mix of which a projection alone has made `node`; the node itself where a layer lies between."""
+        reads, each = {mix.node for mix in self._reads}, node
+        while (each := self._mixes.bare(each)) not in reads:
+            slots = [slot for slot, s in enumerate(each.slots) if self._tape.made_from(s, self._embedding)]
+            if len(slots) != 1 or not self._mixes.projects(each, slots[0]):
+                return node
+            each = each.slots[slots[0]]
+        return each
 
     def _find_outputs(self) -> list[Node]:
         """What layers add, in order."""

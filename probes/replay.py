@@ -52,7 +52,9 @@ def witness_of(tape: Tape, node: Node) -> tuple[Node, Spot] | None:
     made = [
         (spot.moment, each, spot)
         for each, spots in tape.spots.items()
-        if tape.made_from(each, node) and each.tensor.shape == node.tensor.shape
+        if tape.made_from(each, node)
+        and each.tensor.numel() == node.tensor.numel()
+        and each.tensor.shape[-1] == node.tensor.shape[-1]
         for spot in spots
     ]
     if not made:
@@ -186,7 +188,9 @@ class _Cutting:
         if node.cast is not None:
             made = graph.call_function(_within(node.cast, node.func), args, kwargs)
         elif name is not None:
-            made = graph.call_method(name, args, kwargs)
+            # What is put in the place of a source may lie in memory in another order.
+            shaped = name == "view" and "dtype" not in kwargs and not isinstance(node.args[1], torch.dtype)
+            made = graph.call_method("reshape" if shaped else name, args, {} if shaped else kwargs)
         else:
             made = graph.call_function(node.func, args, kwargs)
         return made if node.pick is None else graph.call_function(_item, (made, node.pick))
