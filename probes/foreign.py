@@ -64,9 +64,13 @@ class _Finding:
         self._outputs = self._find_outputs()
         if not self._outputs:
             raise Untraceable("its depth reads mix nothing that layers make")
+        shapes = [output.tensor.shape[:2] for output in self._outputs]
+        self._tokens_first = 2 * shapes.count((tape.tokens, tape.items)) > len(shapes)
         self._stops = {source for mix in self._reads for source in mix.sources}
         self._stops |= {self._embedding, *self._outputs}
         self._states = [self._state_of(output) for output in self._outputs]
+        seen = set(self._embedding_spots())
+        self._turned = any(seen & set(tape.spots[node]) and self._is_astray(node) for node in tape.spots)
 
     def sites(self) -> Sites:
         layers = self._layers()
@@ -93,6 +97,8 @@ class _Finding:
             columns,
             tuple(map(self._as_place, self._embedding_spots())),
             tuple([*odd, *notes]),
+            self._tokens_first,
+            self._turned,
         )
         final = self._place(self._final) if self._final is not None else None
         return Sites(self._tape.root, layers, final, [], change="mixed by depth reads", found=found)
@@ -250,14 +256,18 @@ class _Finding:
     # Places
 
     def _seen_at(self, node: Node, before: bool | None = None) -> Spot | None:
-        """Where hooks meet a tensor, or the same behind a view or cast; best where its module runs once."""
+        """Where hooks meet a tensor, or the same behind a view or cast; best with its tokens in the order of what layers
+        make, and where its module runs once."""
         spots = [
-            spot
+            (self._is_astray(each), self._runs[spot.module], spot.moment, spot)
             for each in (node, *self._same(node))
             for spot in self._tape.spots.get(each, ())
             if spot.name and before in (None, spot.before)
         ]
-        return min(spots, key=lambda spot: (self._runs[spot.module], spot.moment), default=None)
+        return min(spots, key=lambda each: each[:3], default=[None])[-1]
+
+    def _is_astray(self, node: Node) -> bool:
+        return self._tokens_first and node.tensor.shape[:2] == (self._tape.items, self._tape.tokens)
 
     def _as_place(self, spot: Spot) -> Place:
         return place_of(spot, self._runs[spot.module])
@@ -331,7 +341,8 @@ class _Finding:
                 raise Unreplayable("no hook sees the embedding")
             # The embedding where it is made, so that what the layer receives is compared with it.
             made = [each for each in self._embedding_spots() if each.moment <= spot.moment]
-            replay = Replay(_of_one, tuple(made) or (spot,), (), False)
+            turned = self._turned and bool(made)
+            replay = Replay(_of_one_turned if turned else _of_one, tuple(made) or (spot,), (), False)
             moment = self._tape.moments[spot.moment]
             return FoundRead("the embedding as it is", replay, moment, spot, (), is_source=True)
         route, query = self._route(mix), self._query(mix)
@@ -390,6 +401,10 @@ class _Finding:
         """Layers whose outputs a source sums; 0 is the embedding."""
         number = {output: index for index, output in enumerate(self._outputs, 1)} | {self._embedding: 0}
         return tuple(sorted(number[t] for t in self._mixes.terms(source, self._embedding) if t in number))
+
+
+def _of_one_turned(*parts: torch.Tensor) -> tuple:
+    return _of_one(sum(parts).transpose(0, 1))
 
 
 def _of_one(*parts: torch.Tensor) -> tuple:

@@ -111,6 +111,7 @@ class _Cutting:
                 mix = call(_of_heads, (weights, sources))
             weights = call(_of_head, (weights, head, 1))
             sources = [call(_of_head, (each, head, width // several)) for each in sources]
+        sources = [self._in_order(edge, x) for edge, x in zip(self._mix.edges, sources, strict=True)]
         self._real[self._mix.node] = mix
         made = self._emit(self._witness)
         self._graph.output((weights, sources, mix, made))
@@ -123,6 +124,13 @@ class _Cutting:
         entering, shape = edge.user.slots[edge.slot], self._mix.node.tensor.shape
         before = edge.source.tensor.shape != shape and entering.tensor.shape == shape
         return entering if before else edge.source
+
+    def _in_order(self, edge: Edge, source: fx.Node) -> fx.Node:
+        """A source with its tokens in the order of the mix."""
+        items, tokens = self._tape.items, self._tape.tokens
+        first = self._mix.node.tensor.shape[:2] == (tokens, items)
+        turned = first and self._alike(edge).tensor.shape[:2] == (items, tokens)
+        return self._graph.call_method("transpose", (source, 0, 1)) if turned else source
 
     def _collect(self) -> None:
         """What the program starts from: tensors that hooks see first, then those that are held."""

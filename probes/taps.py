@@ -308,9 +308,10 @@ class Taps(Hanging):
         self.tap(x, "output", row + 1)
         self._sums.output(x, row)
 
-    def tap(self, x: Tensor, place: str, row: int, streams: bool = False) -> None:
+    def tap(self, x: Tensor, place: str, row: int, streams: bool = False, turned: bool = False) -> None:
         if isinstance(x, Tensor):  # the recorder says which rows were never seen
-            self.values(x.detach()[..., 0, :] if streams else x.detach(), place, row)
+            values = x.detach()[..., 0, :] if streams else x.detach()
+            self.values(values.transpose(0, 1) if turned else values, place, row)
             self.gradient(x, place, row, streams)
 
     def values(self, x: Tensor, place: str, row: int, known: Tensor | None = None) -> None:
@@ -355,17 +356,18 @@ class Taps(Hanging):
             if not self.recomputing or self.gradients.owes(place, row):
                 self.gradients.tap(x, sums, mask, self.passes, (place, row), metrics, streams)
 
-    def tap_embedding(self, x: Tensor, streams: bool = False) -> None:
+    def tap_embedding(self, x: Tensor, streams: bool = False, turned: bool = False) -> None:
+        """The embedding; of `streams` [B, T, n, D] alike the first, `turned` where the others have tokens first."""
         # Where a stack is run through several times, only the first time starts at the embedding.
         if torch.compiler.is_compiling():
             # Nothing may be noted down inside a compiled checkpoint: `_ran_again` sees to it later.
             self._calls[0].add_(1)
-            self.tap(x, "output", 0, streams)
+            self.tap(x, "output", 0, streams, turned)
         elif not self._embedded and not self.recomputing:
             self._embedded = True
-            self.tap(x, "output", 0, streams)
+            self.tap(x, "output", 0, streams, turned)
         elif self.recomputing and self.gradients.owes("output", 0):
-            self.tap(x, "output", 0, streams)
+            self.tap(x, "output", 0, streams, turned)
 
     def _read(self, row: int, sources: list[Tensor], mix: Tensor, weight: Tensor) -> None:
         if not self.matrices:
