@@ -58,7 +58,7 @@ class _Finding:
         self._reads = [
             mix
             for mix in sorted(every.values(), key=lambda mix: mix.node.index)
-            if len(mix.edges) > 1 or mix.sources == [self._embedding]
+            if len(mix.edges) > 1 or self._begins(mix)
         ]
         self._final = self._find_final()
         self._outputs = self._find_outputs()
@@ -70,7 +70,7 @@ class _Finding:
         self._stops |= {self._embedding, *self._outputs}
         self._states = [self._state_of(output) for output in self._outputs]
         seen = set(self._embedding_spots())
-        self._turned = any(seen & set(tape.spots[node]) and self._is_astray(node) for node in tape.spots)
+        self._turned = any(seen & set(tape.spots[node]) and self._is_turned(node) for node in tape.spots)
 
     def sites(self) -> Sites:
         layers = self._layers()
@@ -104,6 +104,14 @@ class _Finding:
         return Sites(self._tape.root, layers, final, [], change="mixed by depth reads", found=found)
 
     # What is what
+
+    def _begins(self, mix: Mix) -> bool:
+        """Whether it reads the embedding alone, or its sum with the first layers, as where it is part of a depth block."""
+        if mix.sources == [self._embedding]:
+            return True
+        return mix.node in self._mixes.found and self._embedding in self._mixes.terms(
+            mix.sources[0], self._embedding
+        )
 
     def _find_embedding(self, mixes: list[Mix]) -> Node:
         """The oldest source, or what that began with."""
@@ -175,10 +183,52 @@ class _Finding:
 
     def _state_of(self, output: Node) -> Node:
         """What a layer receives: the newest mix, sum or embedding that its output was made from."""
-        before = [mix.node for mix in self._reads if self._tape.made_from(output, mix.node)]
+        others = (mix for mix in self._mixes.found.values() if all(map(self._is_known, mix.sources)))
+        every = [mix.node for mix in (*self._reads, *others)]
+        before = [node for node in every if self._tape.made_from(output, node)]
         candidates = {self._mixes.carried(node, output) for node in before} | self._stops
-        return max(
+        newest = max(
             (each for each in candidates if self._tape.made_from(output, each)), key=lambda each: each.index
+        )
+        if newest in self._outputs and self._goes_past(newest, output):
+            return self._sum_with(newest, output) or newest
+        return newest
+
+    def _is_known(self, source: Node) -> bool:
+        """Whether it sums what layers make, and is not made of that for one mix alone, as a projection is."""
+        return bool(self._stops & {source, *self._mixes.terms(source, self._embedding)})
+
+    def _goes_past(self, state: Node, output: Node) -> bool:
+        """Whether a layer is given another source too, which is then a part of its state."""
+        waiting, done = [output], {state}
+        while waiting:
+            each = waiting.pop()
+            if each in done:
+                continue
+            if each in self._stops and each is not output:
+                return True
+            done.add(each)
+            waiting += each.slots
+        return False
+
+    def _sum_with(self, newest: Node, output: Node) -> Node | None:
+        """The plain sum of `newest` and older sources that a layer receives, where no read mixes them."""
+        known = {self._embedding, *self._outputs}
+        sums = (
+            each
+            for each in self._tape.ancestors(output)
+            if each is not newest and self._mixes.is_stream(each) and self._tape.made_from(each, newest)
+        )
+        return next(
+            (
+                each
+                for each in sorted(sums, key=lambda each: each.index)
+                if newest in (terms := set(self._mixes.terms(each, self._embedding)))
+                and len(terms) > 1
+                and terms <= known
+                and not self._goes_past(each, output)
+            ),
+            None,
         )
 
     def _handed_on(self, node: Node) -> Node:
@@ -256,17 +306,18 @@ class _Finding:
     # Places
 
     def _seen_at(self, node: Node, before: bool | None = None) -> Spot | None:
-        """Where hooks meet a tensor, or the same behind a view or cast; best with its tokens in the order of what layers
-        make, and where its module runs once."""
+        """Where hooks meet a tensor, or the same behind a view or cast; best with items and tokens in the order of
+        what layers make, and where its module runs once."""
         spots = [
-            (self._is_astray(each), self._runs[spot.module], spot.moment, spot)
+            (self._is_turned(each), self._runs[spot.module], spot.moment, spot)
             for each in (node, *self._same(node))
             for spot in self._tape.spots.get(each, ())
             if spot.name and before in (None, spot.before)
         ]
-        return min(spots, key=lambda each: each[:3], default=[None])[-1]
+        return min(spots, key=lambda each: each[:3], default=(None,))[-1]
 
-    def _is_astray(self, node: Node) -> bool:
+    def _is_turned(self, node: Node) -> bool:
+        """Whether it has items first where what layers make has tokens first."""
         return self._tokens_first and node.tensor.shape[:2] == (self._tape.items, self._tape.tokens)
 
     def _as_place(self, spot: Spot) -> Place:

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
+import torch
+
 from probes.kernels import law_of, solved
 from probes.tape import Node, Tape
 from probes.transformed import before_this_read
@@ -57,9 +59,10 @@ class Mixes(Walks):
     def _take(self, mix: Mix) -> None:
         before_this_read(self, mix)
         chained = _chained(self.tape, mix)
-        if (chained and not self._of_sums(mix)) or _trivial(mix):
+        alone = len(mix.edges) == 1 and not self._forgets_size(mix)
+        if (chained and not self._of_sums(mix)) or (alone and _trivial(mix)):
             self.found[mix.node] = mix
-        elif len(mix.edges) == 1 and self._learned(mix):
+        elif alone and self._learned(mix):
             self.single[mix.node] = mix
         if chained or (mix.node in self.found and self._by_token(mix)):
             self.sums[mix.node] = mix
@@ -165,6 +168,18 @@ class Mixes(Walks):
             if not same_values(node, edge.source):
                 mix.passed.add(edge.source)
 
+    def _forgets_size(self, mix: Mix) -> bool:
+        """Whether it comes out the same whatever the size of its one source: then it is a norm, and no weight."""
+        source = mix.edges[0].source
+        if mix.node.opaque or mix.passed or mix.node is source:
+            return False
+        values = torch.randn(source.tensor.shape, dtype=torch.float64)
+        try:
+            one, other = (self.remade(mix.node, source, values * size) for size in (1, 4))
+        except Exception:  # what cannot be tried is taken for what it looks like
+            return False
+        return torch.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE * float(one.abs().max()))
+
     def _learned(self, mix: Mix) -> bool:
         """Whether parameters have a say in the weight, as they have none in 1/rms."""
         source = mix.edges[0].source
@@ -216,6 +231,10 @@ class Mixes(Walks):
         if len(operands) == 1 and node.slots[operands[0][0]].tensor.numel() == node.tensor.numel():
             return [node]  # scaled or dropped out: what is added is this
         found = [term for slot, _ in operands for term in self.terms(node.slots[slot], stop)]
+        some = [each for each in dict.fromkeys(found) if each.value.any()]
+        made = [each for each in some if self.is_stream(each)]
+        if len(some) > len(made) == 1 and stop is not None and self.tape.made_from(made[0], stop):
+            return [node]  # with a bias: what is added is both
         return list(dict.fromkeys(found)) or [node]
 
 

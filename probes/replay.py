@@ -121,9 +121,15 @@ class _Cutting:
 
     def _alike(self, edge: Edge) -> Node:
         """A source as it enters the mix, where it has the mix's shape there and not before, as with tokens first."""
-        entering, shape = edge.user.slots[edge.slot], self._mix.node.tensor.shape
-        before = edge.source.tensor.shape != shape and entering.tensor.shape == shape
-        return entering if before else edge.source
+        shape, node = self._mix.node.tensor.shape, edge.user.slots[edge.slot]
+        if edge.source.tensor.shape == shape:
+            return edge.source
+        while node is not edge.source and node.tensor.shape != shape:  # a stack of one, say
+            behind = (
+                each for each in node.slots if each is edge.source or self._tape.made_from(each, edge.source)
+            )
+            node = next(behind, edge.source)
+        return node
 
     def _in_order(self, edge: Edge, source: fx.Node) -> fx.Node:
         """A source with its tokens in the order of the mix."""

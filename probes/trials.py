@@ -86,7 +86,23 @@ class Trials:
                 if slot not in carried and each.tensor.is_floating_point()
             }
             found = bool(beside) and self._tried_linear(node, axis, operands, beside)
+        if found and (gains := self._gains(node, operands)):
+            found = self._tried_linear(node, axis, operands, gains)
         return bool(found)
+
+    def _gains(self, node: Node, operands: list[tuple[int, int]]) -> dict[int, Tensor]:
+        """Other values for parameters by channel that are the same in all of them, as gains before training are."""
+        given = sum(1 << each.index for each in self.tape.given)
+        found = {}
+        for slot, each in self.others(node, operands):
+            behind = self.tape.behind[each.index] | 1 << each.index
+            if not each.tensor.is_floating_point() or not self.axes_of(each) or behind & given:
+                continue
+            leaves = [x for x in (each, *self.tape.ancestors(each)) if self.is_parameter(x)]
+            last = each.value.movedim(self.axis_of(each), -1)
+            if any(map(self.axes_of, leaves)) and bool((last == last[..., :1]).all()):
+                found[slot] = _drawn(each)
+        return found
 
     def _tried_linear(
         self, node: Node, axis: int, operands: list[tuple[int, int]], beside: dict[int, Tensor]
@@ -193,22 +209,17 @@ class Trials:
     def is_parameter(self, node: Node) -> bool:
         return bool(self._parameters >> node.index & 1)
 
-    def has_parameter(self, node: Node, beyond: Node) -> bool:
-        """Whether a parameter has a say in `node` that does not go through `beyond`."""
-        waiting, done = [node], {beyond}
-        while waiting:
-            each = waiting.pop()
-            if each in done:
-                continue
-            done.add(each)
-            if self.is_parameter(each):
-                return True
-            waiting += each.slots
-        return False
-
     def _varies(self, node: Node) -> bool:
         """Whether it was made from parameters or from what the model was given."""
         return bool((self.tape.behind[node.index] | 1 << node.index) & self._sources)
+
+    def remade(self, node: Node, source: Node, values: Tensor) -> Tensor:
+        """What a node would be, were the values of one that it is made from others."""
+        made = {source: values}
+        for each in self.tape.nodes[source.index + 1 : node.index + 1]:
+            if self.tape.made_from(each, source) and (each is node or self.tape.made_from(node, each)):
+                made[each] = tried(each, {s: made[x] for s, x in enumerate(each.slots) if x in made})
+        return made[node]
 
     def adds_as_is(self, node: Node, slot: int) -> bool:
         """Whether an operand is added to the rest without a weight."""

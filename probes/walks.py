@@ -220,6 +220,21 @@ class Walks(Trials):
         sizes = sizes[sizes > 0]  # zeros have no size that could be made one
         return bool(len(sizes) > 1 and sizes.std() < 0.05 * sizes.mean())
 
+    def has_parameter(self, node: Node, beyond: Node) -> bool:
+        """Whether a parameter has a say in `node` that does not go through `beyond`, or what is the same as it: a kernel
+        of one source gives that back whatever its query."""
+        end = self.bare(beyond)
+        waiting, done = [node], {beyond}
+        while waiting:
+            each = waiting.pop()
+            if each in done or (self.is_stream(each) and self.bare(each) is end):
+                continue
+            done.add(each)
+            if self.is_parameter(each):
+                return True
+            waiting += each.slots
+        return False
+
     def _may_pass(self, node: Node, norms: frozenset[str]) -> bool:
         """Whether many sources at once are worked on, or one where that is known to be done."""
         return node.tensor.numel() > self.size or name_of(node) in norms
