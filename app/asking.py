@@ -7,6 +7,7 @@ from app import checkpoints
 from probes.attributed import MASS, METHODS
 from probes.manifest import RunError
 from probes.run import Run
+from probes.sizes import bytes_in
 
 TARGETS = {"loss": 0, "token": 1, "difference": 2}  # and how many tokens each is about
 
@@ -62,7 +63,8 @@ def asked(folder: Path, options: dict) -> Asked:
         raise RunError(f"--context {context} is more than the model of {run.name} takes: at most {known[0]}.")
     choice = {name: options[name] for name in ("stack", "layers", "norms")}
     given = {name: options[name] for name in Asked.__dataclass_fields__ if name in options}
-    given |= {"context": context, "context_given": options["context"] is not None}
+    memory = None if options["memory"] is None else bytes_in(options["memory"], "--memory")
+    given |= {"memory": memory, "context": context, "context_given": options["context"] is not None}
     return Asked(**given | {"run": run, "methods": methods, "choice": choice})
 
 

@@ -1,6 +1,5 @@
 """`depthscope attribute RUN`: what the loss would be without each depth edge and each layer; written into the run."""
 
-import re
 from pathlib import Path
 
 import click
@@ -14,18 +13,6 @@ ELSEWHERE = (
 )
 
 _MOST_STEP = 10**15  # as in the vocabulary, which takes numpy to import
-_SIZES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-
-
-def _bytes(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
-    """ "8GB", "500 MB"."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)i?b?", value.strip().lower())
-    try:
-        return float(found[1]) * _SIZES[found[2]]
-    except (TypeError, ValueError):
-        raise click.BadParameter(f"{value!r} is no size: write it as 8GB or 500MB.") from None
 
 
 @click.command()
@@ -60,7 +47,10 @@ def _bytes(context: click.Context, option: click.Parameter, value: str | None) -
 )
 @click.option("--position", default=-1, show_default=True, help="Where the logit is taken, in each sequence.")
 @click.option(
-    "--mass", default="kept", show_default=True, help="kept or shared: the weight of a removed source."
+    "--mass",
+    default="kept",
+    show_default=True,
+    help="kept or shared: the weight of a removed source. Behind a norm both give the same.",
 )
 @click.option(
     "--sequences", default=16, show_default=True, type=click.IntRange(1), help="Sequences of tokens."
@@ -81,9 +71,7 @@ def _bytes(context: click.Context, option: click.Parameter, value: str | None) -
 @click.option(
     "--what-if", is_flag=True, help="Measure the loss without the least important layers and edges, too."
 )
-@click.option(
-    "--memory", callback=_bytes, help="What this process may take, as 8GB  [default: half of what is free]"
-)
+@click.option("--memory", help="What this process may take, as 8GB  [default: half of what is free]")
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")
 @layer_options
 def attribute(folder: Path, **options) -> None:

@@ -16,12 +16,15 @@ from app.asking import Asked
 from app.checkpoints import Checkpoint
 from probes import attribution, target
 from probes.attributed import LOSS, Attribution, attribution_path, read_attribution, write_attribution
+from probes.batch import of_all, taken
 from probes.budget import Estimate
+from probes.effects import sequences_of
 from probes.finding import find_sites
 from probes.layout import difference
 from probes.manifest import RunError
 from probes.objective import logit
 from probes.parts import Parts
+from probes.unchanged import unchanged
 
 Batch = tuple[Tensor, ...] | dict
 
@@ -90,7 +93,7 @@ def _batches(asked: Asked, model: nn.Module, own: Batch | None) -> tuple[str, Ba
     """The name of the data, the sequences to attribute on, and others for the what-if."""
     count = asked.sequences * (2 if asked.what_if else 1)
     if asked.data is None and own is not None:
-        return (f"batch of {asked.model}", *_halves(own, asked))
+        return (f"batch of {asked.model}", *_halves(model, own, asked))
     if asked.data is None:
         name, ids = sequences.own_text(asked.run)
         found = sequences.windows(ids, count, asked.context, f"The {name}")
@@ -104,18 +107,20 @@ def _batches(asked: Asked, model: nn.Module, own: Batch | None) -> tuple[str, Ba
     return name, (tokens[0::2] if asked.what_if else tokens,), (tokens[1::2],) if asked.what_if else None
 
 
-def _halves(own: Batch, asked: Asked) -> tuple[Batch, Batch | None]:
-    values = list(own.values()) if isinstance(own, dict) else list(own)
-    tensors = [x for x in values if isinstance(x, Tensor) and x.ndim]
-    count = len(tensors[0]) if tensors else 0
+def _halves(model: nn.Module, own: Batch, asked: Asked) -> tuple[Batch, Batch | None]:
+    args, kwargs = target.arguments(own)
+    count = sequences_of(args, kwargs)
     if count < (2 if asked.what_if else 1):
         raise RunError(
             f"The batch of {asked.model} holds {words.counted(count, 'sequence')}, too few: return more of them."
         )
+    with unchanged(model):
+        model.eval()
+        whole = of_all(model, args, kwargs)
 
     def cut(first: int, last: int) -> Batch:
-        parts = [x[first:last] if isinstance(x, Tensor) and x.ndim and len(x) == count else x for x in values]
-        return dict(zip(own, parts, strict=True)) if isinstance(own, dict) else tuple(parts)
+        some, named = taken(args, kwargs, first, last, whole)
+        return named or some
 
     size = min(asked.sequences, count // 2 if asked.what_if else count)
     return cut(0, size), cut(size, 2 * size) if asked.what_if else None

@@ -38,8 +38,8 @@ def compact(folders: tuple[Path, ...]) -> None:
                 for rank in filter(None, ranks_in(path)):
                     with contextlib.suppress(RunError):  # check says what is wrong with it
                         runs.append(Unread(path, rank))
-                for attempt in (attempt for run in runs for attempt in run.attempts):
-                    into, layout = attempt.shards / FOLDER, runs[0].layout
+                for layout, attempt in [(run.layout, attempt) for run in runs for attempt in run.attempts]:
+                    into = attempt.shards / FOLDER
                     gone += compacting.tidy(attempt, into)
                     whole = attempt.status != "running"
                     made += [each.stat().st_size for each in compacting.compact(attempt, layout, into, whole)]

@@ -218,8 +218,8 @@ def sentences(found: Attribution, name: str) -> list[str]:
     methods = edge_methods(found)
     if methods:
         method = ABLATION if ABLATION in methods else methods[0]
-        frame = edges(found, method)
-        told.append(f"{agreement(frame)} ({words.small(TITLES[method])}).")
+        if not plain(found):
+            told.append(f"{agreement(edges(found, method))} ({words.small(TITLES[method])}).")
     if (links := idle(found)) is not None:
         told.append(links.sentence())
     for method in (REMOVAL, GRADIENT):

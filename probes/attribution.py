@@ -9,6 +9,7 @@ about zero.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,6 +27,7 @@ from probes.attributed import (
     About,
     Attribution,
 )
+from probes.batch import Batch
 from probes.budget import Estimate
 from probes.effects import Effects, jobs
 from probes.finding import find_sites
@@ -34,9 +36,10 @@ from probes.identity import tolerance
 from probes.manifest import RunError
 from probes.masks import Masks
 from probes.objective import next_token_losses
+from probes.sizes import bytes_in
 from probes.target import arguments, said
 from probes.unchanged import unchanged
-from probes.work import Batch, Parts, Work
+from probes.work import Parts, Work
 
 __all__ = [
     "ABLATION", "GRADIENT", "INTEGRATED", "METHODS", "REMOVAL", "SHAPLEY", "Attribution", "attribute",
@@ -54,7 +57,7 @@ def attribute(
     samples: int = 8,
     seed: int = 0,
     what_if: object | None = None,
-    memory: float | None = None,
+    memory: float | str | None = None,
     progress: bool = False,
     announce: Callable[[Estimate], None] | None = None,
     parts: Parts | None = None,
@@ -77,7 +80,7 @@ def attribute(
 
     With E edges in R reads and L layers, gradient takes one forward and backward, removal L forwards, ablation E,
     integrated (R+1)·steps of both, shapley samples·(E + L) forwards. Sequences go through together as far as `memory`
-    [bytes of the process; by default half of what is free] allows. `announce` is told the estimate before the work
+    [bytes of the process, or "8GB"; by default half of what is free] allows. `announce` is told the estimate before the work
     begins. What is in `parts` is not computed again, and what is done is put there.
 
     Raises RunError for a model without recognisable layers or none that a hook reaches, an unknown method, one that needs
@@ -85,12 +88,16 @@ def attribute(
     memory.
     """
     _check(methods, mass, steps, samples)
+    if loss is not None and not callable(loss):
+        raise RunError(f"loss must be a function of what the model returns, not {loss!r}.")
+    room = None if memory is None else bytes_in(memory, "memory")
     sites = find_sites(model, stack, layers, norms)
     gates = Gates(sites, mass)
     root = sites.root
     objective = next_token_losses if loss is None else lambda output, *_: loss(output)
     mask_of = Masks(None, sites).of_model
     parts = {} if parts is None else parts
+    _check_slopes(methods, root)
     with unchanged(root), _frozen(root), gates.hung():
         root.eval()
         whole = Batch(root, *arguments(batch), objective, gates, mask_of)
@@ -109,7 +116,7 @@ def attribute(
             tokens=whole.tokens,
         )
         work = Work(whole, other, jobs(gates, methods, steps, samples, seed), gates, parts, about)
-        estimate = work.plan(memory, timed=progress or announce is not None)
+        estimate = work.plan(room, timed=progress or announce is not None)
         if announce is not None:
             announce(estimate)
         total = estimate.seconds if estimate else None
@@ -159,6 +166,15 @@ def _check(methods: Sequence[str], mass: str, steps: int, samples: int) -> None:
     for name, count in (("steps", steps), ("samples", samples)):
         if not isinstance(count, int) or count < 1:
             raise RunError(f"{name} must be a whole number of at least 1, not {count!r}.")
+
+
+def _check_slopes(methods: Sequence[str], root: nn.Module) -> None:
+    inside = torch.is_inference_mode_enabled() or any(p.is_inference() for p in root.parameters())
+    if inside and {GRADIENT, INTEGRATED} & {*methods}:
+        raise RunError(
+            "Under torch.inference_mode() nothing has a gradient: make the model and call attribute outside of it, or ask for "
+            "ablation, removal or shapley."
+        )
 
 
 def _check_stream(one: Effects) -> None:

@@ -218,11 +218,12 @@ def _digests(found: Checked, attempt: Attempt) -> None:
             digest = Digest(folder / name, attempt.shards)
             digest.verify()
             wrong = digest.misfit(attempt.about)
-            broken = [each for each in digest.names if each not in attempt.sealed]
+            broken = [each for each in digest.names if each in attempt.broken]
             if not wrong and broken:
                 wrong = f"covers shard {broken[0]}, which is damaged"
             for shard in digest.shards if not wrong else ():
-                if attempt.sums[shard.name] != f"{shard.crc32:08x}":
+                # A shard that was sealed since the shards were listed is not known here, and there is nothing to say.
+                if attempt.sums.get(shard.name, f"{shard.crc32:08x}") != f"{shard.crc32:08x}":
                     wrong = f"covers another shard {shard.name} than the one that is there"
         except FileNotFoundError:
             continue

@@ -97,12 +97,18 @@ class Effects:
 
 def sequences_of(args: tuple, kwargs: Mapping) -> int:
     """B, of the arguments of a forward."""
-    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
+    return len(first_of(args, kwargs))
+
+
+def first_of(args: tuple, kwargs: Mapping) -> Tensor:
+    """What holds the sequences in its first axis: the argument called so, else the first tensor."""
+    named = [kwargs[name] for name in ("input_ids", "inputs_embeds") if name in kwargs]
+    tensors = [x for x in (*named, *args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
     if not tensors:
         raise RunError("The batch holds no tensor: give the model's input.")
     if not len(tensors[0]):
         raise RunError("The batch holds no sequence: give at least one.")
-    return len(tensors[0])
+    return tensors[0]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import nn
 from probes.symbols import Untraceable
 from probes.tape import Tape, record_tape
 
-_SIZES = (((3, 11), (2, 7)), ((3, 16), (2, 8)), ((3, 64), (2, 32)))  # items and tokens of the two forwards
+# Items and tokens of the two forwards; the last for a model of a short context.
+_SIZES = (((3, 11), (2, 7)), ((3, 16), (2, 8)), ((3, 64), (2, 32)), ((3, 5), (2, 4)))
 
 
 def two_tapes(root: nn.Module) -> tuple[Tape, Tape]:

@@ -9,6 +9,7 @@ from torch import nn
 from probes.columns import columns_of
 from probes.few_tokens import two_tapes
 from probes.found import FoundRead, FoundReads, Replay, Spot
+from probes.given import Given
 from probes.layout import Layer, Read
 from probes.mixes import Mixes, head_counts, widths
 from probes.naming import blocks_of, common_name
@@ -68,7 +69,9 @@ class _Finding:
         self._tokens_first = 2 * shapes.count((tape.tokens, tape.items)) > len(shapes)
         self._stops = {source for mix in self._reads for source in mix.sources}
         self._stops |= {self._embedding, *self._outputs}
-        self._states = [self._state_of(output) for output in self._outputs]
+        mixed = [*self._reads, *(m for m in mixes.found.values() if all(map(self._is_known, m.sources)))]
+        given = Given(tape, mixes, self._embedding, self._outputs, [m.node for m in mixed], self._stops)
+        self._states = [given.to(output) for output in self._outputs]
         seen = set(self._embedding_spots())
         self._turned = any(seen & set(tape.spots[node]) and self._is_turned(node) for node in tape.spots)
 
@@ -181,55 +184,9 @@ class _Finding:
         ]
         return sorted((t for t in found if self._tape.made_from(t, self._embedding)), key=lambda t: t.index)
 
-    def _state_of(self, output: Node) -> Node:
-        """What a layer receives: the newest mix, sum or embedding that its output was made from."""
-        others = (mix for mix in self._mixes.found.values() if all(map(self._is_known, mix.sources)))
-        every = [mix.node for mix in (*self._reads, *others)]
-        before = [node for node in every if self._tape.made_from(output, node)]
-        candidates = {self._mixes.carried(node, output) for node in before} | self._stops
-        newest = max(
-            (each for each in candidates if self._tape.made_from(output, each)), key=lambda each: each.index
-        )
-        if newest in self._outputs and self._goes_past(newest, output):
-            return self._sum_with(newest, output) or newest
-        return newest
-
     def _is_known(self, source: Node) -> bool:
         """Whether it sums what layers make, and is not made of that for one mix alone, as a projection is."""
         return bool(self._stops & {source, *self._mixes.terms(source, self._embedding)})
-
-    def _goes_past(self, state: Node, output: Node) -> bool:
-        """Whether a layer is given another source too, which is then a part of its state."""
-        waiting, done = [output], {state}
-        while waiting:
-            each = waiting.pop()
-            if each in done:
-                continue
-            if each in self._stops and each is not output:
-                return True
-            done.add(each)
-            waiting += each.slots
-        return False
-
-    def _sum_with(self, newest: Node, output: Node) -> Node | None:
-        """The plain sum of `newest` and older sources that a layer receives, where no read mixes them."""
-        known = {self._embedding, *self._outputs}
-        sums = (
-            each
-            for each in self._tape.ancestors(output)
-            if each is not newest and self._mixes.is_stream(each) and self._tape.made_from(each, newest)
-        )
-        return next(
-            (
-                each
-                for each in sorted(sums, key=lambda each: each.index)
-                if newest in (terms := set(self._mixes.terms(each, self._embedding)))
-                and len(terms) > 1
-                and terms <= known
-                and not self._goes_past(each, output)
-            ),
-            None,
-        )
 
     def _handed_on(self, node: Node) -> Node:
         """The state that a mix is handed on in: to the first layer that is made of it, or as the final state."""
@@ -252,7 +209,9 @@ class _Finding:
             or not torch.allclose(sum(p.value for p in parts), node.value, rtol=1e-2)
         ):
             return ()
-        if not any(p.tensor.shape == node.tensor.shape and len(self._tape.users[p]) == 1 for p in parts):
+        if not any(
+            p.tensor.shape == node.tensor.shape and len(self._tape.users.get(p, ())) == 1 for p in parts
+        ):
             return ()
         return tuple(sorted(spots, key=lambda spot: spot.moment))
 

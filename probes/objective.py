@@ -28,6 +28,11 @@ def next_token_losses(output: object, args: tuple, kwargs: Mapping, mask: Tensor
             "The model does not give logits [B, T, V] of tokens [B, T]: pass loss=, a function of its output that gives "
             "one number for each sequence, or for each of its tokens."
         )
+    if tokens.shape[1] < 2:
+        raise RunError(
+            "Of a sequence of one token there is no next one to predict: take longer sequences, or pass loss=, a function of "
+            "the model's output."
+        )
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     next_ones = tokens[:, 1:].long()
     if mask is not None and mask.shape == tokens.shape:

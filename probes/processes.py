@@ -112,6 +112,7 @@ class Meeting:
         path: str,
         layout: Layout,
         schedules: object,
+        step: int,
         claim: Callable[[list[dict]], tuple[int, float]],
         stage: dict | None = None,
     ) -> Agreed | None:
@@ -126,6 +127,7 @@ class Meeting:
             "path": path,
             "layout": _digest(layout),
             "schedules": _digest(schedules),
+            "step": step,
             "values": self.values,
             "stage": stage,
         }
@@ -209,6 +211,7 @@ class Meeting:
 _DIFFERENCES = {
     "path": "records at another path than rank 0: give one path to all, or to each its own.",
     "values": "was given other ranks= than rank 0: give the same to all.",
+    "step": "goes on at another step than rank 0: load the same checkpoint on every process, or give the same resume= to all.",
     "schedules": "was given other steps to record than rank 0: give the same every= and matrices_every= to all.",
     "layout": "holds other layers than rank 0, as pipeline stages do: give probes.record the schedule that runs them, or "
     f"ranks={LOCAL!r}, by which each process records the layers that it holds.",

@@ -211,9 +211,9 @@ def _begin(
         mine.append(write(of_all))
         return mine[0].attempt, mine[0].created
 
-    schedules = [manifest.vectors.to_json(), manifest.matrices.to_json(), manifest.step]
+    schedules = [manifest.vectors.to_json(), manifest.matrices.to_json()]
     stage = told_of(sites, pipeline.index, pipeline.count) if pipeline and meeting.values == MERGED else None
-    agreed = meeting.begin(where, sites.layout, schedules, claim, stage)
+    agreed = meeting.begin(where, sites.layout, schedules, manifest.step, claim, stage)
     if agreed is None:
         return write(alone), None
     if mine:

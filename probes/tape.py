@@ -6,10 +6,9 @@ the values it saw, so that questions about it can be answered by trying.
 
 import operator
 import random
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -79,36 +78,28 @@ class Tape:
     tokens: int
 
     def __post_init__(self):
-        self.users: dict[Node, list[Node]] = {}
+        self.users: dict[Node, list[Node]] = {}  # without what the model makes for nobody, as copies it keeps
         self.behind: list[int] = []  # by node, the nodes it was made from, as bits
         for node in self.nodes:
             bits = 0
             for each in dict.fromkeys(node.slots):
-                self.users.setdefault(each, []).append(node)
                 bits |= self.behind[each.index] | 1 << each.index
             self.behind.append(bits)
+        led = self._leading_to_results()
+        for node in self.nodes:
+            for each in dict.fromkeys(node.slots if led >> node.index & 1 else ()):
+                self.users.setdefault(each, []).append(node)
+
+    def _leading_to_results(self) -> int:
+        """What the results of the model were made from, and these, as bits; all, where it returns no tensor."""
+        bits = 0
+        for node, spots in self.spots.items():
+            if any(spot.module is self.root and not spot.before for spot in spots):
+                bits |= self.behind[node.index] | 1 << node.index
+        return bits or -1
 
     def made_from(self, node: Node, other: Node) -> bool:
         return bool(self.behind[node.index] >> other.index & 1)
-
-    def of(self, results: list[Node]) -> "Tape":
-        """What the results were made of, without what was made beside: a copy that is kept, a number that is logged.
-        Everything, where no result was made from what the model was given."""
-        bits = 0
-        for each in results:
-            bits |= self.behind[each.index] | 1 << each.index
-        given = sum(1 << each.index for each in self.given)
-        if not bits & given:
-            return self
-        kept = [node for node in self.nodes if (bits | given) >> node.index & 1]
-        moments = [
-            replace(m, nodes=bisect_left(kept, m.nodes, key=lambda node: node.index)) for m in self.moments
-        ]
-        for index, node in enumerate(kept):
-            node.index = index
-        alive = set(kept)
-        spots = {node: spots for node, spots in self.spots.items() if node in alive}
-        return Tape(self.root, kept, spots, moments, self.given, self.items, self.tokens)
 
     def ancestors(self, node: Node) -> Iterator[Node]:
         bits = self.behind[node.index]
@@ -217,13 +208,11 @@ def record_tape(root: nn.Module, args: tuple, kwargs: dict, items: int, tokens: 
                 torch.compiler.set_stance("force_eager"),
             ):
                 given = [running.node_of(tensor) for _, tensor in leaves((args, kwargs))]
-                result = root(*args, **kwargs)
-                results = [running.node_of(tensor) for _, tensor in leaves(result)]
+                root(*args, **kwargs)
         finally:
             nn.Module.__call__ = real
             del base.apply
-    tape = Tape(root, running.nodes, running.spots, running.moments, given, items, tokens)
-    return tape.of(results)
+    return Tape(root, running.nodes, running.spots, running.moments, given, items, tokens)
 
 
 @contextmanager

@@ -1,18 +1,18 @@
 """Work: all that is asked of a model, on some sequences at a time, in bounded memory, kept as it is done."""
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import Tensor, nn
 
 from probes import pruning
 from probes.attributed import EDGES, GRADIENT, LAYERS, About, Attribution
+from probes.batch import Batch
 from probes.budget import Estimate, bytes_of_one, resident, sequences_that_fit
-from probes.effects import Effects, Job, sequences_of
+from probes.effects import Effects, Job
 from probes.gates import Gates
 from probes.manifest import RunError
-from probes.objective import Objective, token_means
+from probes.objective import token_means
 from probes.pace import Pace, Pass
 from probes.parts import DONE
 from probes.routed import Routed
@@ -20,38 +20,6 @@ from probes.target import said
 
 Parts = MutableMapping[str, np.ndarray]
 _ROUTED = "routed"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The arguments of a forward, of which a part of the sequences can be taken; `mask_of` finds the mask in them."""
-
-    root: nn.Module
-    args: tuple
-    kwargs: Mapping
-    objective: Objective
-    gates: Gates
-    mask_of: Callable[[tuple, dict], Tensor | None]
-
-    @property
-    def sequences(self) -> int:
-        return sequences_of(self.args, self.kwargs)
-
-    @property
-    def tokens(self) -> int:
-        """T, of the first tensor that has it."""
-        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
-        return next((x.shape[1] for x in tensors if x.ndim > 1), 1)
-
-    def part(self, first: int, last: int) -> Effects:
-        count = self.sequences
-
-        def cut(x: object) -> object:
-            return x[first:last] if isinstance(x, Tensor) and x.ndim and len(x) == count else x
-
-        args, kwargs = tuple(map(cut, self.args)), {key: cut(x) for key, x in self.kwargs.items()}
-        mask = self.mask_of(args, kwargs)
-        return Effects(self.root, args, kwargs, self.objective, self.gates, mask)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ MEANING = (
     "with it: of a loss, above zero means that it is needed. Values stay signed; behind a norm those of one read sum to "
     "about zero, so they are no shares. Bars of errors are two standard errors over the sequences. *Rank correlation* is "
     "Spearman’s, of weight and signed attribution over the sources of one read. *Ballast* is a layer whose effect plus two "
-    "standard errors is below a thousandth of the loss. A *what-if* removes the least important first and is measured on "
+    "standard errors is below a thousandth of the loss. Whether the others take over the weight of what is removed (*kept* or "
+    "*shared*) makes no difference where the mix goes into a norm, which knows its direction alone. A *what-if* removes the least important first and is measured on "
     "other sequences than those that ranked them; its rankings are compared by the mean rise while half of all are removed. "
     "Of a logit neither direction is worse: there the size of the effect counts, and small is a hundredth of the largest. "
 )
@@ -33,6 +34,10 @@ SLOPES = (GRADIENT, INTEGRATED)
 SIGNED = (
     "Signed: behind a norm, which forgets how large its input is, the values of one read sum to about zero. They say what a "
     "source adds to the others’ direction or takes from it, and are no shares."
+)
+INCOMPLETE = (
+    " Nor do integrated gradients sum to what the whole read does: that happens where it is scaled to next to nothing, between "
+    "their steps."
 )
 
 
@@ -113,7 +118,7 @@ def _file(one: room.Shown, found: Attribution) -> None:
     if methods:
         method = pick.choice("cause", "Method", {name: TITLES[name] for name in methods})
         if method in SLOPES:
-            st.caption(SIGNED)
+            st.caption(SIGNED + (INCOMPLETE if method == INTEGRATED else ""))
         _edges(one, causes.edges(found, method), about.unit, found.step or 0)
         if (links := verdicts.idle(found)) is not None:
             st.info(words.plain(links.sentence()), icon=":material/link_off:")

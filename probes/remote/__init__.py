@@ -11,6 +11,7 @@ from probes.remote import cache as caches
 from probes.remote.address import Address, address, on_this_machine
 from probes.remote.shadow import Shadow
 from probes.remote.store import Store, Unreachable
+from probes.sizes import bytes_in
 
 __all__ = ["Address", "address", "local", "on_this_machine", "troubles"]
 
@@ -47,7 +48,5 @@ def _opened() -> caches.Cache:
     base = caches.root()
     if _cache is None or _cache.root != base:
         asked = os.environ.get(caches.SIZE)
-        _cache = caches.Cache(
-            base, caches.MOST_BYTES if asked is None else caches.size_of(asked, caches.SIZE)
-        )
+        _cache = caches.Cache(base, caches.MOST_BYTES if asked is None else bytes_in(asked, caches.SIZE))
     return _cache

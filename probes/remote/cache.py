@@ -6,7 +6,6 @@ What is there, of which version, and the checksum of each block stand in an inde
 
 import contextlib
 import os
-import re
 import sqlite3
 import threading
 import time
@@ -23,16 +22,7 @@ SIZE = "DEPTHSCOPE_CACHE_SIZE"
 MOST_BYTES = 4 << 30  # of all addresses together, where nobody says otherwise
 BLOCK = 64 << 10
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _FRESH = 60.0  # seconds in which a file is not marked as used again
-
-
-def size_of(text: str, what: str) -> int:
-    """Bytes of "8GB", "500 MB". Raises RunError for anything else."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)i?b?", text.strip().lower())
-    if found is None:
-        raise RunError(f"{what} is {text!r}: write a size as 8GB or 500MB.")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def root() -> Path:

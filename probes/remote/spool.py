@@ -18,8 +18,8 @@ from probes.life import beating
 from probes.manifest import RunError
 from probes.ranks import rank_folder, ranks_in
 from probes.remote.address import Address
-from probes.remote.cache import size_of
 from probes.shard import shard_names
+from probes.sizes import bytes_in
 
 WHERE = "DEPTHSCOPE_SPOOL"
 SIZE = "DEPTHSCOPE_SPOOL_SIZE"
@@ -44,7 +44,7 @@ class Spool:
     def __init__(self, home: Path, name: str, address: Address | None):
         self.home, self.run, self.address = home, home / name, address
         asked = os.environ.get(SIZE)
-        self.most = MOST_BYTES if asked is None else size_of(asked, SIZE)
+        self.most = MOST_BYTES if asked is None else bytes_in(asked, SIZE)
 
     @classmethod
     def of(cls, address: Address) -> "Spool":

@@ -95,6 +95,7 @@ def refused(rank, path):
         dist.barrier()
     again = refusal(path, model, optimizer=optimizer)
     every = refusal(path.with_name("other"), model, optimizer=optimizer, every=1 + rank)
+    step = refusal(path.with_name("later"), model, optimizer=optimizer, resume=1 + rank)
     places = refusal(path.with_name("same" if rank else "another"), model, optimizer=optimizer, ranks="local")
     stage, own = wrapped(blocks=1)[0].module, decoder("prenorm", blocks=1 + rank)
     stages = refusal(path.with_name("stages"), own, optimizer=sgd(own))
@@ -106,6 +107,7 @@ def refused(rank, path):
         "again": again,
         "second": second,
         "every": every,
+        "step": step,
         "places": places,
         "stages": stages,
         "ill": ill,

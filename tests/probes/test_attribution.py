@@ -118,18 +118,51 @@ def test_shapley_values_sum_to_the_whole(model, mass):
     assert np.nansum(found.edges[SHAPLEY][3]) == pytest.approx(whole, rel=1e-9)
 
 
+def totals(model, row, start: float = 0.0) -> float:
+    """What a read as a whole does, from so much of it on."""
+    call, ones = gated(model, row)
+    return (call(start * ones, tokens()) - call(ones, tokens())).mean().item()
+
+
+@pytest.mark.parametrize("model", THREE, indirect=True)
+def test_integrated_gradients_are_complete_where_steps_resolve_the_norm(model):
+    """Here the eps of the norms is as large as what they are given, so that the path has no sudden turn."""
+    for module in model.modules():
+        if hasattr(module, "eps"):
+            module.eps = 1.0
+    found = attribute(model, tokens(), methods=[INTEGRATED], steps=16)
+    for row in (0, 1, 3):
+        assert np.nansum(found.edges[INTEGRATED][row]) == pytest.approx(
+            totals(model, row), rel=3e-2, abs=2e-3
+        )
+
+
 @pytest.mark.parametrize(
     "model",
     ["full", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("prenorm", "block of 2"))],
     indirect=True,
 )
-def test_integrated_gradients_are_complete(model):
+def test_behind_a_norm_integrated_gradients_miss_what_it_does_next_to_nothing(model):
+    """With a small eps a norm gives the same of a hundredth of its input as of all of it: the whole effect of a read lies
+    before the first step, and what the values sum to is what happens after it."""
     found = attribute(model, tokens(), methods=[INTEGRATED], steps=60)
     for row in (1, 3):
-        call, ones = gated(model, row)
-        # From next to nothing: a norm does not see how small it is, so that zero is a point of its own.
-        whole = (call(0.005 * ones, tokens()) - call(ones, tokens())).mean().item()
-        assert np.nansum(found.edges[INTEGRATED][row]) == pytest.approx(whole, abs=2e-3)
+        assert np.nansum(found.edges[INTEGRATED][row]) == pytest.approx(totals(model, row, 0.005), abs=2e-3)
+        assert abs(totals(model, row)) > 0.03
+
+
+@pytest.mark.parametrize("model", THREE, indirect=True)
+def test_behind_a_norm_it_is_all_one_who_takes_over_the_weight(model):
+    """The mix without some sources has the same direction either way, and a norm knows directions alone."""
+    found = {
+        mass: attribute(model, tokens(), methods=[ABLATION, SHAPLEY, REMOVAL], samples=1, mass=mass)
+        for mass in ("kept", "shared")
+    }
+    for kind in ("edges", "layers"):
+        kept, shared = (getattr(found[mass], kind) for mass in ("kept", "shared"))
+        for name, values in kept.items():
+            np.testing.assert_allclose(values, shared[name], atol=2e-3)
+            assert np.nanmax(np.abs(values)) > 0.1
 
 
 @pytest.mark.parametrize("model", THREE, indirect=True)
@@ -233,11 +266,26 @@ def test_what_cannot_be_is_one_sentence():
         ({"loss": lambda logits: 0.5}, "it gave float"),
         ({"loss": lambda logits: logits["x"]}, "A forward of Decoder and its target failed on one sequence"),
         ({"loss": lambda logits: logits[:, 0, 0] / 0}, "is no finite number on sequence 1"),
-        ({"what_if": tokens()[:, :1]}, "is no finite number on sequence 1 of the what-if"),
+        (
+            {"what_if": tokens()[:, :3], "loss": lambda x: x.mean((1, 2)) / (x.shape[1] - 3)},
+            "is no finite number on sequence 1 of the what-if",
+        ),
+        ({"what_if": tokens()[:, :1]}, "Of a sequence of one token there is no next one to predict"),
+        ({"loss": "loss"}, "loss must be a function of what the model returns, not 'loss'"),
+        ({"memory": "much"}, "memory is 'much', which is no size: write it as 8GB"),
+        ({"memory": "1 kB"}, "Too little memory"),
     ):
         with pytest.raises(probes.RunError, match=said):
             attribute(model, tokens(), **given)
+    with pytest.raises(probes.RunError, match="Of a sequence of one token"):
+        attribute(model, tokens()[:, :1])
+    with (
+        torch.inference_mode(),
+        pytest.raises(probes.RunError, match=r"inference_mode.* nothing has a gradient"),
+    ):
+        attribute(model, tokens())
     with torch.no_grad():
+        assert attribute(model, tokens(), memory="64GB").loss > 0
         model.final_norm.weight.fill_(torch.nan)
     with pytest.raises(probes.RunError, match="The loss of the model as it is is no finite number"):
         attribute(model, tokens())

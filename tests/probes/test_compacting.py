@@ -14,13 +14,13 @@ from click.testing import CliRunner
 
 import probes
 from app.cli import main
-from probes import compacting, digest
+from probes import checking, compacting, digest
 from probes import manifest as files
 from probes.digest import FOLDER
 from probes.manifest import Manifest
 from probes.run import Run
 from probes.writer import RunWriter
-from tests.probes.digested import LAYOUT, compacted, same, values
+from tests.probes.digested import LAYOUT, compacted, same, seal, values
 from tests.probes.models import wait_for
 
 KILLED = """
@@ -150,6 +150,22 @@ def test_a_writer_makes_its_own_and_a_reader_that_looks_on_lets_go_of_the_rows(t
     assert covered >= 100 and attempt.held < 300 * 28
     np.testing.assert_array_equal(found["hidden_rms"][:, 0], np.arange(300))
     assert CliRunner().invoke(main, ["check", str(tmp_path / "run")]).exit_code == 0
+
+
+def test_a_digest_made_during_a_check_is_no_defect(digestible, monkeypatch):
+    """Of shards that were sealed after those were listed which are checked."""
+    look = checking.token_steps
+
+    def meanwhile(folder):
+        monkeypatch.setattr(checking, "token_steps", look)
+        seal(digestible / files.RANK_FOLDER, range(270, 400), 9)
+        assert compacted(digestible) > 0
+        return look(folder)
+
+    monkeypatch.setattr(checking, "token_steps", meanwhile)
+    assert not checking.check(digestible).defects
+    assert list((digestible / files.RANK_FOLDER / FOLDER).glob("*-000000000399.safetensors"))
+    assert not checking.check(digestible).defects
 
 
 def test_a_disk_that_refuses_a_digest_is_no_matter(tmp_path, monkeypatch, few):

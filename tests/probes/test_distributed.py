@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import probes
+from app.cli import main
 from probes import checking
 from probes import manifest as files
 from probes.vocabulary import METRICS, OF_ONE
@@ -127,6 +129,7 @@ def test_refusals_are_of_all(two):
     first, second = told(two, "refused")
     assert {name: text.removesuffix(" (Rank 1 says so.)") for name, text in first.items()} == second
     assert "already holds a run" in first["again"] and "other steps to record" in first["every"]
+    assert "goes on at another step than rank 0: load the same checkpoint" in first["step"]
     assert "ranks='local'" in first["stages"] and "No transformer layers were found" in first["ill"]
     assert "give 'merged'" in first["word"] and first["places"] == ""
     assert "is being recorded by process" in first["second"] and "Not a directory" in first["nowhere"]
@@ -252,6 +255,17 @@ def test_a_check_reads_the_files_of_every_rank(stages):
     assert checking.repair(found) == [f"{bad.name} was put aside: quarantine/rank-00001/{bad.name}."]
     assert "in quarantine" in probes.open_run(stages, 1).problems[0]
     assert not probes.open_run(stages).problems
+
+
+def test_a_digest_is_made_of_every_rank(stages):
+    """Also of one with other layers than rank 0."""
+    wanted = {rank: probes.open_run(stages, rank)["hidden_rms"] for rank in range(2)}
+    assert CliRunner().invoke(main, ["compact", str(stages)]).exit_code == 0
+    for rank in range(2):
+        run = probes.open_run(stages, rank)
+        assert [len(attempt.digests) for attempt in run.attempts] == [1]
+        np.testing.assert_array_equal(run["hidden_rms"], wanted[rank])
+    assert not checking.check(stages).defects
 
 
 def test_a_sign_of_life_that_was_changed_is_named(stages):

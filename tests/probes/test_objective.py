@@ -90,3 +90,33 @@ def test_a_detached_loss_has_effects_and_no_slopes():
     with pytest.raises(probes.RunError, match="The target has no gradient: it is detached"):
         attribute(model, tokens(), methods=[GRADIENT], loss=cut)
     assert np.abs(attribute(model, tokens(), methods=[REMOVAL], loss=cut).layers[REMOVAL]).min() > 0
+
+
+class Placed(nn.Module):
+    """Is given positions [T] and a mask [T, T] that are for all sequences, and a number for each of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = lively_decoder(blocks=1, **RESIDUALS["full"])
+        self.places = nn.Embedding(8, 17, dtype=torch.float64)
+
+    def forward(self, input_ids, positions, mask, warmth):
+        logits = self.inner(input_ids) * warmth[:, None, None] + self.places(positions)
+        scores = (logits @ logits.mT).masked_fill(mask, -torch.inf)
+        return scores.softmax(-1) @ logits
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_what_is_for_all_sequences_is_not_cut(at_once, monkeypatch):
+    """Though it is as long as there are sequences."""
+    model, ids = Placed(), tokens(batch=8)
+    given = torch.arange(8), torch.ones(8, 8, dtype=torch.bool).triu(1), torch.linspace(1, 2, 8)
+    assert ids.shape == (8, 8)
+    with torch.no_grad():
+        true = next_token_losses(model(ids, *given), (ids,), {}).mean().item()
+    monkeypatch.setattr("probes.work.sequences_that_fit", lambda *_: at_once)
+    named = dict(
+        zip(("mask", "positions", "warmth", "input_ids"), (*given[1::-1], given[2], ids), strict=True)
+    )
+    for batch in ((ids, *given), named):
+        assert attribute(model, batch, methods=[REMOVAL]).about.value == pytest.approx(true, rel=1e-9)

@@ -160,7 +160,9 @@ def test_the_cache_has_a_bound(runs, apart, at_once, monkeypatch):
     monkeypatch.setattr(remote, "_cache", None)
     monkeypatch.setattr(remote, "_shadows", {})
     monkeypatch.setenv(caches.SIZE, "many")
-    with pytest.raises(RunError, match=r"DEPTHSCOPE_CACHE_SIZE is 'many': write a size as 8GB or 500MB"):
+    with pytest.raises(
+        RunError, match=r"DEPTHSCOPE_CACHE_SIZE is 'many', which is no size: write it as 8GB or 500MB"
+    ):
         probes.open_run("memory://bucket/runs/full")
 
 
