@@ -14,16 +14,29 @@ Counts = Callable[[Tensor, tuple, dict, Tensor | None], None]
 
 
 class ExpertTaps:
-    """`places` says before which modules a hook is wanted, and what to call there with (table, args, kwargs, mask).
+    """Hangs counts on the `taps` of a model (taps.py), before experts are given their tokens.
 
-    The table is int64 [layer, E + 2]: assignments to each expert, to none of them, and tokens that came in.
+    The table `taps.experts` is int64 [layer, E + 2]: assignments to each expert, to none of them, and tokens that came in.
     """
 
-    def __init__(self, experts: Sequence[Experts | None]):
-        self._experts = list(experts)
+    def __init__(self, experts: Sequence[Experts | None], taps):
+        self._experts, self._taps = list(experts), taps
         self._most = most(experts)
 
-    def places(self) -> Iterator[tuple[nn.Module, Counts]]:
+    def attach(self) -> None:
+        for module, count in self._places():
+            self._taps.before(module, lambda args, kwargs, count=count: self._given(count, args, kwargs))
+
+    def _given(self, count: Counts, args: tuple, kwargs: dict) -> None:
+        taps = self._taps
+        if not taps.matrices or taps.recomputing:
+            return
+        if torch.compiler.is_compiling():
+            count(taps.experts, args, kwargs, taps.mask)
+        else:
+            taps.eagerly(lambda: count(taps.experts, args, kwargs, taps.mask), *EXPERT_METRICS)
+
+    def _places(self) -> Iterator[tuple[nn.Module, Counts]]:
         for row, experts in enumerate(self._experts):
             if experts is None:
                 continue

@@ -13,7 +13,7 @@ from probes.manifest import RunError
 from probes.names import matching
 from probes.queries import may_read
 from probes.sites import LayerSite, Place, Sites, unwrap
-from probes.stacks import Stack, find_stacks, is_norm, is_read, stack_at
+from probes.stacks import Stack, find_stacks, find_sublayers, is_norm, is_read, stack_at
 from probes.symbols import Untraceable
 
 _BY_HAND = "name the modules yourself: layers=[patterns of sublayers], norms=[patterns of each layer's norm and the final norm]"
@@ -116,13 +116,17 @@ def _only_stack(root: nn.Module, staged: bool) -> Stack | Sites:
         try:
             return _called(foreign_sites(root))
         except Untraceable as other:
-            raise RunError(f"{error} As for depth reads: {other}.") from None
+            try:
+                return _joined(root, [find_sublayers(root)])
+            except Untraceable as third:
+                reasons = f"As for depth reads: {other}. As for sublayers without blocks: {third}."
+                raise RunError(f"{error} {reasons}") from None
     if not own and may_read(root, found):
         with suppress(Untraceable):
             sites = foreign_sites(root)
             # What reads several streams is no depth read; it may look like one for some of the layers.
             alike = not found.change or len(sites.layers) <= len(found.layers)
-            if sites.found.is_clear and alike:
+            if alike:
                 return _called(sites)
     return found
 

@@ -172,7 +172,7 @@ class Following:
         if not caught:
             raise RuntimeError("no read was called when the first sequences went through the model once more")
         sequences = min(len(_tokens(args, kwargs)), MOST_SEQUENCES)
-        caught = {row: weight.flatten(1).unflatten(1, (sequences, -1)) for row, weight in caught.items()}
+        caught = {row: self._by_sequence(weight, sequences) for row, weight in caught.items()}
         like = next(iter(caught.values()))
         blank = torch.full_like(like[:1], torch.nan)
         rows = [
@@ -189,6 +189,12 @@ class Following:
         if mask is None:
             return weight
         return weight.where(mask.take_along_dim(places, 1).unsqueeze(-1) != 0, torch.nan)
+
+    def _by_sequence(self, weight: Tensor, sequences: int) -> Tensor:
+        """[S, B, T] of weights that may have all tokens on one axis, or tokens first."""
+        if self._sites.found is not None and self._sites.found.tokens_first:
+            return weight.flatten(1).unflatten(1, (-1, sequences)).transpose(1, 2)
+        return weight.flatten(1).unflatten(1, (sequences, -1))
 
     def _hand_over(self, weight: Tensor) -> None:
         if self.silent:

@@ -65,12 +65,15 @@ class _Finding:
         self._outputs = self._find_outputs()
         if not self._outputs:
             raise Untraceable("its depth reads mix nothing that layers make")
+        shapes = [output.tensor.shape[:2] for output in self._outputs]
+        self._tokens_first = 2 * shapes.count((tape.tokens, tape.items)) > len(shapes)
         self._stops = {source for mix in self._reads for source in mix.sources}
         self._stops |= {self._embedding, *self._outputs}
-        every = [*self._reads, *self._mixes.found.values()]
-        states = {node for mix in every for node in (mix.node, mixes.carried(mix.node))}
-        given = Given(tape, mixes, self._embedding, self._outputs, states, self._stops)
+        mixed = [*self._reads, *(m for m in mixes.found.values() if all(map(self._is_known, m.sources)))]
+        given = Given(tape, mixes, self._embedding, self._outputs, [m.node for m in mixed], self._stops)
         self._states = [given.to(output) for output in self._outputs]
+        seen = set(self._embedding_spots())
+        self._turned = any(seen & set(tape.spots[node]) and self._is_turned(node) for node in tape.spots)
 
     def sites(self) -> Sites:
         layers = self._layers()
@@ -89,7 +92,7 @@ class _Finding:
             self._final,
             lambda node: self._mixes.terms(node, self._embedding),
             self._members,
-            self._mixes.carried,
+            self._handed_on,
         )
         found = FoundReads(
             tuple(reads),
@@ -97,6 +100,8 @@ class _Finding:
             columns,
             tuple(map(self._as_place, self._embedding_spots())),
             tuple([*odd, *notes]),
+            self._tokens_first,
+            self._turned,
         )
         final = self._place(self._final) if self._final is not None else None
         return Sites(self._tape.root, layers, final, [], change="mixed by depth reads", found=found)
@@ -141,7 +146,7 @@ class _Finding:
         if received:
             node = self._mixes.bare(max(received, key=lambda each: each[0])[1])
             if node.index >= last:
-                return node
+                return self._before_projection(node)
         known = {source for mix in self._reads for source in mix.sources}
         for node in reversed(self._tape.nodes):
             if self._mixes.is_stream(node) and self._mixes.plain(node):
@@ -150,6 +155,16 @@ class _Finding:
                 if bare in self._mixes.found or (len(terms) > 1 and known & {bare, *terms}):
                     return bare
         return None
+
+    def _before_projection(self, node: Node) -> Node:
+        """The mix of which a projection alone has made `node`; the node itself where a layer lies between."""
+        reads, each = {mix.node for mix in self._reads}, node
+        while (each := self._mixes.bare(each)) not in reads:
+            slots = [slot for slot, s in enumerate(each.slots) if self._tape.made_from(s, self._embedding)]
+            if len(slots) != 1 or not self._mixes.projects(each, slots[0]):
+                return node
+            each = each.slots[slots[0]]
+        return each
 
     def _find_outputs(self) -> list[Node]:
         """What layers add, in order."""
@@ -167,6 +182,17 @@ class _Finding:
             and t.func is not None
         ]
         return sorted((t for t in found if self._tape.made_from(t, self._embedding)), key=lambda t: t.index)
+
+    def _is_known(self, source: Node) -> bool:
+        """Whether it sums what layers make, and is not made of that for one mix alone, as a projection is."""
+        return bool(self._stops & {source, *self._mixes.terms(source, self._embedding)})
+
+    def _handed_on(self, node: Node) -> Node:
+        """The state that a mix is handed on in: to the first layer that is made of it, or as the final state."""
+        towards = next(
+            (output for output in self._outputs if self._tape.made_from(output, node)), self._final
+        )
+        return node if towards is None else self._mixes.carried(node, towards)
 
     def _embedding_spots(self) -> tuple[Spot, ...]:
         """Where the embedding is seen; where nowhere, the parts that it sums, in order."""
@@ -238,8 +264,8 @@ class _Finding:
     # Places
 
     def _seen_at(self, node: Node, before: bool | None = None) -> Spot | None:
-        """Where hooks meet a tensor, or the same behind a view or cast; best with items and tokens in the order that
-        reads have them, and where its module runs once."""
+        """Where hooks meet a tensor, or the same behind a view or cast; best with items and tokens in the order of
+        what layers make, and where its module runs once."""
         spots = [
             (self._is_turned(each), self._runs[spot.module], spot.moment, spot)
             for each in (node, *self._same(node))
@@ -249,9 +275,8 @@ class _Finding:
         return min(spots, key=lambda each: each[:3], default=(None,))[-1]
 
     def _is_turned(self, node: Node) -> bool:
-        """Whether it has items first where what reads make has tokens first, or the other way about."""
-        here, there = node.tensor.shape, self._reads[-1].node.tensor.shape
-        return here != there and sorted(here) == sorted(there)
+        """Whether it has items first where what layers make has tokens first."""
+        return self._tokens_first and node.tensor.shape[:2] == (self._tape.items, self._tape.tokens)
 
     def _as_place(self, spot: Spot) -> Place:
         return place_of(spot, self._runs[spot.module])
@@ -305,7 +330,7 @@ class _Finding:
                 which = f", read {number} of {len(several)}" if len(several) > 1 else ""
                 yield site.layer.label + which, site.layer.kind, site.layer.index, mix
         for number, mix in enumerate(rest, 1):
-            is_final = self._mixes.carried(mix.node) is self._final or number == len(rest)
+            is_final = self._handed_on(mix.node) is self._final or number == len(rest)
             yield ("final read" if is_final else f"read {number} after the layers"), "final", None, mix
 
     def _receives_embedding(self) -> bool:
@@ -325,7 +350,8 @@ class _Finding:
                 raise Unreplayable("no hook sees the embedding")
             # The embedding where it is made, so that what the layer receives is compared with it.
             made = [each for each in self._embedding_spots() if each.moment <= spot.moment]
-            replay = Replay(_of_one, tuple(made) or (spot,), (), False)
+            turned = self._turned and bool(made)
+            replay = Replay(_of_one_turned if turned else _of_one, tuple(made) or (spot,), (), False)
             moment = self._tape.moments[spot.moment]
             return FoundRead("the embedding as it is", replay, moment, spot, (), is_source=True)
         route, query = self._route(mix), self._query(mix)
@@ -384,6 +410,10 @@ class _Finding:
         """Layers whose outputs a source sums; 0 is the embedding."""
         number = {output: index for index, output in enumerate(self._outputs, 1)} | {self._embedding: 0}
         return tuple(sorted(number[t] for t in self._mixes.terms(source, self._embedding) if t in number))
+
+
+def _of_one_turned(*parts: torch.Tensor) -> tuple:
+    return _of_one(sum(parts).transpose(0, 1))
 
 
 def _of_one(*parts: torch.Tensor) -> tuple:

@@ -69,16 +69,13 @@ class FoundRead:
 @dataclass(frozen=True)
 class FoundReads:
     """All reads of a model, as rows and columns of its layout; `embedding` are places (sites.py): where source 0 is seen, or the parts that it
-    sums, and `notes` name
-    what is odd about the model."""
+    sums, `notes` name what is odd about the model, and `tokens_first` says that its streams are [T, B, D],
+    `turned` that the embedding alone is seen as [B, T, D]."""
 
     reads: tuple[FoundRead, ...]
     rows: tuple[Read, ...]
     columns: tuple[Source, ...]
     embedding: tuple
     notes: tuple[str, ...] = ()
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether these can be nothing but depth reads: several of many sources, which gates and scales never have."""
-        return sum(row.sources > 2 for row in self.rows) > 1
+    tokens_first: bool = False
+    turned: bool = False

@@ -16,7 +16,7 @@ class FoundTaps:
     def __init__(self, found: FoundReads, states: dict[int, int], taps):
         """`states` are the rows of states that nothing but a read shows, by row of that."""
         self._taps, self._states = taps, states
-        self._embedding = found.embedding
+        self._embedding, self._turned = found.embedding, found.turned
         self._are_sources = [read.is_source for read in found.reads]
         self._reads = ReadTaps(found, self._computed)
         self._parts: dict[int, Tensor] = {}  # of the embedding, in this forward
@@ -24,7 +24,7 @@ class FoundTaps:
     def attach(self) -> None:
         taps = self._taps
         if len(self._embedding) == 1:
-            taps.at(self._embedding[0], taps.tap_embedding)
+            taps.at(self._embedding[0], lambda x: taps.tap_embedding(x, turned=self._turned))
         for part, place in enumerate(self._embedding if len(self._embedding) > 1 else ()):
             taps.at(place, lambda x, part=part: self._part(x, part))
         for module, before, met in self._reads.places():
@@ -72,7 +72,7 @@ class FoundTaps:
             parts = [self._parts[each] for each in sorted(self._parts)]
             self._parts.clear()
             embedding = sum(each.detach() for each in parts)
-            taps.values(embedding, "output", 0)
+            taps.values(embedding.transpose(0, 1) if self._turned else embedding, "output", 0)
             whole = next((each for each in parts if each.shape == embedding.shape), None)
             if whole is not None:
                 taps.gradient(whole, "output", 0)

@@ -9,19 +9,21 @@ from probes.tape import Node, Tape
 
 @dataclass(frozen=True)
 class Given:
-    """The states of layers. `mixed` are what reads make, or what that is added to; `stops` all that is read, and what
-    layers make: `embedding` and `outputs`."""
+    """The states of layers. `mixed` are what reads make; `stops` all that is read, and what layers make: `embedding` and
+    `outputs`."""
 
     tape: Tape
     mixes: Mixes
     embedding: Node
     outputs: Sequence[Node]
-    mixed: set[Node]
+    mixed: Sequence[Node]
     stops: set[Node]
 
     def to(self, output: Node) -> Node:
         """What the layer that makes `output` is given: the newest mix, sum or embedding that it was made from."""
-        before = (each for each in self.mixed | self.stops if self.tape.made_from(output, each))
+        mixed = {self.mixes.carried(each, output) for each in self.mixed if self.tape.made_from(output, each)}
+        every = {*mixed, *self.mixed, *self.stops}
+        before = (each for each in every if self.tape.made_from(output, each))
         newest = max(before, key=lambda each: each.index)
         if newest in self.outputs and self._goes_past(newest, output):
             return self._sum_with(newest, output) or newest

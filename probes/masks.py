@@ -68,13 +68,16 @@ def _finder(mask: str | None, module: nn.Module) -> MaskOf:
 
 
 def fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """`mask` [B, T] as bool, for an `x` [B, T, ...] or, of flattened tokens, [B*T, D]; None where it does not fit."""
+    """`mask` [B, T] as bool, for an `x` [B, T, ...], with tokens first [T, B, ...] or, of flattened tokens, [B*T, D]; None
+    where it does not fit."""
     if mask is None:
         return None
     mask = part_of(mask, x)
     x = local(x)
     if x.ndim > 2 and x.shape[:2] == mask.shape:
         return mask if mask.dtype == torch.bool else mask != 0
+    if x.ndim > 2 and x.shape[:2] == mask.shape[::-1]:
+        return fitting(mask.T, x)
     if x.ndim == 2 and x.shape[0] == mask.numel():
         return fitting(mask, x.unflatten(0, mask.shape)).flatten()
     return None

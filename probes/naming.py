@@ -1,19 +1,25 @@
 """Names of found layers, and which of them are one transformer block: by the names of their parameters."""
 
+from collections import Counter
 from itertools import takewhile
 
 from torch import nn
 
 
 def common_name(parameters: dict[str, nn.Parameter]) -> str:
-    """The module that holds the matrices among `parameters`."""
+    """The module that holds the matrices among `parameters`; where none does, the one that holds most of them."""
     matrices = [name for name, p in parameters.items() if p.ndim > 1 and min(p.shape) > 1]
     names = [name.rpartition(".")[0] for name in matrices or parameters]
     if not names:
         return ""
+    groups = Counter(map(_group, names))
+    most = max(groups, key=groups.get)
+    return _common(names) or _common([name for name in names if _group(name) == most])
+
+
+def _common(names: list[str]) -> str:
     levels = zip(*(name.split(".") for name in names), strict=False)
-    parts = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
-    return ".".join(parts) or names[0]
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def blocks_of(layers: list[tuple[str, str]]) -> list[int]:

@@ -23,7 +23,7 @@ from probes.masks import Masks
 from probes.mirrors import Mirror
 from probes.parallel import Parallel
 from probes.pipeline import Pipeline
-from probes.sampled import SAMPLED_METRICS, of_sample
+from probes.samples import Samples
 from probes.scalars import Scalars
 from probes.scaling import LossScale
 from probes.schedule import Schedule
@@ -38,8 +38,6 @@ from probes.vocabulary import GRADIENTS, METRICS
 from probes.writer import RunWriter
 
 log = logging.getLogger("depthscope")
-
-_WAITING = 2**28  # bytes of samples that may wait for the writer's thread
 
 
 class Recorder:
@@ -72,9 +70,9 @@ class Recorder:
         self._retry = OFF  # a look was in vain, for the update was skipped on the device
         self._closed = False
         # What is told is of the whole model, of which this process may have one stage.
-        self._whole = sites if together is None else together.sites
-        self._selfcheck = SelfCheck(self._whole)
-        self._handed = self._solved = 0  # samples given to the writer's thread, and taken up by it
+        whole = sites if together is None else together.sites
+        self._selfcheck = SelfCheck(whole)
+        self._samples = Samples(whole, faults, self._selfcheck)
         self._owed = False  # the writer waits to hear that the recorded step is complete
         self._process = os.getpid()
         self._scalars = Scalars()
@@ -134,7 +132,7 @@ class Recorder:
                 if not self._optimizers:
                     self._scale.unknown = self._taps.half and not self._scale.given
                 if self._joint is None:
-                    self._put(self._measured(), self._taps.counts(), self._sampled())
+                    self._put(self._measured(), self._taps.counts(), self._samples.of(self._taps, self._step))
                 else:  # with data or without: the others wait for the sums of this process
                     self._joint.put(self._taps, self._gradients, self._updates, self._skipped)
                     self._put()
@@ -331,19 +329,6 @@ class Recorder:
         left_out = self._scalars.logged | self._faults.now | (set() if known else set(GRADIENTS))
         return {name: value for name, value in metrics.items() if name not in left_out}
 
-    def _sampled(self) -> dict[str, torch.Tensor]:
-        """The sample of this step; nothing where its metrics cannot be made, or not in time."""
-        if self._faults.now & set(SAMPLED_METRICS):
-            return {}
-        sampled = self._taps.sampled()
-        waiting = (self._handed - self._solved) * sum(value.nbytes for value in sampled.values())
-        if waiting > _WAITING:
-            late = {"step": self._step, "cause": "samples before were not solved yet"}
-            for name in SAMPLED_METRICS:
-                self._faults.missing.setdefault(name, late)
-            return {}
-        return sampled
-
     def _put(
         self, metrics: dict | None = None, counts: dict | None = None, sampled: dict | None = None
     ) -> None:
@@ -372,7 +357,7 @@ class Recorder:
             return
 
         def rows():
-            self._solved += bool(sampled)  # or will be, before the next
+            self._samples.taken_up += bool(sampled)
             values = fetch()
             seen = {name: values["count", name] for name in counts}
             lost = int(values.get(("vain",), 0))
@@ -394,7 +379,7 @@ class Recorder:
         # Rows of this very step may still be logged until the next forward.
         fetch_rows = rows if self._mirror is None else lambda: self._mirror.watch(rows())
         taken = self._writer.put(fetch_rows, complete=lambda: self._complete(now.attempt))
-        self._handed += taken and bool(sampled)
+        self._samples.handed += taken and bool(sampled)
 
     def _complete(self, attempt: int) -> int:
         """The last step of which no more rows will come, when `attempt` has begun."""
@@ -412,9 +397,5 @@ class Recorder:
             if name not in seen or seen[name].any():
                 yield name, step, value
         self._selfcheck.rows(seen)
-        if kept:
-            with self._faults.guard(*SAMPLED_METRICS):
-                solved = of_sample(kept, self._whole.layout, [site.given for site in self._whole.layers])
-                self._selfcheck.mixing(solved)
-                for name, value in solved.items():
-                    yield name, step, value
+        for name, value in self._samples.solved(kept):
+            yield name, step, value

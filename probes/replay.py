@@ -52,7 +52,9 @@ def witness_of(tape: Tape, node: Node) -> tuple[Node, Spot] | None:
     made = [
         (spot.moment, each, spot)
         for each, spots in tape.spots.items()
-        if tape.made_from(each, node) and each.tensor.shape == node.tensor.shape
+        if tape.made_from(each, node)
+        and each.tensor.numel() == node.tensor.numel()
+        and each.tensor.shape[-1] == node.tensor.shape[-1]
         for spot in spots
     ]
     if not made:
@@ -109,6 +111,7 @@ class _Cutting:
                 mix = call(_of_heads, (weights, sources))
             weights = call(_of_head, (weights, head, 1))
             sources = [call(_of_head, (each, head, width // several)) for each in sources]
+        sources = [self._in_order(edge, x) for edge, x in zip(self._mix.edges, sources, strict=True)]
         self._real[self._mix.node] = mix
         made = self._emit(self._witness)
         self._graph.output((weights, sources, mix, made))
@@ -127,6 +130,13 @@ class _Cutting:
             )
             node = next(behind, edge.source)
         return node
+
+    def _in_order(self, edge: Edge, source: fx.Node) -> fx.Node:
+        """A source with its tokens in the order of the mix."""
+        items, tokens = self._tape.items, self._tape.tokens
+        first = self._mix.node.tensor.shape[:2] == (tokens, items)
+        turned = first and self._alike(edge).tensor.shape[:2] == (items, tokens)
+        return self._graph.call_method("transpose", (source, 0, 1)) if turned else source
 
     def _collect(self) -> None:
         """What the program starts from: tensors that hooks see first, then those that are held."""
@@ -192,7 +202,9 @@ class _Cutting:
         if node.cast is not None:
             made = graph.call_function(_within(node.cast, node.func), args, kwargs)
         elif name is not None:
-            made = graph.call_method(name, args, kwargs)
+            # What is put in the place of a source may lie in memory in another order.
+            shaped = name == "view" and "dtype" not in kwargs and not isinstance(node.args[1], torch.dtype)
+            made = graph.call_method("reshape" if shaped else name, args, {} if shaped else kwargs)
         else:
             made = graph.call_function(node.func, args, kwargs)
         return made if node.pick is None else graph.call_function(_item, (made, node.pick))

@@ -15,6 +15,7 @@ from probes.dataflow import follow, follow_within
 from probes.feeding import feeding
 from probes.flow import Call, Flow, Term
 from probes.layout import Layer
+from probes.naming import blocks_of
 from probes.nodes import has_matrix
 from probes.recipes import Recipe
 from probes.sites import LayerSite, Made, Place
@@ -134,6 +135,40 @@ def _followed_from_above(root: nn.Module, path: str, members: dict[str, nn.Modul
     final = _place(above, flow.norm, is_input=True) if flow.norm is not None else None
     layers = tuple(_layers(above, holder, replace(flow, norm=None), 0, block_of, within=True))
     return Stack(path, len(members), layers, final, flow.change)
+
+
+def find_sublayers(root: nn.Module) -> Stack:
+    """A list of sublayers without blocks, which the module that holds it adds up. Untraceable, with the reason, where there
+    is none."""
+    reason = "no list in it holds sublayers"
+    for path, container in root.named_modules():
+        members = {f"{path}.{key}" if path else key: child for key, child in container.named_children()}
+        if (
+            not isinstance(container, _UNCALLED)
+            or not members
+            or not all(map(_has_wide_matrix, members.values()))
+        ):
+            continue
+        try:
+            stack = _followed_from_above(root, path, members)
+        except Untraceable as error:
+            reason = f"what is done around {path} was not followed: {error}"
+            continue
+        missing = set(range(1, len(members) + 1)) - {site.layer.block for site in stack.layers}
+        if not missing:
+            return _paired_up(stack)
+        reason = f"{len(missing)} of the {len(members)} members of {path} do not add to one stream"
+    raise Untraceable(reason)
+
+
+def _paired_up(stack: Stack) -> Stack:
+    """Attention and the MLP after it are one transformer block."""
+    blocks = blocks_of([(f"{site.layer.block}", site.layer.kind) for site in stack.layers])
+    layers = tuple(
+        replace(site, layer=replace(site.layer, block=block))
+        for site, block in zip(stack.layers, blocks, strict=True)
+    )
+    return replace(stack, blocks=blocks[-1], layers=layers)
 
 
 def _bare(member: nn.Module) -> nn.Module:

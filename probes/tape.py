@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from probes.found import Moment, Spot
@@ -200,7 +201,12 @@ def record_tape(root: nn.Module, args: tuple, kwargs: dict, items: int, tokens: 
 
         base.apply = classmethod(applied)
         try:
-            with _told_of_casts(running.casts), running, torch.compiler.set_stance("force_eager"):
+            with (
+                _told_of_casts(running.casts),
+                _attention_opened(),
+                running,
+                torch.compiler.set_stance("force_eager"),
+            ):
                 given = [running.node_of(tensor) for _, tensor in leaves((args, kwargs))]
                 root(*args, **kwargs)
         finally:
@@ -228,6 +234,26 @@ def _told_of_casts(casts: list[tuple]) -> Iterator[None]:
         yield
     finally:
         kind.__enter__, kind.__exit__ = enter, leave
+
+
+@contextmanager
+def _attention_opened() -> Iterator[None]:
+    """While inside, `nn.MultiheadAttention` is the operations it consists of, and not one."""
+    real = functional.multi_head_attention_forward
+
+    def opened(*args, **kwargs):
+        asks = functional.has_torch_function
+        functional.has_torch_function = lambda _: False
+        try:
+            return real(*args, **kwargs)
+        finally:
+            functional.has_torch_function = asks
+
+    functional.multi_head_attention_forward = opened
+    try:
+        yield
+    finally:
+        functional.multi_head_attention_forward = real
 
 
 @contextmanager

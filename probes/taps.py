@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from probes.backwards import in_backward
 from probes.edge_taps import EdgeTaps
-from probes.expert_taps import EXPERT_METRICS, Counts, ExpertTaps
+from probes.expert_taps import ExpertTaps
 from probes.faults import Faults
 from probes.found_taps import FoundTaps
 from probes.hanging import Hanging
@@ -20,11 +20,12 @@ from probes.marked_taps import MarkedTaps
 from probes.masks import Masks, fitting
 from probes.parallel import is_split
 from probes.pipeline import Pipeline
-from probes.rows import reads_after_blocks, rows_by_arithmetic
+from probes.rows import reads_after_blocks
 from probes.sampled import SAMPLED_METRICS
 from probes.scaling import half_precision
 from probes.sites import Sites
 from probes.statistics import DEPTH_METRICS, add_moments, add_nonfinite, token_mean_square
+from probes.sum_taps import SumTaps
 from probes.tally import ACTIVATIONS, Tally
 
 OFF, VECTORS, MATRICES = 0, 1, 2
@@ -65,9 +66,7 @@ class Taps(Hanging):
         self.edge_taps = EdgeTaps(sites, self)
         self._tally_up()
         self._mean_squares: dict[int, tuple[Tensor, Tensor]] = {}
-        self._summed_rows, self._kept_rows = rows_by_arithmetic(sites)
-        # By row, where an output is a difference of states or a state a sum.
-        self._states: dict[int, Tensor] = {}
+        self._sums = SumTaps(sites, self)
         self._marks = MarkedTaps(sites, self)
         self._found = FoundTaps(sites.found, sites.states_of_reads, self) if sites.found is not None else None
         self._made = MadeTaps(sites, self)
@@ -109,7 +108,7 @@ class Taps(Hanging):
         self._autocasts = torch.amp.is_autocast_available(self._device.type)
         live = self._tally.live
         self._forward, self._backward = live.forward, live.backward
-        self._nonfinite, self._depth, self._experts = live.nonfinite, live.depth, live.experts
+        self._nonfinite, self._depth, self.experts = live.nonfinite, live.depth, live.experts
         self.read_errors = self._tally.errors
         self.edges = live.edges.rows if live.edges is not None else []
         self.edge_taps.follow(self._device)
@@ -183,7 +182,7 @@ class Taps(Hanging):
             if site.output is not None:
                 self.at(site.output, lambda x, row=row: self._output(x, row))
             elif site.after is not None:
-                self.at(site.after, lambda x, row=row: self._difference(x, row))
+                self.at(site.after, lambda x, row=row: self._sums.after(x, row))
         self._made.attach()
         for module in sites.outputs:
             self.before(module, lambda args, kwargs, row=module.depth_output - 1: self._output(args[0], row))
@@ -193,8 +192,7 @@ class Taps(Hanging):
             self.after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], *output))
         if self._found is not None:
             self._found.attach()
-        for module, count in ExpertTaps(sites.experts).places():
-            self.before(module, lambda args, kwargs, count=count: self._routed(count, args, kwargs))
+        ExpertTaps(sites.experts, self).attach()
         self.edge_taps.attach()
         if sites.norm is not None:
             self.before(sites.norm, lambda args, kwargs: self._passed())
@@ -203,15 +201,6 @@ class Taps(Hanging):
                 # The newest source of the read after a transformer block is the partial sum the block left.
                 self.before(read, lambda args, kwargs, block=block: self.tap(args[0][-1], "block", block))
         self._handles.append(sites.called.register_forward_hook(Hook(self._end)))
-
-    def _routed(self, count: Counts, args: tuple, kwargs: dict) -> None:
-        """Experts are given their tokens."""
-        if not self.matrices or self.recomputing:
-            return
-        if torch.compiler.is_compiling():
-            count(self._experts, args, kwargs, self.mask)
-        else:
-            self.eagerly(lambda: count(self._experts, args, kwargs, self.mask), *EXPERT_METRICS)
 
     def _passed(self) -> None:
         if torch.compiler.is_compiling():
@@ -263,7 +252,7 @@ class Taps(Hanging):
     def _forget(self) -> None:
         self._mean_squares.clear()
         self.edge_taps.end()
-        self._states.clear()
+        self._sums.forget()
         self._turns.clear()
         self._marks.forget()
         self._made.forget()
@@ -297,19 +286,14 @@ class Taps(Hanging):
         if row == 0 and not self._sites.has_reads and not entered:
             # With its position and dropout, where a model has them.
             self.tap_embedding(x)
-        self._hold(x, row)
+        self._sums.state(x, row)
 
     def made_state(self, x: Tensor, row: int) -> None:
         """The same, computed: it has no gradient."""
         self.values(x, "state", row)
         if row == 0 and not self._sites.has_reads and self._sites.entry is None:
             self.values(x, "output", 0)
-        self._hold(x, row)
-
-    def _hold(self, x: object, row: int) -> None:
-        """Keep a state that others are sums or differences of."""
-        if row in self._kept_rows and isinstance(x, Tensor) and not self.recomputing:
-            self._states[row] = x.detach()
+        self._sums.state(x, row)
 
     def _entry(self, x: Tensor) -> None:
         """What the first of the blocks that mix streams is given: the embedding, or [B, T, n, D] copies of it."""
@@ -322,26 +306,12 @@ class Taps(Hanging):
             # A stack that holds what is added to the stream among other things; `sites.outputs` has it plain.
             return
         self.tap(x, "output", row + 1)
-        if row + 1 in self._summed_rows:
-            # No module receives the next state, so it is summed here. It is the output's only way on, so that the two
-            # have one gradient.
-            self.gradient(x, "state", row + 1)
-            if row in self._states:
-                state = self._states.pop(row) + x.detach()
-                self.values(state, "state", row + 1)
-                if row + 1 in self._kept_rows:
-                    self._states[row + 1] = state
+        self._sums.output(x, row)
 
-    def _difference(self, after: Tensor, row: int) -> None:
-        """What layer row+1 has added, where the stream is seen before and after it. It has the stream's gradient."""
-        if isinstance(after, Tensor):
-            self.gradient(after, "output", row + 1)
-            if row in self._states:
-                self.values(after.detach() - self._states.pop(row).view_as(after), "output", row + 1)
-
-    def tap(self, x: Tensor, place: str, row: int, streams: bool = False) -> None:
+    def tap(self, x: Tensor, place: str, row: int, streams: bool = False, turned: bool = False) -> None:
         if isinstance(x, Tensor):  # the recorder says which rows were never seen
-            self.values(x.detach()[..., 0, :] if streams else x.detach(), place, row)
+            values = x.detach()[..., 0, :] if streams else x.detach()
+            self.values(values.transpose(0, 1) if turned else values, place, row)
             self.gradient(x, place, row, streams)
 
     def values(self, x: Tensor, place: str, row: int, known: Tensor | None = None) -> None:
@@ -386,17 +356,18 @@ class Taps(Hanging):
             if not self.recomputing or self.gradients.owes(place, row):
                 self.gradients.tap(x, sums, mask, self.passes, (place, row), metrics, streams)
 
-    def tap_embedding(self, x: Tensor, streams: bool = False) -> None:
+    def tap_embedding(self, x: Tensor, streams: bool = False, turned: bool = False) -> None:
+        """The embedding; of `streams` [B, T, n, D] alike the first, `turned` where the others have tokens first."""
         # Where a stack is run through several times, only the first time starts at the embedding.
         if torch.compiler.is_compiling():
             # Nothing may be noted down inside a compiled checkpoint: `_ran_again` sees to it later.
             self._calls[0].add_(1)
-            self.tap(x, "output", 0, streams)
+            self.tap(x, "output", 0, streams, turned)
         elif not self._embedded and not self.recomputing:
             self._embedded = True
-            self.tap(x, "output", 0, streams)
+            self.tap(x, "output", 0, streams, turned)
         elif self.recomputing and self.gradients.owes("output", 0):
-            self.tap(x, "output", 0, streams)
+            self.tap(x, "output", 0, streams, turned)
 
     def _read(self, row: int, sources: list[Tensor], mix: Tensor, weight: Tensor) -> None:
         if not self.matrices:

@@ -188,6 +188,20 @@ class Trials:
                 return False
         return True
 
+    def projects(self, node: Node, slot: int) -> bool:
+        """Whether a node is a linear map of an operand, but for a shift, as a projection or a view is and a layer is not."""
+        if not node.tensor.is_floating_point():
+            return False
+        one, two = (_drawn(node.slots[slot]) for _ in range(2))
+        try:
+            nothing, of_one, of_two, of_both = (
+                tried(node, {slot: x}).cpu() for x in (torch.zeros_like(one), one, two, one + two)
+            )
+        except Exception:  # what cannot be tried counts as a layer
+            return False
+        apart = (of_both - of_one - of_two + nothing).abs().max()
+        return bool(apart <= _TOLERANCE * (of_both - nothing).abs().max())
+
     @staticmethod
     def _except(node: Node, slot: int) -> list[Node]:
         return [each for place, each in enumerate(node.slots) if place != slot]

@@ -79,19 +79,18 @@ class Walks(Trials):
         values = node.value.reshape(-1, self.width)
         return bool((values == values[0]).all())
 
-    def carried(self, node: Node) -> Node:
-        """The state that `node` is handed on in: itself, or what it was added to, or gated with, before anything else was
-        made of it."""
+    def carried(self, node: Node, towards: Node) -> Node:
+        """The state that `node` is handed on in on the way `towards` what was made of it: itself, or what it was added to,
+        or gated with, before anything else was made of it. Copies beside that way, as a model returns them, are none."""
         while True:
-            users = [user for user in self._goes_on(node) if self._only_adds(user, node)]
-            if len(set(users)) != 1:
+            users = {
+                user
+                for user in self.tape.users.get(node, ())
+                if (user is towards or self.tape.made_from(towards, user)) and self._only_adds(user, node)
+            }
+            if len(users) != 1:
                 return node
-            node = users[0]
-
-    def _goes_on(self, node: Node) -> list[Node]:
-        """Who uses `node`, without copies that go no further, as where the model returns its states."""
-        users = self.tape.users.get(node, ())
-        return [user for user in users if self.tape.users.get(user) or self.bare(user) is not node]
+            node = users.pop()
 
     def _only_adds(self, user: Node, node: Node) -> bool:
         operands = self.linear(user, user.value.ndim - 1) if self.is_stream(user) else None

@@ -13,6 +13,14 @@ from tests.probes.foreign import MLP, Attention, unit
 WIDTH = 24
 
 
+def rms(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def weighed(weight: Tensor, values: Tensor) -> Tensor:
+    return torch.einsum("nbt,nbtd->btd", weight, values)
+
+
 class Family(nn.Module):
     """Two pairs of attention and MLP, full AttnRes with a row of `queries` for each read."""
 

@@ -9,10 +9,14 @@ import torch
 import probes
 from probes.foreign import foreign_sites
 from probes.symbols import Untraceable
-from tests.probes.foreign_authors import AUTHORS, NO_READS, FallingBack, Gated, Heads, WithNull
+from tests.probes.foreign_sources import SOURCES, FallingBack, Gated
+from tests.probes.foreign_streams import NO_READS
+from tests.probes.foreign_weights import WEIGHTS, Heads, WithNull
+from tests.probes.hyper import Hyper
 from tests.probes.models import sgd
 from tests.probes.test_foreign import TOLERANCE, recorded, step, tokens
-from tests.probes.test_mixing import Hyper
+
+AUTHORS = SOURCES | WEIGHTS
 
 
 def own_and_found(author, path):

@@ -221,7 +221,7 @@ class Inline(nn.Module):
         values = torch.stack(sources)
         weights = (rms_norm(values) @ self.queries[row]).softmax(0)
         state = (weights.unsqueeze(-1) * values).sum(0)
-        self.states.append(float(np.sqrt(np.mean(np.square(state.tolist())))))
+        self.states.append(state.detach().square().mean().sqrt().item())
         return rms_norm(state)
 
     def forward(self, tokens):

@@ -136,7 +136,9 @@ def test_where_a_mask_fits():
     assert fitting(mask, torch.ones(2, 3, 4)) is mask
     assert fitting(mask, torch.ones(2, 3, 4, 5)) is mask
     assert fitting(mask, torch.ones(6, 4)).shape == (6,)
-    for shape in ((2, 4, 3), (3, 2, 4), (2, 3), (5, 4), (2, 4)):  # with a class token, pooled, …
+    mask[1, 2] = False
+    assert torch.equal(fitting(mask, torch.ones(3, 2, 4)), mask.T)  # tokens first
+    for shape in ((2, 4, 3), (2, 3), (5, 4), (2, 4)):  # with a class token, pooled, …
         assert fitting(mask, torch.ones(shape)) is None
     assert fitting(None, torch.ones(2, 3, 4)) is None
 
