@@ -63,6 +63,7 @@ def find_sites(
         module for module in root.modules() if isinstance(getattr(module, "depth_output", None), int)
     )
     holders = tuple(module for name, module in _above(root, found.path) if name)
+    receiver = norm if not reads and found.final is not None and not found.final.is_input else None
     sites = Sites(
         root,
         list(found.layers),
@@ -75,6 +76,8 @@ def find_sites(
         norm and norm.module,
         staged=staged,
         named=isinstance(layers, str | Sequence),
+        receiver=receiver,
+        receiver_later=receiver is not None and _stands_later(root, found.path, receiver),
     )
     return _called(sites)
 
@@ -84,7 +87,11 @@ def _called(sites: Sites) -> Sites:
     that of the model inside."""
     if not hasattr(sites.root, "training_step"):
         return sites
-    places = [sites.final, *(each for s in sites.layers for each in (s.state, s.output, s.after))]
+    places = [
+        sites.final,
+        sites.receiver,
+        *(each for s in sites.layers for each in (s.state, s.output, s.after)),
+    ]
     made = [made for s in sites.layers for made in (s.state_made, s.output_made) if made is not None]
     places += [leaf for each in made for leaf in each.leaves]
     seen = {place.module for place in places if place is not None} | {*sites.reads, *sites.outputs}
@@ -191,6 +198,14 @@ def _final_norm(root: nn.Module, path: str) -> Place | None:
             key, norm = beside[-1]
             return Place(f"{name}.{key}" if name else key, norm, is_input=True)
     return None
+
+
+def _stands_later(root: nn.Module, path: str, place: Place) -> bool:
+    """Whether a module is a later child of the one that holds both than what holds the stack at `path` is."""
+    above, _, key = place.name.rpartition(".")
+    below = path.removeprefix(f"{above}." if above else "").split(".")[0]
+    names = [name for name, _ in root.get_submodule(above).named_children()]
+    return below in names and names.index(key) > names.index(below)
 
 
 def _above(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:

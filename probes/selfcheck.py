@@ -41,6 +41,8 @@ class SelfCheck:
         if not taps.seen:
             self._rows_checked = True
             self._say(f"depthscope saw no forward of {self._name} in training mode before a step. {BEFORE}")
+        if taps.finals.reason:
+            self._say(f"depthscope leaves the final state blank: {taps.finals.reason}.")
         if taps.masks.odd:
             self._say("depthscope takes masks of [B, T] only; here every token counts: pass mask=.")
         if taps.misplaced is not None:

@@ -45,6 +45,8 @@ class Tally:
         self.errors = ReadErrors(sites.depth_sources, device) if sites.found is not None else None
         rows = len(sites.layers) + 1
         self.sample = Sample(rows, device, share)
+        self.apart = False
+        """Whether the final state is another than what leaves the last transformer block."""
         self.split: set[int] = set()
         """States of which this process sees a part of what others see too (sequence parallelism)."""
         self.given = torch.tensor([*(site.given for site in sites.layers), rows], device=device)
@@ -90,6 +92,8 @@ class Tally:
             else:
                 place, rows = self._block_rows
                 metrics[f"block_{suffix}"] = done[place][rows]
+                if self.apart:
+                    metrics[f"block_{suffix}"][-1] = torch.nan
         if matrices:
             error = identity_error(self.sample, self.given)
             metrics["identity_error"] = error.masked_fill(self._mixed_up(), torch.nan)
@@ -134,6 +138,8 @@ class Tally:
             counts[f"output_{suffix}"][0].masked_fill_(self._ran_again(), 0)
             place, rows = self._block_rows or ("block", slice(None))
             counts[f"block_{suffix}"] = table[place].count[rows]
+            if self.apart:
+                counts[f"block_{suffix}"][-1] = 0
         if matrices:
             counts["nonfinite"] = counts["hidden_rms"]
             if self._counted.experts is not None:

@@ -12,6 +12,7 @@ from probes.backwards import in_backward
 from probes.edge_taps import EdgeTaps
 from probes.expert_taps import ExpertTaps
 from probes.faults import Faults
+from probes.final_taps import FinalTaps
 from probes.found_taps import FoundTaps
 from probes.hanging import Hanging
 from probes.hooks import Hook, tap_gradient_in_graph
@@ -67,6 +68,7 @@ class Taps(Hanging):
         self._tally_up()
         self._mean_squares: dict[int, tuple[Tensor, Tensor]] = {}
         self._sums = SumTaps(sites, self)
+        self.finals = FinalTaps(sites, self)
         self._marks = MarkedTaps(sites, self)
         self._found = FoundTaps(sites.found, sites.states_of_reads, self) if sites.found is not None else None
         self._made = MadeTaps(sites, self)
@@ -186,8 +188,7 @@ class Taps(Hanging):
         self._made.attach()
         for module in sites.outputs:
             self.before(module, lambda args, kwargs, row=module.depth_output - 1: self._output(args[0], row))
-        if sites.final is not None:
-            self.at(sites.final, lambda x: self._state(x, len(sites.layers)))
+        self.finals.attach()
         for row, read in enumerate(sites.reads):
             self.after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], *output))
         if self._found is not None:
@@ -221,6 +222,7 @@ class Taps(Hanging):
             self._embedded = False
         if not self.live:
             return
+        self.finals.begin(compiling)
         if self._sites.entry is not None or self._copies > 1:
             given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.ndim > 1]
             self._given = [each.shape[:2] for each in given]
@@ -245,6 +247,8 @@ class Taps(Hanging):
             self._sample.reset()
 
     def _end(self, root: nn.Module, args, output) -> None:
+        if self.live and not torch.compiler.is_compiling():
+            self.eagerly(lambda: self.finals.end(output), "hidden_rms", "block_rms")
         self.live = False
         self.mask = None
         self._forget()
@@ -253,6 +257,7 @@ class Taps(Hanging):
         self._mean_squares.clear()
         self.edge_taps.end()
         self._sums.forget()
+        self.finals.forget()
         self._turns.clear()
         self._marks.forget()
         self._made.forget()
@@ -278,15 +283,19 @@ class Taps(Hanging):
             self.passes.now.mask = None if mask is None else mask != 0
 
     def _state(self, x: Tensor, row: int) -> None:
-        """What layer row+1 receives, or the final state; the first one is the embedding too."""
+        """What layer row+1 receives; the first one is the embedding too."""
         self.tap(x, "state", row)
-        if row == len(self._sites.layers) and self.matrices:
-            self.edge_taps.final(x)
         entered = self._sites.entry is not None and (torch.compiler.is_compiling() or self._embedded)
         if row == 0 and not self._sites.has_reads and not entered:
             # With its position and dropout, where a model has them.
             self.tap_embedding(x)
         self._sums.state(x, row)
+
+    def final(self, x: Tensor, row: int) -> None:
+        """The final state, where the place it is seen at is known."""
+        self.tap(x, "state", row)
+        if self.matrices:
+            self.edge_taps.final(x)
 
     def made_state(self, x: Tensor, row: int) -> None:
         """The same, computed: it has no gradient."""
@@ -313,6 +322,7 @@ class Taps(Hanging):
             values = x.detach()[..., 0, :] if streams else x.detach()
             self.values(values.transpose(0, 1) if turned else values, place, row)
             self.gradient(x, place, row, streams)
+            self.finals.met(x)
 
     def values(self, x: Tensor, place: str, row: int, known: Tensor | None = None) -> None:
         """Add the values of `x`; where `known` (bool []) is false, of no token."""

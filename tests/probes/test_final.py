@@ -1,0 +1,151 @@
+"""The final state is what the final norm receives, whatever comes between it and the last block; blank where nobody sees."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import probes
+from tests.probes.models import sgd
+from tests.probes.test_sites import WIDTH, GPTBlock
+
+WORDS = 11
+
+
+class Model(nn.Module):
+    """Keeps its true final state, after `between` of the states that enter and leave its blocks."""
+
+    normed = True
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.weights = nn.Parameter(torch.randn(4))
+        self.query = nn.Parameter(torch.randn(WIDTH))
+        self.h = nn.ModuleList(GPTBlock() for _ in range(3))
+        if self.normed:
+            self.ln_f = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, WORDS)
+        self.true = None
+
+    def between(self, states):
+        return states[-1]
+
+    def pool(self, x):
+        return x
+
+    def norm(self, x):
+        return self.ln_f(x) if self.normed else F.layer_norm(x, (WIDTH,))
+
+    def forward(self, tokens):
+        states = [self.words(tokens)]
+        for block in self.h:
+            states.append(block(states[-1]))
+        self.true = self.between(states)
+        if self.true.requires_grad:
+            self.true.retain_grad()
+        return self.head(self.norm(self.pool(self.true)))
+
+
+class Elmo(Model):
+    """A weighted sum of all (Peters et al. 2018, ELMo)."""
+
+    def between(self, states):
+        return sum(w * x for w, x in zip(self.weights.softmax(0), states, strict=True))
+
+
+class Attending(Model):
+    def between(self, states):
+        values = torch.stack(states)
+        weights = (F.rms_norm(values, (WIDTH,)) @ self.query).softmax(0)
+        return (weights.unsqueeze(-1) * values).sum(0)
+
+
+class Doubled(Model):
+    def between(self, states):
+        return 2 * states[-1]
+
+
+class FirstToken(Model):
+    def pool(self, x):
+        return x[:, 0]
+
+
+class Mean(Model):
+    def pool(self, x):
+        return x.mean(1)
+
+
+class NoNorm(Model):
+    normed = False
+
+
+class ElmoWithMean(Elmo, Mean):
+    pass
+
+
+class ElmoWithoutNorm(Elmo):
+    normed = False
+
+
+def recorded(model, path):
+    """Two steps: the run, and the RMS of the final state and of its gradient in each."""
+    optimizer = sgd(model)
+    truth = []
+    with probes.record(model, path, optimizer=optimizer, every=1, matrices_every=1):
+        for step in range(2):
+            tokens = torch.arange(10).view(2, 5).roll(step)
+            model(tokens).square().mean().backward()
+            truth.append([float(x.detach().square().mean().sqrt()) for x in (model.true, model.true.grad)])
+            optimizer.step()
+            optimizer.zero_grad()
+    return probes.open_run(path), np.array(truth)
+
+
+@pytest.mark.parametrize("kind", [Model, Elmo, Attending, Doubled, FirstToken, Mean, NoNorm])
+def test_what_the_final_norm_receives(kind, tmp_path):
+    torch.manual_seed(0)
+    model = kind()
+    run, truth = recorded(model, tmp_path / "run")
+    found = np.stack([run["hidden_rms"][:, -1], run["hidden_grad_rms"][:, -1]], 1)
+    np.testing.assert_allclose(found, truth, rtol=1e-5)
+    plain = kind in (Model, FirstToken, Mean, NoNorm)
+    assert probes.describe(model).holds is plain
+    # What leaves the last block is another state then, and is not shown for it.
+    assert np.isnan(run["block_rms"][:, -1]).all() != plain
+    edges = run["depth_attribution"] if "depth_attribution" in run.metrics else np.array([np.nan])
+    assert np.isfinite(edges).any() == plain
+
+
+@pytest.mark.parametrize("kind", [ElmoWithMean, ElmoWithoutNorm])
+def test_what_nobody_sees_is_blank(kind, tmp_path, caplog):
+    torch.manual_seed(0)
+    model = kind()
+    run, _ = recorded(model, tmp_path / "run")
+    assert np.isnan(run["hidden_rms"][:, -1]).all() and np.isnan(run["hidden_grad_rms"][:, -1]).all()
+    assert np.isfinite(run["hidden_rms"][:, :-1]).all()
+    assert "leaves the final state blank: it was not seen" in caplog.text
+    told = probes.describe(model)
+    assert told.holds is None and "final state  blank: it was not seen" in str(told)
+
+
+@pytest.mark.parametrize("kind", [Elmo, Attending, Doubled])
+def test_its_edges_are_not_gated(kind):
+    torch.manual_seed(0)
+    model = kind()
+    with pytest.raises(probes.RunError, match="final state is not the weighted"):
+        probes.attribute(model, torch.arange(10).view(2, 5), methods=["ablation"])
+
+
+def test_edges_of_a_pooled_stream_are_gated():
+    """As they are where nothing is pooled, by a model that picks the last token's loss."""
+    torch.manual_seed(0)
+    model, tokens = FirstToken(), torch.arange(10).view(2, 5)
+    found = probes.attribute(model, tokens, loss=lambda output: output.square().sum(-1), methods=["ablation"])
+    plain = Model()
+    plain.load_state_dict(model.state_dict())
+    same = probes.attribute(
+        plain, tokens, loss=lambda output: output[:, 0].square().sum(-1), methods=["ablation"]
+    )
+    np.testing.assert_allclose(found.edges["ablation"], same.edges["ablation"], rtol=1e-4, atol=1e-6)
