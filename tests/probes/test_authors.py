@@ -10,7 +10,7 @@ import probes
 from probes.foreign import foreign_sites
 from probes.symbols import Untraceable
 from tests.probes.foreign_sources import SOURCES, FallingBack, Gated
-from tests.probes.foreign_streams import NO_READS
+from tests.probes.foreign_streams import NO_READS, Highway
 from tests.probes.foreign_weights import WEIGHTS, Heads, WithNull
 from tests.probes.hyper import Hyper
 from tests.probes.models import sgd
@@ -64,6 +64,22 @@ def test_hyper_connections_say_why_they_have_no_depth_weights():
 def test_streams_that_are_carried_on_with_weights_are_no_reads(model):
     with pytest.raises(Untraceable, match="scaled, gated or mixed on their way"):
         foreign_sites(NO_READS[model]())
+
+
+class TwoAtOnce(Highway):
+    """A plain residual in the model's own forward, of layers side by side."""
+
+    def stream(self, x):
+        for i in range(0, 6, 2):
+            read = rms(x)
+            x = x + self.sublayers[i](read) + self.sublayers[i + 1](read)
+        return x
+
+
+def test_a_refusal_points_to_nothing_that_is_not_recorded():
+    with pytest.raises(Untraceable) as refused:
+        foreign_sites(TwoAtOnce())
+    assert "summed, scaled, gated or mixed" in str(refused.value) and "recovered" not in str(refused.value)
 
 
 def test_a_gate_is_named_and_the_state_is_what_the_layer_receives(tmp_path):
