@@ -8,7 +8,7 @@ import logging
 import numpy as np
 import torch
 
-from probes.compiled import BEFORE
+from probes.compiled import advice
 from probes.finite import first_place, not_finite
 from probes.identity import first_broken, tolerance_of
 from probes.sites import Sites
@@ -17,6 +17,8 @@ from probes.taps import Taps
 log = logging.getLogger("depthscope")
 
 _EXPLAINED = 0.999  # of a state, below which it is surely no mix of its sources
+
+_LOOK = "`probes.describe(model)` shows where each is seen; `probes.mark` shows a tensor that no module does."
 
 
 class SelfCheck:
@@ -40,7 +42,9 @@ class SelfCheck:
             )
         if not taps.seen:
             self._rows_checked = True
-            self._say(f"depthscope saw no forward of {self._name} in training mode before a step. {BEFORE}")
+            self._say(
+                f"depthscope saw no forward of {self._name} in training mode before a step. {self._advice('Train the very module that was passed, in training mode.')}"
+            )
         if taps.finals.reason:
             self._say(f"depthscope leaves the final state blank: {taps.finals.reason}.")
         if taps.masks.odd:
@@ -90,7 +94,9 @@ class SelfCheck:
                 ]
         if any(blank.values()):
             rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
-            self._say(f"depthscope saw nothing of {rows}. They are blank as long as that is so. {BEFORE}")
+            self._say(
+                f"depthscope saw nothing of {rows}. They are blank as long as that is so. {self._advice(_LOOK)}"
+            )
 
     def finite(self, step: int, values: dict, seen: dict[str, np.ndarray]) -> None:
         """The first layer and step at which values are not finite; runs in the writer's thread."""
@@ -124,7 +130,9 @@ class SelfCheck:
             )
         blank = [read.label for read, error, _ in rows if np.isnan(error)]
         if blank:
-            self._say(f"depthscope saw nothing of the depth weights of {', '.join(blank)}. {BEFORE}")
+            self._say(
+                f"depthscope saw nothing of the depth weights of {', '.join(blank)}. {self._advice(_LOOK)}"
+            )
 
     def identity(self, errors: np.ndarray | None, about: np.ndarray | None) -> None:
         """Where the stream of a plain residual does not add up in a sample of tokens; runs in the writer's thread."""
@@ -164,6 +172,9 @@ class SelfCheck:
             self._say(text)
         else:
             log.info("%s", text)  # a norm of the sum does that
+
+    def _advice(self, otherwise: str) -> str:
+        return advice(self._sites.root, otherwise)
 
     def _say(self, text: str) -> None:
         if text not in self._said:
