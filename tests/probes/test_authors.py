@@ -9,6 +9,7 @@ import torch
 import probes
 from probes.foreign import foreign_sites
 from probes.symbols import Untraceable
+from tests.probes.foreign_families import rms
 from tests.probes.foreign_sources import SOURCES, FallingBack, Gated
 from tests.probes.foreign_streams import NO_READS, Highway
 from tests.probes.foreign_weights import WEIGHTS, Heads, WithNull
