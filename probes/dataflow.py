@@ -98,7 +98,9 @@ class _Reading:
         changes = path.changes if path.norm is None else path.changes[:-1]
         change = "; ".join(dict.fromkeys(changes))
         norm = path.norm and self._received(path.norm)
-        return Flow(self._recording.argument, tuple(terms), change, norm, place)
+        added = self._sum.get(path.terms[-1])
+        ends = added is None or self._path(added).changes == path.changes
+        return Flow(self._recording.argument, tuple(terms), change, norm, place, ends)
 
     def flow_within(self) -> Flow:
         """From wherever a chain of sums begins to its end."""
@@ -135,11 +137,13 @@ class _Reading:
     def _terms(self, path: _Path) -> list[Term]:
         self._trunk = set(path.trunk)
         self._after: dict[fx.Node, Call | None] = {}
+        self._sum: dict[fx.Node, fx.Node] = {}  # where each term is added
         before: set[fx.Node] = set()
         for node in path.trunk:
             new = set(self._path(node).terms) - before
             if len(new) == 1:
-                self._after[new.pop()] = self._receiver(node)
+                (term,) = new
+                self._after[term], self._sum[term] = self._receiver(node), node
             before = set(self._path(node).terms)
         terms = self._ordered(path.terms)
         if not terms:
@@ -295,7 +299,13 @@ class _Reading:
             before is not None and self._adds_up(states, back, before),
             self._recipes.of(states[0]) if received is None and states and not begins else None,
             self._recipes.of(node) if tail is None else None,
+            self._scaled(node, states),
         )
+
+    def _scaled(self, term: fx.Node, states: list[fx.Node]) -> bool:
+        """Whether the stream is not what the term was made from when that is added to it, as behind a highway's gate."""
+        added = self._sum.get(term)
+        return bool(added and states) and self._path(added).changes != self._path(states[0]).changes
 
     def _newest(self, back: "_Back") -> list[fx.Node]:
         """The states that hold all that a term was made from."""

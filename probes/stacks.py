@@ -199,8 +199,8 @@ def _layers(
         sums = index == 0 or (term.sums and last.output is not None)
         state_made = _made(path, module, term.state_made) if state is None and not (index and sums) else None
         after = None
-        if output is None and term.given == index and (state or state_made or sums):
-            is_last = index + 1 == len(flow.terms)
+        if output is None and term.given == index and not term.scaled and (state or state_made or sums):
+            is_last = index + 1 == len(flow.terms) and flow.ends
             after = _place(path, term.after, is_input=True) if term.after else (end if is_last else None)
         output_made = _made(path, module, term.made) if output is None and after is None else None
         names = _sublayer(term)
