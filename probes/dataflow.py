@@ -29,7 +29,15 @@ def follow_within(module: nn.Module) -> Flow:
 
 def follow(module: nn.Module) -> Flow:
     """The stream through `module.forward`, which is its first argument. Untraceable where it cannot be followed."""
-    flow = _followed(module, optional=False)
+    try:
+        flow = _followed(module, optional=False)
+    except Untraceable as error:
+        if "NoneType" not in str(error):
+            raise
+        try:  # what it needs has a default, as an embedding that is added at every block
+            return _followed(module, optional=True)
+        except Untraceable:
+            raise error from None
     called = {child for term in flow.terms for call in term.calls for child in call.module.modules()}
     if any(child not in called and has_matrix(child, recurse=False) for child in module.modules()):
         # Cross-attention, say, runs only where the optional argument that it attends to is given.
