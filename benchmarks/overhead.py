@@ -53,6 +53,7 @@ SMOKE = {"pairs": 2, "blocks": 2, "width": 32, "batch": 1, "context": 16}
 BASE, AGAIN = "none", "none, again"
 # Whose step takes so many times the unwatched one takes part in the first rounds alone: its quartiles lie close enough.
 SLOW, FEW = 3, 5
+REMARKS = "\n# Beside other tools\n"
 
 
 @dataclass
@@ -86,7 +87,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
-        options.out.with_suffix(".md").write_text(page(report), encoding="utf-8")
+        written = options.out.with_suffix(".md")
+        old = written.read_text(encoding="utf-8") if written.exists() else ""
+        _, heading, remarks = old.partition(REMARKS)  # what people wrote below the tables stays
+        written.write_text(page(report) + heading + remarks, encoding="utf-8")
 
 
 def say(text: str) -> None:
