@@ -36,7 +36,7 @@ class Description:
     invented: bool
     reason: str = ""
     read_errors: np.ndarray | None = None  # of found reads, [R]; NaN where none was computed
-    final_blank: str = ""  # why the final state is not seen
+    final: str = ""  # where the final state is seen, or why it is blank
 
     @property
     def holds(self) -> bool | None:
@@ -96,7 +96,7 @@ class Description:
                 reads = f"none: the stream is {sites.change}, which no read weighs alone; what states are made of is in mixing_weight"
         share = self.probe_bytes / self.model_bytes
         return [
-            f"final state  {self.final_blank or sites.receiver or sites.final or self._final()}",
+            f"final state  {self.final or self._final()}",
             f"reads        {reads}",
             f"sources      {len(sites.layers) + 1}: the embedding and the output of each layer",
             f"identity     {self._identity()}",
@@ -192,7 +192,7 @@ def describe(
         unseen=() if reason else tuple(_unseen(sites, taps)),
         invented=batch is None,
         read_errors=metrics.get("read_error"),
-        final_blank=taps.finals.reason and f"blank: {taps.finals.reason}",
+        final=f"blank: {taps.finals.reason}" if taps.finals.reason else str(taps.finals.place or ""),
         reason=reason and f"give a batch, as in describe(model, batch) ({reason})",
     )
 

@@ -1,19 +1,17 @@
-"""The final state of a followed stack: what the final norm is given where that has the stream's shape.
+"""The final state of a followed stack: what the final norm is given after the blocks, where that has the stream's shape;
+else what the last block returns, unless the graph of a forward shows that other states are mixed into it on its way.
 
-What the last block returns may still be mixed, scaled or pooled on its way there. Where the norm is given a pool of it, or
-the model has no norm as a module, it is the final state as long as the graph shows that it goes on alone.
+Both are summed up, each in a row of its own, and the sums say which it is (tally.py): compiled code can hand nothing on
+from a checkpointed block to a norm behind it.
 """
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 import torch
 from torch import Tensor
-from torch._dynamo import OptimizedModule
 
-from probes.parallel import local
-from probes.sites import Sites
-
-_MOST = 20_000  # nodes of a graph that are looked at
+from probes.sites import Place, Sites
 
 
 class FinalTaps:
@@ -23,107 +21,95 @@ class FinalTaps:
     def __init__(self, sites: Sites, taps):
         self._sites, self._taps, self._row = sites, taps, len(sites.layers)
         self.reason = ""
-        self._eager = True
+        # An eager model without a norm that is given the stream is looked at once.
+        self._open = sites.final is not None and not (sites.final.is_input or sites.staged or sites.has_reads)
+        self._given = False  # the norm was given the stream, in any forward
         self._left: Tensor | None = None  # what the last block returned in this forward
-        self._settled = False
-        self._alone: bool | None = None  # whether what it returned goes on alone, once that was looked at
-        self._marks: set = set()  # graph nodes of the states and outputs of this forward
+        self._met: set = set()  # graph nodes of this forward's states and outputs
+
+    @property
+    def place(self) -> Place | None:
+        """Where the final state is seen, as far as is known."""
+        return self._sites.receiver if self._given else self._sites.final
 
     def attach(self) -> None:
-        sites, taps = self._sites, self._taps
-        if sites.final is None:
-            return
-        if sites.final.is_input or sites.staged or sites.has_reads:
-            taps.at(sites.final, lambda x: taps.final(x, self._row))
-            return
-        taps.at(sites.final, self._leaves)
-        if sites.receiver is not None:
-            taps.at(sites.receiver, self._received)
-
-    def begin(self, compiling: bool) -> None:
-        # Between compiled and eager code nothing is handed on.
-        self._eager = not compiling and not any(map(_compiled, self._sites.root.modules()))
+        if self._sites.final is not None:
+            self._taps.at(self._sites.final, self._leaves)
+        if self._sites.receiver is not None:
+            self._taps.at(self._sites.receiver, self._receives)
 
     def met(self, x: Tensor) -> None:
         """A state or output was tapped."""
-        if (
-            self._eager
-            and not torch.compiler.is_compiling()
-            and self._alone is None
-            and x.grad_fn is not None
-        ):
-            self._marks.add(x.grad_fn)
+        if self._open and not torch.compiler.is_compiling() and x.grad_fn is not None:
+            self._met.add(x.grad_fn)
 
     def end(self, output: object) -> None:
-        """The forward returned: what no norm was given may be seen to go into that."""
-        if self._left is None or self._settled or not self._eager or torch.compiler.is_compiling():
+        """The forward returned."""
+        left = self._left
+        if not self._open or self._given or left is None or left.grad_fn is None:
             return
-        given = [x.grad_fn for x in _tensors(output) if x.grad_fn is not None]
-        target = self._left.grad_fn
-        # States that are handed out beside it mix nothing.
-        self._pass_on([each for each in given if each is target or each not in self._marks])
+        self._open = False
+        others = self._met - {left.grad_fn}
+        if _mixed(output, left, others):
+            self._taps.tally.lost_final = True
+            self.reason = (
+                "other states are mixed into what the last transformer block returns, and no norm that is a module is "
+                "given the result"
+            )
 
     def forget(self) -> None:
-        self._left = None
-        self._settled = False
-        self._marks.clear()
+        if not torch.compiler.is_compiling():
+            self._left = None
+            self._met.clear()
 
-    def _leaves(self, x: Tensor) -> None:
-        taps = self._taps
-        if not self._eager:
-            if not self._sites.receiver_later:
-                taps.final(x, self._row)
-        elif taps.recomputing:  # nothing is kept then
-            if self._alone:
-                taps.tap(x, "state", self._row)
-        elif isinstance(x, Tensor):
-            self._left, self._settled = x, False
-            if taps.matrices:
-                taps.edge_taps.final(x)
-
-    def _received(self, x: Tensor) -> None:
+    def _leaves(self, x: object) -> None:
         taps = self._taps
         if not isinstance(x, Tensor):
             return
-        if not self._eager:
-            if self._sites.receiver_later and x.ndim > 2:
-                taps.tap(x, "state", self._row)
-        elif taps.recomputing:
-            if self._alone is None:
-                taps.tap(x, "state", self._row)
-        elif self._left is not None and not self._settled:
-            if x.shape == self._left.shape:
-                self._settled = True
-                taps.tap(x, "state", self._row)
-                if local(x).data_ptr() != local(self._left).data_ptr():
-                    taps.tally.apart = True
-            else:
-                self._pass_on([x.grad_fn])
+        taps.tap(x, "state", self._row)
+        if taps.matrices:
+            taps.edge_taps.final(x)
+        if not torch.compiler.is_compiling() and not taps.recomputing:
+            self._left = x
 
-    def _pass_on(self, given: list) -> None:
-        """The last block's output is the final state if it alone is what `given` graph nodes were made of."""
-        self._settled = True
-        if self._alone is None:
-            self._alone = _made_alone(given, self._left.grad_fn, self._marks)
-        if self._alone:
-            self._taps.tap(self._left, "state", self._row)
-        else:
-            self.reason = "it was not seen that what the last transformer block returns goes unchanged to the final norm or head"
+    def _receives(self, x: object) -> None:
+        taps, row = self._taps, self._row
+        if not isinstance(x, Tensor):
+            return
+        if torch.compiler.is_compiling() or self._left is None:
+            # After the blocks, as far as counts tell: more has left them than the norm was given so far.
+            if x.ndim > 2:
+                left, given = taps.state_counts[row], taps.state_counts[row + 1]
+                taps.tap(x, "state", row + 1, known=left > given)
+        elif x.shape == self._left.shape:
+            self._given = True
+            as_it_left = x is self._left or (x.grad_fn is not None and x.grad_fn is self._left.grad_fn)
+            # A norm may be given earlier states too, for what they would predict.
+            if not as_it_left and x.grad_fn not in self._met:
+                taps.tap(x, "state", row + 1)
 
 
-def _made_alone(given: list, target: object, others: set) -> bool:
-    """Whether `given` graph nodes come from `target` and, but for what that was made of, from none of the `others`."""
-    waiting, done, met = [each for each in given if each is not None], set(), False
+def _mixed(output: object, left: Tensor, others: set) -> bool:
+    """Whether `left` is mixed with tensors of the graph nodes `others` into one of its own size, on its way to what a model
+    returns. Where they come together as losses do, they are not."""
+    target, size = left.grad_fn, left.numel()
+    made_of: dict = {}  # by node: whether of the target, and whether of others but by way of the target
+    waiting = [x.grad_fn for x in _tensors(output) if x.grad_fn is not None]
     while waiting:
-        each = waiting.pop()
-        if each is target:
-            met = True
-        elif each in others or len(done) > _MOST:
-            return False
-        elif each not in done:
-            done.add(each)
-            waiting += [before for before, _ in each.next_functions if before is not None]
-    return met
+        node = waiting[-1]
+        before = (
+            [] if node is target or node in others else [n for n, _ in node.next_functions if n is not None]
+        )
+        if unknown := [n for n in before if n not in made_of]:
+            waiting += unknown
+            continue
+        waiting.pop()
+        of_target = node is target or any(made_of[n][0] for n in before)
+        of_others = node in others or any(made_of[n][1] for n in before)
+        if of_target and of_others and any(prod(each.shape) == size for each in node._input_metadata):
+            return True
+        made_of[node] = of_target, of_others
+    return False
 
 
 def _tensors(tree: object) -> Iterator[Tensor]:
@@ -138,7 +124,3 @@ def _tensors(tree: object) -> Iterator[Tensor]:
     elif hasattr(tree, "__dataclass_fields__"):
         for each in vars(tree).values():
             yield from _tensors(each)
-
-
-def _compiled(module: object) -> bool:
-    return isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None

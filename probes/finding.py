@@ -63,7 +63,8 @@ def find_sites(
         module for module in root.modules() if isinstance(getattr(module, "depth_output", None), int)
     )
     holders = tuple(module for name, module in _above(root, found.path) if name)
-    receiver = norm if not reads and found.final is not None and not found.final.is_input else None
+    ends = found.final is not None and not found.final.is_input
+    receiver = norm if ends and not reads and not staged else None
     sites = Sites(
         root,
         list(found.layers),
@@ -77,7 +78,6 @@ def find_sites(
         staged=staged,
         named=isinstance(layers, str | Sequence),
         receiver=receiver,
-        receiver_later=receiver is not None and _stands_later(root, found.path, receiver),
     )
     return _called(sites)
 
@@ -198,14 +198,6 @@ def _final_norm(root: nn.Module, path: str) -> Place | None:
             key, norm = beside[-1]
             return Place(f"{name}.{key}" if name else key, norm, is_input=True)
     return None
-
-
-def _stands_later(root: nn.Module, path: str, place: Place) -> bool:
-    """Whether a module is a later child of the one that holds both than what holds the stack at `path` is."""
-    above, _, key = place.name.rpartition(".")
-    below = path.removeprefix(f"{above}." if above else "").split(".")[0]
-    names = [name for name, _ in root.get_submodule(above).named_children()]
-    return below in names and names.index(key) > names.index(below)
 
 
 def _above(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:

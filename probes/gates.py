@@ -47,8 +47,7 @@ class Gates:
         self.reached = [read.state is not None for read in found] or [True] * len(self.layout.reads)
         self._sites, self._mass = sites, mass
         self._outputs: dict[int, Tensor] = {}
-        self._shape: torch.Size | None = None  # of what the last block returned, until the final norm has it
-        self._pooled: bool | None = None
+        self._left: Tensor | None = None  # what the last block returned, until the final norm has it
         self._turns: Counter = Counter()
         self._found = FoundGates(sites.found, self._mixed) if sites.found is not None else None
 
@@ -70,7 +69,7 @@ class Gates:
         return self._outputs
 
     def _forget(self, *_) -> None:
-        self._shape = None
+        self._left = None
         self._outputs.clear()
         self._turns.clear()
         if self._found is not None:
@@ -100,10 +99,8 @@ class Gates:
             for row, site in enumerate(sites.layers):
                 yield self._at(site.state, lambda x, row=row, given=site.given: self._state(x, row, given))
             last = len(sites.layers)
-            if sites.receiver is None:
-                yield self._at(sites.final, lambda x: self._state(x, last, last + 1))
-            else:
-                yield self._at(sites.final, lambda x: self._leave(x, last))
+            yield self._at(sites.final, lambda x: self._leave(x, last))
+            if sites.receiver is not None:
                 yield self._at(sites.receiver, lambda x: self._receive(x, last))
 
     def _output(self, x: Tensor, row: int) -> Tensor:
@@ -134,17 +131,16 @@ class Gates:
         return x
 
     def _leave(self, x: Tensor, last: int) -> Tensor:
-        """What the last block returns is the final state where the final norm is given a pool of it."""
-        self._shape = x.shape
-        return self._state(x, last, last + 1) if self._pooled else x
+        self._left = self._state(x, last, last + 1)
+        return self._left
 
     def _receive(self, x: Tensor, last: int) -> Tensor:
-        if self._shape is None:
-            return x  # before the blocks
-        if self._pooled is None:  # known from the first forward on, which is tried without gates
-            self._pooled = x.shape != self._shape
-        self._shape = None
-        return x if self._pooled else self._state(x, last, last + 1)
+        """What the final norm is given should be what the last block returns, if it has the stream's shape: whoever watches
+        is told."""
+        left, self._left = self._left, None
+        if self.watch is not None and left is not None and x is not left and x.shape == left.shape:
+            self.watch(last, [self._outputs[source].view_as(x) for source in range(last + 1)], None, x)
+        return x
 
     def _mixed(self, row: int, sources: list[Tensor], weight: list[Tensor], mix: Tensor) -> Tensor:
         """The mix of a read, its weights gated."""

@@ -26,7 +26,7 @@ class SelfCheck:
         self._sites, self._layout = sites, sites.layout
         self._name = type(sites.root).__name__
         self._rows_checked = self._identity_checked = self._broken = False
-        self._mixing_checked = False
+        self._mixing_checked = self._final_told = False
         self._finite: int | None = None  # the latest step at which all was
         self._said: set[str] = set()
         self._wrong_reads: set[str] = set()  # labels
@@ -46,6 +46,7 @@ class SelfCheck:
                 f"depthscope saw no forward of {self._name} in training mode before a step. {self._advice('Train the very module that was passed, in training mode.')}"
             )
         if taps.finals.reason:
+            self._final_told = True
             self._say(f"depthscope leaves the final state blank: {taps.finals.reason}.")
         if taps.masks.odd:
             self._say("depthscope takes masks of [B, T] only; here every token counts: pass mask=.")
@@ -79,6 +80,8 @@ class SelfCheck:
             name: [label for label, n in zip(rows, seen[name], strict=True) if not n]
             for name, rows in labels.items()
         }
+        if self._final_told:
+            blank["hidden_rms"].remove(self._layout.states[-1])
         # As `describe` says.
         computed = {"hidden_rms": self._sites.computed_states, "output_rms": self._sites.computed_outputs}
         for name in ("hidden_rms", "output_rms"):

@@ -105,12 +105,15 @@ class Taps(Hanging):
 
     def _tally_up(self) -> None:
         """Empty sums where the model is. The names below are guarded by the compiler, which wants few steps to them."""
+        before = getattr(self, "_tally", None)
         self._tally = Tally(self._sites, self._parameter.device, self._share)
+        self._tally.lost_final = before is not None and before.lost_final
         self._device = self._tally.device
         self._autocasts = torch.amp.is_autocast_available(self._device.type)
         live = self._tally.live
         self._forward, self._backward = live.forward, live.backward
         self._nonfinite, self._depth, self.experts = live.nonfinite, live.depth, live.experts
+        self.state_counts = live.forward["state"].count
         self.read_errors = self._tally.errors
         self.edges = live.edges.rows if live.edges is not None else []
         self.edge_taps.follow(self._device)
@@ -222,7 +225,6 @@ class Taps(Hanging):
             self._embedded = False
         if not self.live:
             return
-        self.finals.begin(compiling)
         if self._sites.entry is not None or self._copies > 1:
             given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.ndim > 1]
             self._given = [each.shape[:2] for each in given]
@@ -291,12 +293,6 @@ class Taps(Hanging):
             self.tap_embedding(x)
         self._sums.state(x, row)
 
-    def final(self, x: Tensor, row: int) -> None:
-        """The final state, where the place it is seen at is known."""
-        self.tap(x, "state", row)
-        if self.matrices:
-            self.edge_taps.final(x)
-
     def made_state(self, x: Tensor, row: int) -> None:
         """The same, computed: it has no gradient."""
         self.values(x, "state", row)
@@ -317,11 +313,19 @@ class Taps(Hanging):
         self.tap(x, "output", row + 1)
         self._sums.output(x, row)
 
-    def tap(self, x: Tensor, place: str, row: int, streams: bool = False, turned: bool = False) -> None:
+    def tap(
+        self,
+        x: Tensor,
+        place: str,
+        row: int,
+        streams: bool = False,
+        turned: bool = False,
+        known: Tensor | None = None,
+    ) -> None:
         if isinstance(x, Tensor):  # the recorder says which rows were never seen
             values = x.detach()[..., 0, :] if streams else x.detach()
-            self.values(values.transpose(0, 1) if turned else values, place, row)
-            self.gradient(x, place, row, streams)
+            self.values(values.transpose(0, 1) if turned else values, place, row, known)
+            self.gradient(x, place, row, streams, known)
             self.finals.met(x)
 
     def values(self, x: Tensor, place: str, row: int, known: Tensor | None = None) -> None:
@@ -354,15 +358,17 @@ class Taps(Hanging):
             if is_split(x, self._given, self._copies):
                 self._tally.split.add(row)
 
-    def gradient(self, x: Tensor, place: str, row: int, streams: bool = False) -> None:
+    def gradient(
+        self, x: Tensor, place: str, row: int, streams: bool = False, known: Tensor | None = None
+    ) -> None:
         sums = self._backward[place].rows[row]
         if torch.compiler.is_compiling():
             if x.requires_grad:
-                tap_gradient_in_graph(x, sums, fitting(self.mask, x), streams)
+                tap_gradient_in_graph(x, sums, _both(fitting(self.mask, x), known, x), streams)
             return
         metrics = self._tally.metrics_of(place, "grad_rms")
         with self._faults.guard(*metrics):
-            mask = fitting(self.passes.now.mask, x)
+            mask = _both(fitting(self.passes.now.mask, x), known, x)
             if not self.recomputing or self.gradients.owes(place, row):
                 self.gradients.tap(x, sums, mask, self.passes, (place, row), metrics, streams)
 

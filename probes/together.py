@@ -163,7 +163,7 @@ class Together:
     ) -> Found:
         twin = self._twin
         twin.reset()
-        twin.passes.repeated = live.passes.repeated
+        twin.passes.repeated, twin.lost_final = live.passes.repeated, live.lost_final
         norms = {name: torch.zeros(1 + int(np.prod(shape))) for name, shape in shapes.items()}
         wrong = torch.zeros(len(_NAMES))
         unpack(sums["vectors"], [*twin.sums(False), *norms.values(), wrong])

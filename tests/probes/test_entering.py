@@ -6,14 +6,16 @@ from torch import nn
 
 import probes
 from tests.probes.models import sgd
-from tests.probes.test_sites import WIDTH, GPTBlock
+from tests.probes.test_sites import GPTBlock
+
+WIDTH = 32  # four times as wide as there are sources, so that mixing is told
 
 
 class Block(GPTBlock):
     """The embedding comes in again at every block, with weights that are learned, as in modded-nanogpt."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(WIDTH)
         self.lambdas = nn.Parameter(torch.tensor([0.6, 0.3]))
 
     def forward(self, x, x0=None):

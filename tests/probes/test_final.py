@@ -42,7 +42,7 @@ class Model(nn.Module):
         states = [self.words(tokens)]
         for block in self.h:
             states.append(block(states[-1]))
-        self.true = self.between(states)
+        self.left, self.true = states[-1], self.between(states)
         if self.true.requires_grad:
             self.true.retain_grad()
         return self.head(self.norm(self.pool(self.true)))
@@ -90,14 +90,16 @@ class ElmoWithoutNorm(Elmo):
 
 
 def recorded(model, path):
-    """Two steps: the run, and the RMS of the final state and of its gradient in each."""
+    """Two steps: the run, and the RMS of the final state, of its gradient, and of what the last block returns in each."""
     optimizer = sgd(model)
     truth = []
     with probes.record(model, path, optimizer=optimizer, every=1, matrices_every=1):
         for step in range(2):
             tokens = torch.arange(10).view(2, 5).roll(step)
             model(tokens).square().mean().backward()
-            truth.append([float(x.detach().square().mean().sqrt()) for x in (model.true, model.true.grad)])
+            truth.append(
+                [float(x.detach().square().mean().sqrt()) for x in (model.true, model.true.grad, model.left)]
+            )
             optimizer.step()
             optimizer.zero_grad()
     return probes.open_run(path), np.array(truth)
@@ -108,12 +110,10 @@ def test_what_the_final_norm_receives(kind, tmp_path):
     torch.manual_seed(0)
     model = kind()
     run, truth = recorded(model, tmp_path / "run")
-    found = np.stack([run["hidden_rms"][:, -1], run["hidden_grad_rms"][:, -1]], 1)
+    found = np.stack([run[name][:, -1] for name in ("hidden_rms", "hidden_grad_rms", "block_rms")], 1)
     np.testing.assert_allclose(found, truth, rtol=1e-5)
     plain = kind in (Model, FirstToken, Mean, NoNorm)
     assert probes.describe(model).holds is plain
-    # What leaves the last block is another state then, and is not shown for it.
-    assert np.isnan(run["block_rms"][:, -1]).all() != plain
     edges = run["depth_attribution"] if "depth_attribution" in run.metrics else np.array([np.nan])
     assert np.isfinite(edges).any() == plain
 
@@ -125,9 +125,9 @@ def test_what_nobody_sees_is_blank(kind, tmp_path, caplog):
     run, _ = recorded(model, tmp_path / "run")
     assert np.isnan(run["hidden_rms"][:, -1]).all() and np.isnan(run["hidden_grad_rms"][:, -1]).all()
     assert np.isfinite(run["hidden_rms"][:, :-1]).all()
-    assert "leaves the final state blank: it was not seen" in caplog.text
+    assert "leaves the final state blank: other states are mixed" in caplog.text
     told = probes.describe(model)
-    assert told.holds is None and "final state  blank: it was not seen" in str(told)
+    assert told.holds is None and "final state  blank: other states are mixed" in str(told)
 
 
 @pytest.mark.parametrize("kind", [Elmo, Attending, Doubled])

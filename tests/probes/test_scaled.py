@@ -7,7 +7,9 @@ from torch import nn
 
 import probes
 from tests.probes.models import sgd
-from tests.probes.test_sites import WIDTH, Attention
+from tests.probes.test_sites import Attention
+
+WIDTH = 32  # four times as wide as there are sources, so that mixing is told
 
 
 class Block(nn.Module):
@@ -19,7 +21,7 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.attn, self.mlp = (
-            Attention(),
+            Attention(WIDTH),
             nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH)),
         )
         self.gate_1, self.gate_2 = (nn.Linear(WIDTH, self.channels) for _ in range(2))
