@@ -5,12 +5,10 @@ Both are summed up, each in a row of its own, and the sums say which it is (tall
 from a checkpointed block to a norm behind it.
 """
 
-from collections.abc import Iterator, Mapping
-from math import prod
-
 import torch
 from torch import Tensor
 
+from probes.graph import mixed_on_its_way
 from probes.sites import Place, Sites
 
 
@@ -49,8 +47,7 @@ class FinalTaps:
         if not self._open or self._given or left is None or left.grad_fn is None:
             return
         self._open = False
-        others = self._met - {left.grad_fn}
-        if _mixed(output, left, others):
+        if mixed_on_its_way(left, self._met, output):
             self._taps.tally.lost_final = True
             self.reason = (
                 "other states are mixed into what the last transformer block returns, and no norm that is a module is "
@@ -87,40 +84,3 @@ class FinalTaps:
             # A norm may be given earlier states too, for what they would predict.
             if not as_it_left and x.grad_fn not in self._met:
                 taps.tap(x, "state", row + 1)
-
-
-def _mixed(output: object, left: Tensor, others: set) -> bool:
-    """Whether `left` is mixed with tensors of the graph nodes `others` into one of its own size, on its way to what a model
-    returns. Where they come together as losses do, they are not."""
-    target, size = left.grad_fn, left.numel()
-    made_of: dict = {}  # by node: whether of the target, and whether of others but by way of the target
-    waiting = [x.grad_fn for x in _tensors(output) if x.grad_fn is not None]
-    while waiting:
-        node = waiting[-1]
-        before = (
-            [] if node is target or node in others else [n for n, _ in node.next_functions if n is not None]
-        )
-        if unknown := [n for n in before if n not in made_of]:
-            waiting += unknown
-            continue
-        waiting.pop()
-        of_target = node is target or any(made_of[n][0] for n in before)
-        of_others = node in others or any(made_of[n][1] for n in before)
-        if of_target and of_others and any(prod(each.shape) == size for each in node._input_metadata):
-            return True
-        made_of[node] = of_target, of_others
-    return False
-
-
-def _tensors(tree: object) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for each in tree.values():
-            yield from _tensors(each)
-    elif isinstance(tree, tuple | list):
-        for each in tree:
-            yield from _tensors(each)
-    elif hasattr(tree, "__dataclass_fields__"):
-        for each in vars(tree).values():
-            yield from _tensors(each)

@@ -8,12 +8,13 @@ from torch import nn
 
 from probes.declared import declared
 from probes.foreign import foreign_sites
+from probes.inline import find_inline, find_sublayers
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.names import matching
 from probes.queries import may_read
 from probes.sites import LayerSite, Place, Sites, unwrap
-from probes.stacks import Stack, find_stacks, find_sublayers, is_norm, is_read, stack_at
+from probes.stacks import Stack, find_stacks, is_norm, is_read, stack_at
 from probes.symbols import Untraceable
 
 _BY_HAND = "name the modules yourself: layers=[patterns of sublayers], norms=[patterns of each layer's norm and the final norm]"
@@ -123,11 +124,16 @@ def _only_stack(root: nn.Module, staged: bool) -> Stack | Sites:
         try:
             return _called(foreign_sites(root))
         except Untraceable as other:
-            try:
-                return _joined(root, [find_sublayers(root)])
-            except Untraceable as third:
-                reasons = f"As for depth reads: {other}. As for sublayers without blocks: {third}."
-                raise RunError(f"{error} {reasons}") from None
+            reasons = f"As for depth reads: {other}."
+            for what, find in (
+                ("sublayers without blocks", find_sublayers),
+                ("what it adds up itself", find_inline),
+            ):
+                try:
+                    return _joined(root, [find(root)])
+                except Untraceable as another:
+                    reasons += f" As for {what}: {another}."
+            raise RunError(f"{error} {reasons}") from None
     if not own and may_read(root, found):
         with suppress(Untraceable):
             sites = foreign_sites(root)

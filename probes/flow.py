@@ -53,11 +53,14 @@ class Term:
 class Flow:
     """The stream through one forward: the name of the argument that carries it, what is added in order, and what else
     happens to it (`change`, empty for a plain sum). `norm` is a last call that only normalises what is handed on. Of
-    several results the stream is number `result`."""
+    several results the stream is number `result`. `start` is a call that returns the stream as
+    it begins within a module, `end` one that is given it when all is added."""
 
     argument: str
     terms: tuple[Term, ...]
     change: str
     norm: Call | None
     result: int = 0
+    start: Call | None = None
+    end: Call | None = None
     ends: bool = True  # what is returned has been scaled or normed no further than the last term's sum

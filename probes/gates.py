@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from probes.attributed import KEPT, MASS, SHARED
 from probes.found_gates import FoundGates
+from probes.graph import mixed_on_its_way
 from probes.manifest import RunError
 from probes.sites import Place, Sites, put
 
@@ -48,6 +49,7 @@ class Gates:
         self._sites, self._mass = sites, mass
         self._outputs: dict[int, Tensor] = {}
         self._left: Tensor | None = None  # what the last block returned, until the final norm has it
+        self._states: list[Tensor] = []  # of a forward that is watched
         self._turns: Counter = Counter()
         self._found = FoundGates(sites.found, self._mixed) if sites.found is not None else None
 
@@ -64,12 +66,23 @@ class Gates:
             self._forget()
 
     @property
+    def ends_unseen(self) -> bool:
+        """Whether in the latest forward no norm was given what the last block returned."""
+        return self._left is not None
+
+    def ends_alone(self, target: Tensor) -> bool:
+        """Whether that went into the target, as the graph of a watched forward has it, with no other state mixed into it."""
+        nodes = [each.grad_fn for each in self._states if each.grad_fn is not None]
+        return not mixed_on_its_way(self._left, nodes, target)
+
+    @property
     def outputs(self) -> dict[int, Tensor]:
         """The sources of the latest forward, by number, as far as they were seen."""
         return self._outputs
 
     def _forget(self, *_) -> None:
         self._left = None
+        self._states.clear()
         self._outputs.clear()
         self._turns.clear()
         if self._found is not None:
@@ -124,6 +137,7 @@ class Gates:
         sources = [self._outputs[source].view_as(x) for source in range(given)]
         if self.watch is not None:
             self.watch(row, sources, None, x)
+            self._states.append(x)
         if (gates := self._gates(row)) is not None:
             for source, output in enumerate(sources):
                 x = x + _column(gates[..., source] - 1, x) * output
@@ -131,15 +145,18 @@ class Gates:
         return x
 
     def _leave(self, x: Tensor, last: int) -> Tensor:
-        self._left = self._state(x, last, last + 1)
-        return self._left
+        x = self._state(x, last, last + 1)
+        self._left = None if self._sites.final.is_input else x
+        return x
 
     def _receive(self, x: Tensor, last: int) -> Tensor:
         """What the final norm is given should be what the last block returns, if it has the stream's shape: whoever watches
         is told."""
-        left, self._left = self._left, None
-        if self.watch is not None and left is not None and x is not left and x.shape == left.shape:
-            self.watch(last, [self._outputs[source].view_as(x) for source in range(last + 1)], None, x)
+        left = self._left
+        if left is not None and x.shape == left.shape:
+            self._left = None
+            if self.watch is not None and x is not left:
+                self.watch(last, [self._outputs[source].view_as(x) for source in range(last + 1)], None, x)
         return x
 
     def _mixed(self, row: int, sources: list[Tensor], weight: list[Tensor], mix: Tensor) -> Tensor:

@@ -335,7 +335,8 @@ class Taps(Hanging):
             self._add_values(x, place, row, mask)
             self._keep(x, place, row, mask)
         elif not self.recomputing:
-            self.passes.now.calls[place, row] += 1
+            if row <= len(self._sites.layers):  # what the final norm is given comes where it may
+                self.passes.now.calls[place, row] += 1
             mask = fitting(self.passes.now.mask, x)
             if mask is None and self.passes.now.mask is not None and place == "state":
                 # It may be that of another stack, or leave out tokens that the model adds.
