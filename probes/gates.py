@@ -48,7 +48,7 @@ class Gates:
         self.reached = [read.state is not None for read in found] or [True] * len(self.layout.reads)
         self._sites, self._mass = sites, mass
         self._outputs: dict[int, Tensor] = {}
-        self._left: Tensor | None = None  # what the last block returned, until the final norm has it
+        self._ended: Tensor | None = None  # what the last block returned, until the final norm has it
         self._states: list[Tensor] = []  # of a forward that is watched
         self._turns: Counter = Counter()
         self._found = FoundGates(sites.found, self._mixed) if sites.found is not None else None
@@ -68,12 +68,12 @@ class Gates:
     @property
     def ends_unseen(self) -> bool:
         """Whether in the latest forward no norm was given what the last block returned."""
-        return self._left is not None
+        return self._ended is not None
 
     def ends_alone(self, target: Tensor) -> bool:
         """Whether that went into the target, as the graph of a watched forward has it, with no other state mixed into it."""
         nodes = [each.grad_fn for each in self._states if each.grad_fn is not None]
-        return not mixed_on_its_way(self._left, nodes, target)
+        return not mixed_on_its_way(self._ended, nodes, target)
 
     @property
     def outputs(self) -> dict[int, Tensor]:
@@ -81,7 +81,7 @@ class Gates:
         return self._outputs
 
     def _forget(self, *_) -> None:
-        self._left = None
+        self._ended = None
         self._states.clear()
         self._outputs.clear()
         self._turns.clear()
@@ -146,16 +146,16 @@ class Gates:
 
     def _leave(self, x: Tensor, last: int) -> Tensor:
         x = self._state(x, last, last + 1)
-        self._left = None if self._sites.final.is_input else x
+        self._ended = None if self._sites.final.is_input else x
         return x
 
     def _receive(self, x: Tensor, last: int) -> Tensor:
         """What the final norm is given should be what the last block returns, if it has the stream's shape: whoever watches
         is told."""
-        left = self._left
-        if left is not None and x.shape == left.shape:
-            self._left = None
-            if self.watch is not None and x is not left:
+        ended = self._ended
+        if ended is not None and x.shape == ended.shape:
+            self._ended = None
+            if self.watch is not None and x is not ended:
                 self.watch(last, [self._outputs[source].view_as(x) for source in range(last + 1)], None, x)
         return x
 
