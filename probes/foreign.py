@@ -78,8 +78,12 @@ class _Finding:
     def sites(self) -> Sites:
         layers = self._layers()
         rows, reads, notes = self._rows(layers)
+        final = self._place(self._final) if self._final is not None else None
         if not reads:
-            raise Untraceable(f"its depth reads cannot be computed from what hooks see: {notes[0]}")
+            change = f"mixed by depth reads that cannot be computed from what hooks see: {notes[0]}"
+            spots = self._embedding_spots()
+            entry = self._as_place(spots[0]) if len(spots) == 1 else None
+            return Sites(self._tape.root, layers, final, [], change=change, entry=entry)
         constant = max(sum(self._mixes.is_constant(s) for s in mix.sources) for mix in self._reads)
         columns = columns_of(
             [[self._members(source) for source in mix.sources] or [(0,)] for mix in self._reads],
@@ -103,7 +107,6 @@ class _Finding:
             self._tokens_first,
             self._turned,
         )
-        final = self._place(self._final) if self._final is not None else None
         return Sites(self._tape.root, layers, final, [], change="mixed by depth reads", found=found)
 
     # What is what
@@ -220,9 +223,10 @@ class _Finding:
         made = []
         for index, (output, state) in enumerate(zip(self._outputs, self._states, strict=True), 1):
             everything = self._parameters(output, self._stops - {output})
-            own = self._parameters(output, self._stops - {output} | {state})
+            beyond = {state} - {None}
+            own = self._parameters(output, self._stops - {output} | beyond)
             name = common_name(own) or f"layer {index}"
-            kind = kind_by_name(name.rpartition(".")[2]) or self._kind(name) or "layer"
+            kind = kind_by_name(name.rpartition(".")[2]) or self._kind(name, own) or "layer"
             made.append((name, kind, output, state, tuple(everything.values())))
         blocks = blocks_of([(name, kind) for name, kind, *_ in made])
         return [
@@ -240,13 +244,15 @@ class _Finding:
             )
         ]
 
-    def _kind(self, name: str) -> str | None:
+    def _kind(self, name: str, own: dict[str, nn.Parameter]) -> str | None:
+        """What a module called so is; of one that holds more than the layer, what its `own` parameters say."""
         try:
             module = self._tape.root.get_submodule(name)
         except AttributeError:
             return None
-        inside = " ".join(key for key, _ in module.named_modules())
-        return kind_by_name(type(module).__name__) or kind_by_name(name) or kind_by_name(inside)
+        inside = " ".join(key.removeprefix(name).rpartition(".")[0] for key in own)
+        whole = set(module.parameters()) <= set(own.values())
+        return (whole and kind_by_name(type(module).__name__)) or kind_by_name(name) or kind_by_name(inside)
 
     def _parameters(self, node: Node, stops: set[Node]) -> dict[str, nn.Parameter]:
         """The parameters between `stops` and a node, by name."""
@@ -289,8 +295,10 @@ class _Finding:
                     yield user
                 yield from self._same(user, bare or node)
 
-    def _place(self, node: Node) -> Place | None:
+    def _place(self, node: Node | None) -> Place | None:
         """A state is seen best where it is received."""
+        if node is None:
+            return None
         is_state = node in self._mixes.found or node in self._states
         spot = (self._seen_at(node, before=True) if is_state else None) or self._seen_at(node)
         return self._as_place(spot) if spot is not None else None

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from probes.nodes import argument
 
 _TORCHS_OWN = frozenset(vars(nn.Module()))  # parameters, hooks and the like
 _CONTAINERS = list, dict, set, deque, OrderedDict, defaultdict
+_OF_LISTS = {"append", "extend", "insert", "pop"}
 _SPLITTING = {torch.chunk, torch.tensor_split, "chunk", "tensor_split"}
 
 
@@ -47,6 +48,24 @@ class _Symbol(fx.Proxy):
 
     def size(self, axis: int | None = None):
         return self.shape if axis is None else self.shape[axis]
+
+    def __getattr__(self, name: str):
+        if name in _OF_LISTS:
+            raise Untraceable("it is given a list")
+        return super().__getattr__(name)
+
+    def __add__(self, other: object):
+        return _with_no_list(other, super().__add__)
+
+    def __radd__(self, other: object):
+        return _with_no_list(other, super().__radd__)
+
+
+def _with_no_list(other: object, add: Callable) -> fx.Proxy:
+    """A list is lengthened by `+`, which is no sum."""
+    if isinstance(other, list | tuple):
+        raise Untraceable("it is given a list")
+    return add(other)
 
 
 class Recording(fx.Tracer):
