@@ -12,7 +12,7 @@ from probes.found import FoundRead, FoundReads, Replay, Spot
 from probes.given import Given
 from probes.layout import Layer, Read
 from probes.mixes import Mixes, head_counts, widths
-from probes.naming import blocks_of, common_name
+from probes.naming import blocks_of, common_name, is_matrix, stem
 from probes.oddities import oddities
 from probes.replay import Unreplayable, moment_of, replay_of, witness_of
 from probes.sites import LayerSite, Place, Sites, place_of
@@ -149,25 +149,52 @@ class _Finding:
         if received:
             node = self._mixes.bare(max(received, key=lambda each: each[0])[1])
             if node.index >= last:
-                return self._before_projection(node)
+                return self._behind_layer(node) if node in self._mixes.found else self._before_head(node)
         known = {source for mix in self._reads for source in mix.sources}
         for node in reversed(self._tape.nodes):
             if self._mixes.is_stream(node) and self._mixes.plain(node):
                 bare = self._mixes.bare(node)
                 terms = self._mixes.terms(bare, self._embedding)
-                if bare in self._mixes.found or (len(terms) > 1 and known & {bare, *terms}):
+                if bare in self._mixes.found:
+                    return self._behind_layer(bare)
+                if len(terms) > 1 and known & {bare, *terms}:
                     return bare
         return None
 
-    def _before_projection(self, node: Node) -> Node:
-        """The mix of which a projection alone has made `node`; the node itself where a layer lies between."""
-        reads, each = {mix.node for mix in self._reads}, node
-        while (each := self._mixes.bare(each)) not in reads:
-            slots = [slot for slot, s in enumerate(each.slots) if self._tape.made_from(s, self._embedding)]
-            if len(slots) != 1 or not self._mixes.projects(each, slots[0]):
-                return node
-            each = each.slots[slots[0]]
-        return each
+    def _behind_layer(self, node: Node) -> Node:
+        """What a last layer that no read follows makes of the newest mix, handed to a head without a norm; else the mix."""
+        made = [each for each in self._tape.users if self._tape.made_from(each, node)]
+        streams = [each for each in made if self._mixes.is_stream(each)]
+        newest = max(streams, key=lambda each: each.index, default=node)
+        return self._before_head(self._mixes.bare(newest))
+
+    def _before_head(self, node: Node) -> Node:
+        """The state of which the head alone has made `node`: the newest mix, where no layer lies between."""
+        reads = {mix.node for mix in self._reads}
+        if node in reads or len(self._mixes.terms(node, self._embedding)) > 1:
+            return node
+        before = [each for each in reads if self._tape.made_from(node, each)]
+        newest = max(before, key=lambda each: each.index, default=None)
+        if newest is None:
+            return node
+        lists = {stem(name) for mix in self._reads for s in mix.sources for name in self._parameters(s, reads)}
+        matrices = {name for name, p in self._parameters(node, reads).items() if is_matrix(p)}
+        if not lists & set(map(stem, matrices)) or self._is_projected(node, reads):
+            return self._mixes.carried(newest, node)
+        behind = [each for each in self._tape.ancestors(node) if self._tape.made_from(each, newest)]
+        for each in filter(self._mixes.is_stream, behind):
+            if not lists & set(map(stem, self._parameters(node, {each, *reads}))):
+                return self._mixes.bare(each)
+        return node
+
+    def _is_projected(self, node: Node, reads: set[Node]) -> bool:
+        """Whether a projection alone has made it of a mix."""
+        while (node := self._mixes.bare(node)) not in reads:
+            slots = [slot for slot, s in enumerate(node.slots) if self._tape.made_from(s, self._embedding)]
+            if len(slots) != 1 or not self._mixes.projects(node, slots[0]):
+                return False
+            node = node.slots[slots[0]]
+        return True
 
     def _find_outputs(self) -> list[Node]:
         """What layers add, in order."""
@@ -175,6 +202,8 @@ class _Finding:
         sums += [self._final] if self._final is not None else []
         terms = {term for each in sums for term in self._mixes.terms(each, self._embedding)}
         reads = {mix.node for mix in self._reads}
+        if self._final is not None:
+            reads |= {self._mixes.carried(each, self._final) for each in reads}
         found = [
             t
             for t in terms
@@ -330,8 +359,9 @@ class _Finding:
             )
             of_layer.setdefault(index, []).append(mix) if index else rest.append(mix)
         alone = 1 not in of_layer and len(of_layer) == len(layers) - 1
-        if alone and self._states[0] is self._embedding and self._receives_embedding():
-            of_layer[1] = [Mix(self._embedding, {}, [])]
+        begins = alone and self._states[0] and self._mixes.bare(self._states[0]) is self._mixes.bare(self._embedding)
+        if begins and self._receives_embedding():
+            of_layer[1] = [Mix(self._states[0], {}, [])]
         for site in layers:
             several = of_layer.get(site.layer.index, [])
             for number, mix in enumerate(several, 1):

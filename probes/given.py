@@ -28,7 +28,17 @@ class Given:
         newest = max(before, key=lambda each: each.index)
         if newest in self.outputs and self._goes_past(newest, output):
             return self._sum_with(newest, output)
-        return newest
+        return self._received(newest, output)
+
+    def _received(self, state: Node, output: Node) -> Node:
+        """The same values as a layer alone has them, as behind an attention kernel that weighs one source: their gradient
+        is the layer's own."""
+        alike = [each for each in self.tape.ancestors(output) if self._is_copy(each, state)]
+        return next((each for each in reversed(alike) if not self._goes_past(each, output)), state)
+
+    def _is_copy(self, node: Node, state: Node) -> bool:
+        made = self.tape.made_from(node, state) and self.mixes.is_stream(node)
+        return made and self.mixes.bare(node) is self.mixes.bare(state)
 
     def _goes_past(self, state: Node, output: Node) -> bool:
         """Whether a layer is given another source beside `state`, which is then no more than a part of its state."""

@@ -20,7 +20,7 @@ _METHODS = {
     if callable(method) and name not in ("__class__", "__new__", "__init__", "__init_subclass__")
 }
 _BETWEEN = 12  # operations, of a norm written out and of casts around it
-_MOST = 400  # operations, beyond which something else than a read was followed
+_MOST = 2000  # operations, beyond which something else than a read was followed
 
 
 class Unreplayable(Exception):
