@@ -213,7 +213,13 @@ class _Finding:
             and t.value.any()
             and t.func is not None
         ]
-        return sorted((t for t in found if self._tape.made_from(t, self._embedding)), key=lambda t: t.index)
+        outputs, embeddings = [], [self._embedding]
+        for t in sorted(found, key=lambda t: t.index):
+            if any(self._tape.made_from(t, each) for each in embeddings):
+                outputs.append(t)
+            elif any(self._tape.made_from(t, each) for each in self._tape.given):
+                embeddings.append(t)  # a decoder's, which its first layers are made of
+        return outputs
 
     def _is_known(self, source: Node) -> bool:
         """Whether it sums what layers make, and is not made of that for one mix alone, as a projection is."""

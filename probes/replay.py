@@ -236,10 +236,10 @@ class _Cutting:
         raise Unreplayable(f"a size of {one} depends on the input in a way that was not understood")
 
     def _like(self) -> fx.Node:
-        """Something whose first axes are items and tokens."""
+        """Something whose first axes are items and tokens: the newest, as older ones may be an encoder's."""
         sizes = self._tape.items, self._tape.tokens
-        for node in self._inputs:
-            if node.tensor.shape[:2] == sizes:
+        for node in reversed(self._inputs):
+            if self._spot(node) is not None and node.tensor.shape[:2] == sizes:
                 return self._real[node]
         raise Unreplayable("no tensor that hooks see tells batch size and length")
 
