@@ -28,7 +28,11 @@ def columns_of(
             columns.append(Source("embedding", "embedding", 0, 0))
         elif full and members:
             columns.append(_of_layer(layers[first - 1]))
-        elif members and 0 not in members and agree(read[column + constant] for read in reads if len(read) > column + constant):
+        elif (
+            members
+            and 0 not in members
+            and agree(read[column + constant] for read in reads if len(read) > column + constant)
+        ):
             which = f"layers {first}–{last}" if last > first else f"layer {first}"
             columns.append(Source(f"depth block {column} ({which})", "depth block", first, last))
         else:

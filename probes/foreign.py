@@ -1,5 +1,6 @@
 """The sites of a model whose states are depth reads, found by running it once on a few tokens."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -14,12 +15,14 @@ from probes.layout import Layer, Read
 from probes.mixes import Mixes, head_counts, widths
 from probes.naming import blocks_of, common_name, is_matrix, stem
 from probes.oddities import oddities
-from probes.replay import Unreplayable, moment_of, replay_of, witness_of
+from probes.replay import DrawsNumbers, Unreplayable, moment_of, replay_of, witness_of
 from probes.sites import LayerSite, Place, Sites, place_of
 from probes.stacks import is_norm, kind_by_name
 from probes.symbols import Untraceable
 from probes.tape import Node, Tape
 from probes.walks import Mix, name_of
+
+log = logging.getLogger("depthscope")
 
 
 def foreign_sites(root: nn.Module) -> Sites:
@@ -77,13 +80,17 @@ class _Finding:
 
     def sites(self) -> Sites:
         layers = self._layers()
-        rows, reads, notes = self._rows(layers)
+        rows, reads, failed = self._rows(layers)
+        notes = [f"{label}: {error}" for label, error in failed]
         final = self._place(self._final) if self._final is not None else None
         if not reads:
-            change = f"mixed by depth reads that cannot be computed from what hooks see: {notes[0]}"
+            change = f"depth reads whose weights cannot be computed again ({notes[0]})"
+            if not all(isinstance(error, DrawsNumbers) for _, error in failed):
+                raise Untraceable(f"its depth reads cannot be computed from what hooks see: {notes[0]}")
+            log.warning("depthscope: %s is mixed by %s.", type(self._tape.root).__name__, change)
             spots = self._embedding_spots()
             entry = self._as_place(spots[0]) if len(spots) == 1 else None
-            return Sites(self._tape.root, layers, final, [], change=change, entry=entry)
+            return Sites(self._tape.root, layers, final, [], change=f"mixed by {change}", entry=entry)
         constant = max(sum(self._mixes.is_constant(s) for s in mix.sources) for mix in self._reads)
         columns = columns_of(
             [[self._members(source) for source in mix.sources] or [(0,)] for mix in self._reads],
@@ -177,7 +184,9 @@ class _Finding:
         newest = max(before, key=lambda each: each.index, default=None)
         if newest is None:
             return node
-        lists = {stem(name) for mix in self._reads for s in mix.sources for name in self._parameters(s, reads)}
+        lists = {
+            stem(name) for mix in self._reads for s in mix.sources for name in self._parameters(s, reads)
+        }
         matrices = {name for name, p in self._parameters(node, reads).items() if is_matrix(p)}
         if not lists & set(map(stem, matrices)) or self._is_projected(node, reads):
             return self._mixes.carried(newest, node)
@@ -340,7 +349,9 @@ class _Finding:
 
     # Reads
 
-    def _rows(self, layers: list[LayerSite]) -> tuple[list[Read], list[FoundRead], list[str]]:
+    def _rows(
+        self, layers: list[LayerSite]
+    ) -> tuple[list[Read], list[FoundRead], list[tuple[str, Unreplayable]]]:
         rows, reads, failed = [], [], []
         for label, kind, layer, mix in self._labelled(layers):
             for head in range(mix.heads):
@@ -348,7 +359,7 @@ class _Finding:
                 try:
                     found = self._read(mix, head)
                 except Unreplayable as error:
-                    failed.append(f"{label}{which}: {error}")
+                    failed.append((label + which, error))
                     continue
                 rows.append(Read(label + which, kind, layer, max(1, len(mix.edges))))
                 reads.append(found)
@@ -365,7 +376,11 @@ class _Finding:
             )
             of_layer.setdefault(index, []).append(mix) if index else rest.append(mix)
         alone = 1 not in of_layer and len(of_layer) == len(layers) - 1
-        begins = alone and self._states[0] and self._mixes.bare(self._states[0]) is self._mixes.bare(self._embedding)
+        begins = (
+            alone
+            and self._states[0]
+            and self._mixes.bare(self._states[0]) is self._mixes.bare(self._embedding)
+        )
         if begins and self._receives_embedding():
             of_layer[1] = [Mix(self._states[0], {}, [])]
         for site in layers:

@@ -27,6 +27,10 @@ class Unreplayable(Exception):
     """The weights cannot be computed from what hooks see; the message says why."""
 
 
+class DrawsNumbers(Unreplayable):
+    """The weights are made of random numbers, which nobody can draw again."""
+
+
 def replay_of(
     tape: Tape, twin: Tape, mix: Mix, until: int, witness: Node | None = None, head: int = 0
 ) -> Replay:
@@ -290,7 +294,7 @@ def _drops(node: Node) -> bool:
 def _refuse_drawing(node: Node) -> None:
     """Training would go on with other random numbers, were any drawn here."""
     if node.draws and not _drops(node):
-        raise Unreplayable("random numbers are drawn on the way to the weights")
+        raise DrawsNumbers("random numbers are drawn on the way to the weights")
 
 
 def _within(cast: tuple, func: Callable) -> Callable:
