@@ -134,7 +134,7 @@ def _only_stack(root: nn.Module, staged: bool) -> Stack | Sites:
                 except Untraceable as another:
                     reasons += f" As for {what}: {another}."
             raise RunError(f"{error} {reasons}") from None
-    if not own and may_read(root, found):
+    if not own and (found.guessed or may_read(root, found)):
         with suppress(Untraceable):
             sites = foreign_sites(root)
             # What reads several streams is no depth read; it may look like one for some of the layers.
