@@ -30,7 +30,7 @@ class Disk:
         try:
             self._act(act)
         except RunError as error:
-            self.gone = True
+            self.gone, self.refused = True, str(error)
             log.warning("depthscope records no more at %s: %s. Training goes on.", self.place.run, error)
             return False
         except Exception as error:

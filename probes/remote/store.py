@@ -144,7 +144,7 @@ class Store:
     def write(self, path: str, content: bytes, new: bool = False) -> None:
         """Put a file there, whole; with `new` raises FileExistsError where one is, as far as the store can tell.
 
-        Raises Unreachable.
+        Raises Unreachable, where there is no bucket too.
         """
         place = self._at(path)
 
@@ -162,7 +162,13 @@ class Store:
                 self._files.rm_file(place)  # not all of them replace
             self._files.mv(aside, place)
 
-        self._do(put)
+        try:
+            self._do(put)
+        except FileNotFoundError:
+            where = f"{self.address.protocol}://{self.root[0]}" if self.root else self.address.shown
+            raise Unreachable(
+                f"there is no {where} to write into: make it, or give another address"
+            ) from None
 
     def remove(self, path: str) -> None:
         """Take a file away. Raises FileNotFoundError, Unreachable."""
