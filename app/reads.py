@@ -73,7 +73,9 @@ def _told(weight: np.ndarray, count: np.ndarray) -> dict[str, np.ndarray]:
         "newest": np.take_along_axis(weight, (count - 1)[None, :, None], axis=2)[:, :, 0],
         "embedding": weight[:, :, 0],
         "embedding_even": weight[:, :, 0] * count,
-        "distance": np.where(whole, (np.where(real & np.isfinite(weight), weight, 0) * back).sum(axis=2), np.nan),
+        "distance": np.where(
+            whole, (np.where(real & np.isfinite(weight), weight, 0) * back).sum(axis=2), np.nan
+        ),
     }
     return {measure: _mean(part) for measure, part in told.items()}
 

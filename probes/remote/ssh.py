@@ -7,12 +7,14 @@ import contextlib
 import io
 import logging
 import os
+import shlex
 from pathlib import Path
 
 import paramiko
 from fsspec.implementations.sftp import SFTPFileSystem
 
 _CONNECT, _ANSWER, _ALIVE = 10.0, 30.0, 15.0  # seconds
+_PIECE = 32 << 10  # bytes that one answer holds
 _GLOBAL_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
 # What went wrong is said by who asked, in a sentence; paramiko's thread would print a traceback.
@@ -30,7 +32,7 @@ class Machine(SFTPFileSystem):
         """The machine of an address like ssh://me@host:22/home/me/runs, and the path there; ~ is the home of who logs in."""
         machine, path = cls(**cls._get_kwargs_from_urls(url)), cls._strip_protocol(url)
         if path == "/~" or path.startswith("/~/"):
-            path = machine.ftp.normalize(".") + path[2:]
+            path = machine.ftp.normalize(".").rstrip("/") + path[2:]
         return machine, path
 
     def _connect(self) -> None:
@@ -40,10 +42,10 @@ class Machine(SFTPFileSystem):
         for ours, theirs in (("username", "user"), ("key_filename", "identityfile")):
             if theirs in told:
                 given.setdefault(ours, told[theirs])
-        if jump := told.get("proxyjump"):
-            told["proxycommand"] = f"ssh -W [{host}]:{given['port']} {jump}"
-        if command := told.get("proxycommand"):
-            given.setdefault("sock", paramiko.ProxyCommand(command))
+        if told.get("proxyjump", "none") != "none":
+            told["proxycommand"] = _by_way_of(told["proxyjump"], host, given["port"])
+        if told.get("proxycommand", "none") != "none":
+            given.setdefault("sock", paramiko.ProxyCommand(told["proxycommand"]))
         client = paramiko.SSHClient()
         client.set_log_channel(_LOG)
         for known in (*told.get("userknownhostsfile", "~/.ssh/known_hosts").split(), _GLOBAL_HOSTS):
@@ -86,16 +88,34 @@ class Machine(SFTPFileSystem):
         with self.ftp.open(path, "rb") as file:
             size = file.stat().st_size
             first, last = min(start or 0, size), size if end is None else min(end, size)
-            return b"".join(file.readv([(first, last - first)])) if last > first else b""
+            pieces = [(at, min(_PIECE, last - at)) for at in range(first, last, _PIECE)]
+            return b"".join(file.readv(pieces)) if pieces else b""
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs) -> None:
-        """Write a file, and look whether all of it is there."""
+        """Write a file, and the folders it lies in where they are missing; look whether all of it is there."""
         try:
-            self.ftp.putfo(io.BytesIO(value), path, len(value))
+            try:
+                self.ftp.putfo(io.BytesIO(value), path, len(value))
+            except FileNotFoundError:
+                self.makedirs(path.rpartition("/")[0], exist_ok=True)
+                self.ftp.putfo(io.BytesIO(value), path, len(value))
         except OSError as error:
-            if error.errno is None and str(error) in ("Failure", f"size mismatch in put!  0 != {len(value)}"):
-                raise OSError("it refuses to write: perhaps its disk is full") from None
+            with contextlib.suppress(Exception):
+                self.ftp.remove(path)  # half of it may be there
+            if error.errno is None and str(error).startswith(("Failure", "size mismatch")):
+                raise OSError("it did not take all of a file: its disk may be full") from None
             raise
+
+    def makedirs(self, path: str, exist_ok: bool = False, **kwargs) -> None:
+        """Make a folder and those it lies in; another process may make them at the same time."""
+        if path in ("", "/") or self.exists(path):
+            return
+        self.makedirs(path.rpartition("/")[0], exist_ok=True)
+        try:
+            self.ftp.mkdir(path)
+        except OSError:
+            if not self.exists(path):
+                raise
 
     def replace(self, before: str, path: str) -> None:
         """Rename a file, in one piece, also where one of that name is."""
@@ -109,6 +129,14 @@ class Machine(SFTPFileSystem):
             if self.exists(path):
                 raise FileExistsError(path) from None
             raise
+
+
+def _by_way_of(jumps: str, host: str, port: int) -> str:
+    """The command that is the connection to a host, through others, as `ProxyJump` lists them."""
+    *before, last = jumps.split(",")
+    through = ["-J", ",".join(before)] if before else []
+    last = last if "://" in last else f"ssh://{last}"
+    return shlex.join(["ssh", *through, "-W", f"[{host}]:{port}", last])
 
 
 def _config(host: str) -> dict:

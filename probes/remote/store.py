@@ -166,7 +166,8 @@ class Store:
             if new and self._files.exists(place):
                 raise FileExistsError(place)
             folder, _, name = place.rpartition("/")
-            self._files.makedirs(folder, exist_ok=True)
+            if self.address.protocol not in _SSH:
+                self._files.makedirs(folder, exist_ok=True)
             aside = f"{folder}/.{name}.tmp-{platform.node()}-{os.getpid()}"
             self._files.pipe_file(aside, content)
             if self.address.protocol in _SSH:
@@ -183,7 +184,9 @@ class Store:
         try:
             self._do(put)
         except FileNotFoundError:
-            where = f"{self.address.protocol}://{self.root[0]}" if self.root else self.address.shown
+            whole = f"{self.address.shown}/"
+            bucket = f"{self.address.protocol}://{self.root[0]}/" if self.root else whole
+            where = (bucket if whole.startswith(bucket) else whole).rstrip("/")
             raise Unreachable(
                 f"there is no {where} to write into: make it, or give another address"
             ) from None
