@@ -35,7 +35,7 @@ class Disk:
             return False
         except Exception as error:
             why = getattr(error, "strerror", None) or error
-            self.refused = f"{self.place.run.name} could not be written ({why})"
+            self.refused = f"the run could not be written ({why})"
             self.wait = min(2 * self.wait, _LAST_WAIT)
             self._warn(
                 f"depthscope cannot write to {self.place.run}: {why}. Training goes on; recording does too when the "

@@ -55,7 +55,7 @@ class Lost:
         return list(self._gaps)
 
     def __str__(self) -> str:
-        """ "57 steps, from 13 to 69 (run could not be written (No space left on device))"; empty where nothing was lost."""
+        """ "57 steps, from 13 to 69 (the run could not be written (No space left on device))"; empty where nothing was lost."""
         found = list(self._causes.items())
         told = [f"{steps} ({cause})" for cause, steps in found[:_MOST_CAUSES]]
         if more := sum(steps.count for _, steps in found[_MOST_CAUSES:]):

@@ -130,7 +130,7 @@ def test_trouble_with_the_disk_changes_no_weight_and_is_said_once(name, troubles
         lost = f"{len(missing)} steps, from {min(missing)} to {max(missing)}"
         assert (
             len(ended) == 1
-            and f"not recorded: {lost} (run could not be written (File too large))" in ended[0]
+            and f"not recorded: {lost} (the run could not be written (File too large))" in ended[0]
         )
         assert "its end could not be marked" in ended[0]
         return
@@ -144,7 +144,7 @@ def test_trouble_with_the_disk_changes_no_weight_and_is_said_once(name, troubles
     elif name == "forgetful":
         causes = {gap.cause for gap in run.gaps}
         assert (
-            causes <= {"run could not be written (File too large)", "the writer could not keep up"}
+            causes <= {"the run could not be written (File too large)", "the writer could not keep up"}
             and missing
         )
         assert len(ended) == 1 and sum(map(int, re.findall(r"(\d+) steps?,", ended[0]))) == len(missing)

@@ -192,7 +192,7 @@ def test_a_disk_that_stays_full_still_lets_training_end(tmp_path, monkeypatch, c
         train(model, optimizer, 3)
     begun, ended = [record.getMessage() for record in caplog.records]
     assert "Training goes on" in begun
-    why = "not recorded: 3 steps, from 0 to 2 (run could not be written (No space left on device))"
+    why = "not recorded: 3 steps, from 0 to 2 (the run could not be written (No space left on device))"
     assert f"{why}; and its end could not be marked, so that it will be shown as stopped." in ended
     assert probes.open_run(tmp_path / "run").metrics == []
 
@@ -212,7 +212,7 @@ def test_a_token_snapshot_on_a_full_disk_is_one_warning_and_told(tmp_path, monke
     assert run.steps("hidden_rms").tolist() == [0, 1, 2] and not len(run.token_steps)
     told = json.loads((tmp_path / "run" / files.END).read_text())["missing"]
     assert told == {
-        "token_depth_weight": {"step": 0, "cause": "run could not be written (No space left on device)"}
+        "token_depth_weight": {"step": 0, "cause": "the run could not be written (No space left on device)"}
     }
 
 
