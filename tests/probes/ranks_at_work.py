@@ -220,7 +220,7 @@ def train(
             for micro in range(micro_batches):
                 with _without_sync(model, micro == micro_batches - 1):
                     _total(case, model, step, parts, world, micro, micro_batches).backward()
-            ranks_stages.clip(model)
+            ranks_stages.clip(model.parameters())
             optimizer.step()
             optimizer.zero_grad()
             recorder.log(loss=1.0 + rank)
@@ -254,7 +254,7 @@ def _without_sync(model, last: bool):
 
 
 def is_staged(case: str) -> bool:
-    return case.startswith(("gpipe", "1f1b"))
+    return case.startswith((*ranks_stages.ONE_STAGE, *ranks_stages.TWO_STAGES))
 
 
 def work(rank: int, world: int, port: int, folder: Path, cases: list[str]) -> None:

@@ -39,11 +39,11 @@ def told(folder: Path, scene: str, *ranks: int):
     return found if len(found) > 1 else found[0]
 
 
-def assert_alike(folder: Path, case: str) -> None:
+def assert_alike(folder: Path, case: str, staged: bool = False) -> None:
     run, alone = probes.open_run(folder / case), probes.open_run(folder / f"{case}-single")
     assert run.status == "finished" and not run.problems
     # Of a pipeline the sources are in other stages.
-    staged = "stages" in run.manifest.ranks.parallel
+    staged = staged or "stages" in run.manifest.ranks.parallel
     untold = {"depth_attribution"} if staged else set()
     script = {"loss", "stage"}
     assert set(run.metrics) - script == set(alone.metrics) - untold - script

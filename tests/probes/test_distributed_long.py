@@ -24,6 +24,8 @@ LONG = [
     "fsdp_sp",
     "1f1b-ddp",
     "gpipe-fsdp-experts",
+    "interleaved-ddp-experts",
+    "looped-fsdp",
     "ddp-experts",
 ]
 COMPILED = ["compiled_ddp", "compiled_fsdp"]
