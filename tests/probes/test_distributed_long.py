@@ -24,7 +24,7 @@ LONG = [
     "fsdp_sp",
     "1f1b-ddp",
     "gpipe-fsdp-experts",
-    "interleaved-ddp-experts",
+    "interleaved-fsdp-experts",
     "looped-fsdp",
     "ddp-experts",
 ]
