@@ -53,7 +53,7 @@ def loss(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Te
 
 
 def made(case: str) -> nn.Module:
-    if "experts" in case:
+    if "experts" in case or case == "over_fsdp":
         return ranks_stages.made(case)
     if "found" in case:
         return Foreign("list", width=8)

@@ -150,9 +150,11 @@ def inductor_ddp(model):
     return torch.compile(nn.parallel.DistributedDataParallel(model)), dist.get_world_size()
 
 
-def compiled_over_fsdp(model):
-    spread, data = fsdp(model)
-    return torch.compile(spread, backend="aot_eager"), data
+def over_fsdp(model):
+    """Compiled from the outside: the graph is broken before and after each transformer block."""
+    for block in model.blocks.values():
+        fully_shard(block)
+    return torch.compile(fully_shard(model), backend="aot_eager"), dist.get_world_size()
 
 
 def compiled_fsdp(model):
@@ -166,7 +168,7 @@ SPREAD = {
     each.__name__: each
     for each in (
         *(ddp, inner, views, unused, fsdp, one_group, tp, sp, fsdp_tp, fsdp_sp, hsdp),
-        *(compiled_ddp, compiled_fsdp, inductor_ddp, compiled_over_fsdp),
+        *(compiled_ddp, compiled_fsdp, inductor_ddp, over_fsdp),
         *(offloaded, checkpointed_ddp, checkpointed_fsdp),
     )
 }
