@@ -64,6 +64,20 @@ def reshard(root: nn.Module) -> None:
             module.reshard()
 
 
+def judge_wrappers(model: object) -> None:
+    """Raises RunError for a model in a wrapper that cannot be followed."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
+        raise RunError(
+            "FullyShardedDataParallel shows no parameter whole, and cannot be recorded: use fully_shard, which followed it."
+        )
+    if any(hasattr(parameter, "_st_info") for module in modules for parameter in module.parameters(False)):
+        raise RunError(
+            "DistributedDataParallel over a model with DTensors makes new parameters in each forward, which neither an "
+            "optimizer nor a recorder can follow: use fully_shard."
+        )
+
+
 def is_parallel(module: nn.Module) -> bool:
     """Whether a module works on DTensors."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
@@ -84,20 +98,11 @@ class Parallel:
 
     @classmethod
     def of(cls, model: nn.Module, root: nn.Module, stage: Stage | None = None) -> "Parallel | None":
-        """None where nobody else trains. Raises RunError for what cannot be followed."""
+        """None where nobody else trains."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
         if dist.get_world_size() == 1 and (stage is None or stage.count == 1):
             return None
-        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-            raise RunError(
-                "FullyShardedDataParallel shows no parameter whole, and cannot be recorded: use fully_shard, which followed it."
-            )
-        if any(hasattr(parameter, "_st_info") for parameter in root.parameters()):
-            raise RunError(
-                "DistributedDataParallel over a model with DTensors makes new parameters in each forward, which neither an "
-                "optimizer nor a recorder can follow: use fully_shard."
-            )
         return cls(model, root, dist.get_rank(), dist.get_world_size(), stage)
 
     @property

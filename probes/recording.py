@@ -25,7 +25,7 @@ from probes.following import Decode
 from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, Masks
 from probes.mirrors import Mirror, Send
-from probes.parallel import Parallel
+from probes.parallel import Parallel, judge_wrappers
 from probes.pipeline import stages_of
 from probes.place import join
 from probes.processes import Meeting, meet
@@ -113,6 +113,8 @@ def record(
     meeting = meet(ranks, modules)
     with meeting or contextlib.nullcontext():
         vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
+        for module in modules:
+            judge_wrappers(module)
         each_sites = [find_sites(module, stack, layers, norms, staged=bool(stages)) for module in modules]
         sites = each_sites[0]
         following = None if tokens_every is None else schedule_of("tokens_every", tokens_every)

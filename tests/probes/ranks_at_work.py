@@ -17,8 +17,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import probes
-from tests.probes import ranks_failing as _  # noqa: F401  its scenes are played
-from tests.probes import ranks_stages
+from tests.probes import ranks_failing, ranks_stages, ranks_uneven  # noqa: F401  their scenes are played
 from tests.probes.foreign import Foreign
 from tests.probes.models import decoder, loss_of
 from tests.probes.ranks_scenes import PLAYED, free_port, play
@@ -53,7 +52,7 @@ def loss(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Te
 
 
 def made(case: str) -> nn.Module:
-    if "experts" in case or case == "over_fsdp":
+    if "experts" in case or "plain" in case:
         return ranks_stages.made(case)
     if "found" in case:
         return Foreign("list", width=8)

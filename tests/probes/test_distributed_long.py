@@ -28,7 +28,7 @@ LONG = [
     "looped-fsdp",
     "ddp-experts",
 ]
-COMPILED = ["compiled_ddp", "compiled_fsdp"]
+COMPILED = ["compiled_ddp", "compiled_fsdp", "inductor_ddp", "over_fsdp-plain"]
 
 
 @pytest.fixture(scope="module")
