@@ -56,6 +56,15 @@ class Stage:
             vars(self._stage).pop(name, None)
 
 
+def reads_in(stage: nn.Module) -> RunError:
+    """What to raise for a stage with depth reads."""
+    return RunError(
+        f"{type(stage).__name__} is a stage of a pipeline with depth reads or marks: what crosses to the next stage is a stack of "
+        "sources and no state, and depthscope records the stages of plain residual streams alone. Train a model with depth "
+        "reads under DistributedDataParallel, fully_shard or parallelize_module to record it."
+    )
+
+
 def stages_of(model: object) -> list[Stage]:
     """Those of a schedule, or a stage by itself; none of a module. Raises RunError for a schedule that cannot be followed."""
     schedules = sys.modules.get("torch.distributed.pipelining.schedules")

@@ -14,7 +14,7 @@ from probes.experts import Experts
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.packing import packed, unpack
-from probes.pipeline import Stage
+from probes.pipeline import Stage, reads_in
 from probes.sites import LayerSite, Sites
 from probes.tally import Tally
 
@@ -22,10 +22,7 @@ from probes.tally import Tally
 def told_of(sites: Sites, stage: Stage) -> dict:
     """One stage in JSON, for the other processes. Raises RunError for one whose stream is no plain sum of outputs."""
     if sites.has_reads or sites.is_marked:
-        raise RunError(
-            f"{type(sites.root).__name__} is a stage of a pipeline with depth reads or marks: what crosses to the next stage is "
-            "then a stack of sources and no state, and depthscope merges the stages of plain residual streams alone."
-        )
+        raise reads_in(sites.root)
     layers = [asdict(site.layer) | {"given": site.given} for site in sites.layers]
     experts = [None if each is None else [each.count, each.stacked] for each in sites.experts]
     return {

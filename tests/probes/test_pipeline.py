@@ -99,5 +99,9 @@ def test_what_is_no_pipeline_is_refused():
         judge([[one], [one]])
     with pytest.raises(probes.RunError, match="Stage 0 of 2 is not held alike"):
         judge([[one], [one], [two]])
+    first = decoder("full")
+    first.residual.reads = first.residual.reads[:-1]  # the last stage has the final one
+    with pytest.raises(probes.RunError, match="a stack of sources and no state"):
+        find_sites(first, staged=True)
     with pytest.raises(probes.RunError, match="a stack of sources and no state"):
         told_of(find_sites(decoder("full")), place(0, 2))
