@@ -10,6 +10,7 @@ changed: whoever runs a block again on that tensor, as checkpointing does, finds
 """
 
 from collections.abc import Sequence
+from os.path import commonprefix
 
 import torch
 from torch import Tensor, nn
@@ -223,11 +224,11 @@ class Leave:
         plan = self.plan
         depth = depth_of(plan.state(args, kwargs), plan.name)
         written = plan.first + plan.layers
-        *finished, partial = first_tensor(output).unbind(0) if plan.slots > 1 else [first_tensor(output)]
         progress = plan.progress()
         progress.depth.clear()
-        if not torch.compiler.is_compiling() and progress.read:
+        if not torch.compiler.is_compiling():
             plan.check_read(progress.read, plan.layers)
+        *finished, partial = first_tensor(output).unbind(0) if plan.slots > 1 else [first_tensor(output)]
         if self.is_last:
             self.opened.close()
             return with_first(output, depth.read(written, [*finished, partial]))
@@ -250,7 +251,7 @@ def attach(
     """Put the hooks of all blocks in place; the handles take them off again. `outputs` has one for each layer."""
     plans = plans_of(blocks, layers_per_block)
     opened, last = Opened(reads, depth_type), blocks[-1]
-    holder = model.get_submodule(last.name.rpartition(".")[0].rpartition(".")[0])
+    holder = _runner(model, blocks)
     handles = [
         holder.register_forward_pre_hook(Begin(opened)),
         holder.register_forward_hook(End(opened, last.name)),
@@ -269,6 +270,17 @@ def attach(
         handles.append(block.module.register_forward_hook(leave, with_kwargs=True))
         before = block.name
     return handles
+
+
+def _runner(model: nn.Module, blocks: Sequence[WatchedBlock]) -> nn.Module:
+    """The nearest module above all blocks that runs: lists and dicts of modules only hold others."""
+    lists = [block.name.split(".")[:-1] for block in blocks]
+    path = commonprefix(lists)
+    if path == lists[0]:
+        path = path[:-1]
+    while path and type(model.get_submodule(".".join(path))).forward is nn.Module.forward:
+        path = path[:-1]
+    return model.get_submodule(".".join(path))
 
 
 def _widen(

@@ -1,5 +1,6 @@
 """Make an existing PreNorm model an AttnRes one in place, and back."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ def convert(
     residual: str = "block",
     layers_per_block: int | None = None,
     *,
-    example: dict | tuple | Tensor | None = None,
+    example: Mapping | tuple | Tensor | None = None,
     eps: float | None = None,
     weights: str | Path | None = None,
 ) -> nn.Module:
@@ -123,10 +124,10 @@ def _converted_part(model: nn.Module) -> str | None:
     )
 
 
-def _inputs(model: nn.Module, example: dict | tuple | Tensor | None) -> tuple[tuple, dict]:
+def _inputs(model: nn.Module, example: Mapping | tuple | Tensor | None) -> tuple[tuple, dict]:
     if example is None:
         example = getattr(model, "dummy_inputs", None)
-    if isinstance(example, dict):
+    if isinstance(example, Mapping):  # a tokenizer's batch, too
         return (), {name: _on_device(value, model) for name, value in example.items()}
     if isinstance(example, Tensor):
         example = (example,)
