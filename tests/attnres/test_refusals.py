@@ -72,6 +72,59 @@ class NormAtTheEndBlock(Block):
         return nn.functional.layer_norm(x + self.second(self.norm2(x)), (WIDTH,))
 
 
+class StreamNormBlock(Block):
+    """RWKV's first block: the stream goes on through a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.LayerNorm(WIDTH)
+
+    def forward(self, x):
+        return super().forward(self.before(x))
+
+
+class AdaptiveNorm(nn.Module):
+    """diffusers' adaLN-Zero: a norm that makes its own scale, shift and gate of a condition, by a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH, eps=1e-12, elementwise_affine=False)
+        self.modulation = nn.Linear(1, 3 * WIDTH)
+
+    def forward(self, x, condition):
+        shift, scale, gate = self.modulation(condition).chunk(3, -1)
+        return self.norm(x) * (1 + scale) + shift, gate
+
+
+class AdaptiveBlock(Block):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = AdaptiveNorm(), AdaptiveNorm()
+
+    def forward(self, x):
+        for norm, layer in ((self.norm1, self.first), (self.norm2, self.second)):
+            h, gate = norm(x, torch.ones(1))
+            x = x + gate * layer(h)
+        return x
+
+
+class MixingNorm(nn.Module):
+    """A norm and a layer in one: it does not tell which of both the stream needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.layer(self.norm(x))
+
+
+class MixingBlock(Block):
+    def __init__(self):
+        super().__init__()
+        self.norm1 = MixingNorm()
+
+
 class HalvingBlock(Block):
     """Multipliers between the layers and the stream."""
 
@@ -100,6 +153,17 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
+class Holding(nn.Module):
+    """Runs its parts one after the other."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = nn.Sequential(*parts)
+
+    def forward(self, x):
+        return self.parts(x)
+
+
 def example():
     return torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(0))
 
@@ -118,7 +182,9 @@ REFUSED = [
     ),
     ((Block, ScaledBlock), r"^blocks\.1\.second does not receive the embedding plus the sum"),
     ((Block, PeekingBlock, Block), r"through blocks\.1\.second|^blocks\.2\.first does not receive"),
+    ((Block, StreamNormBlock), r"^blocks\.1\.before normalises the stream itself.*post-norm"),
     ((Block, NormAtTheEndBlock), r"^the final state does not receive the embedding plus the sum"),
+    ((MixingBlock, Block), r"^blocks\.0\.norm1 reads the state without a norm before it"),
     ((Block,), r"blocks\.0 is the only transformer block"),
     ((), "No transformer blocks were found"),
 ]
@@ -137,19 +203,12 @@ def test_a_model_that_is_not_prenorm_is_refused_by_the_name_of_a_layer(kinds, sa
 
 
 def test_a_second_stack_is_refused_as_it_would_stay_as_it_was():
-    model = nn.Sequential(stack(Block, Block), stack(Block, Block, Block))
-    with pytest.raises(attnres.ConversionError, match=r"^0\.blocks is a stack .* beside the longest one"):
+    model = Holding(stack(Block, Block), stack(Block, Block, Block))
+    with pytest.raises(
+        attnres.ConversionError, match=r"^parts\.0\.blocks is a stack .* beside the longest one"
+    ):
         attnres.convert(model, "full", example=example())
-    attnres.convert(model[0], "full", example=example())
-
-
-def test_blocks_that_are_lists_themselves_are_refused():
-    """T5: three stacks of two or three blocks each, as it looks from outside."""
-    from transformers import T5Config, T5EncoderModel
-
-    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2}
-    with pytest.raises(attnres.ConversionError, match=r"encoder\.block\.1\.layer.* are stacks"):
-        attnres.convert(T5EncoderModel(T5Config(**sizes)), "full", example=token_inputs())
+    attnres.convert(model.parts[0], "full", example=example())
 
 
 def zero_query_deviation(model, inputs, size):
@@ -162,8 +221,7 @@ def zero_query_deviation(model, inputs, size):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_multipliers_between_a_layer_and_the_stream_are_part_of_the_source(size):
     model = stack(Block, HalvingBlock, HalvingBlock)
-    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
-        norm.eps = 1e-12
+    negligible_eps(model)
     assert zero_query_deviation(model, {"x": example()}, size) < 1e-6
 
 
@@ -197,6 +255,54 @@ def test_dropout_that_no_hook_sees_is_taken_where_the_block_adds_up_by_itself_an
     attnres.convert(stack(Block, DroppingBlock, Block), "block", 2, example=example())
     with pytest.raises(attnres.ConversionError, match=r"^blocks\.2\.first does not receive"):
         attnres.convert(stack(Block, DroppingBlock, Block), "full", example=example())
+
+
+def negligible_eps(model):
+    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
+        norm.eps = 1e-12
+    return model
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_norm_that_makes_its_scale_of_a_condition(size):
+    model = negligible_eps(stack(AdaptiveBlock, Block, AdaptiveBlock))
+    assert zero_query_deviation(model, {"x": example()}, size) < 1e-6
+
+
+def test_blocks_between_other_modules_of_a_list():
+    norm = nn.LayerNorm(WIDTH)
+    model = negligible_eps(Holding(nn.Linear(WIDTH, WIDTH), Block(), Block(), Block(), norm))
+    assert zero_query_deviation(model, {"x": example()}, 3) < 1e-6
+    assert len(model.attnres.reads) == 7
+
+
+class Named(nn.Module):
+    """Its blocks are in a dict that holds the whole model, as nanoGPT's, and in one by their numbers, as torchtitan's."""
+
+    def __init__(self):
+        super().__init__()
+        blocks = nn.ModuleDict({str(index): Block() for index in range(3)})
+        self.transformer = nn.ModuleDict({"blocks": blocks, "norm": nn.LayerNorm(WIDTH)})
+        self.left_out = ()
+
+    def forward(self, x):
+        for name, block in self.transformer.blocks.items():
+            x = x if name in self.left_out else block(x)
+        return self.transformer.norm(x)
+
+
+def test_blocks_in_dicts():
+    model = negligible_eps(Named())
+    assert zero_query_deviation(model, {"x": example()}, 4) < 1e-6
+    model.left_out = ("2",)
+    with pytest.raises(RuntimeError, match=r"transformer\.blocks\.2 was left out"):
+        model(example())
+
+
+def test_a_tokenizers_batch_is_an_example():
+    from transformers import BatchEncoding
+
+    attnres.convert(llama(), "full", example=BatchEncoding(token_inputs()))
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -285,8 +391,7 @@ def test_a_norm_of_several_layers_is_refused_by_the_names_of_two():
 @pytest.mark.parametrize(("size", "first"), [(1, 0), (3, 1)])
 def test_a_sublayer_of_several_blocks_is_taken_where_they_add_up_by_themselves(size, first):
     model = sharing("first")
-    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
-        norm.eps = 1e-12
+    negligible_eps(model)
     says = rf"^blocks\.{first}\.first ends in .* part of blocks\.0 and blocks\.1 and blocks\.2.* multiple of 2\.$"
     with pytest.raises(attnres.ConversionError, match=says):
         attnres.convert(model, "block", size, example=example())
@@ -312,8 +417,7 @@ class NamedStack(Stack):
 
 def test_a_block_may_hand_on_a_named_tuple():
     model = NamedStack(NamedBlock, NamedBlock)
-    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
-        norm.eps = 1e-12
+    negligible_eps(model)
     assert zero_query_deviation(model, {"x": example()}, 1) < 1e-6
 
 
@@ -373,8 +477,7 @@ def test_a_state_passed_by_keyword():
             return self.norm(x)
 
     model = Named(Block, Block, Block)
-    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
-        norm.eps = 1e-12
+    negligible_eps(model)
     assert zero_query_deviation(model, {"x": example()}, 3) < 1e-6
 
 
