@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import attnres
+from tests.attnres.blocks import WIDTH, Block, Stack, example, stack
 from tests.attnres.converted import compiled, prepared
 from tests.attnres.families import logits_of
-from tests.attnres.test_refusals import WIDTH, Block, Stack, example, stack
 
 pytest.importorskip("transformers")
 
