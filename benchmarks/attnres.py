@@ -190,13 +190,16 @@ def others(options: argparse.Namespace) -> Iterator[tuple[str, torch.nn.Module]]
     except ImportError:
         print("attn-res is not installed, so it is not in the tables (pip install attn-res==0.1.0).")
         return
+    if options.dtype != "float32":
+        print("attn-res keeps its positions as complex numbers, so it is in tables of float32 alone.")
+        return
     layers = 2 * options.blocks
     sizes = {"d_model": options.width, "n_layers": layers, "n_heads": options.heads, "vocab_size": 256}
     sizes |= {"n_blocks": max(1, layers // options.layers_per_block), "max_seq_len": options.context}
     for mode in (AttnResMode.NONE, AttnResMode.FULL, AttnResMode.BLOCK):
         model = AttnResTransformer(TransformerConfig(**sizes, attn_res_mode=mode))
         name = f"attn-res {version('attn-res')} {mode.value}"
-        yield name, model.to(options.device, getattr(torch, options.dtype))
+        yield name, model.to(options.device)
 
 
 def measured(contenders: list[Contender], options: argparse.Namespace) -> list[Contender]:
