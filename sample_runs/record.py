@@ -61,6 +61,8 @@ def main() -> None:
             print(f"{plan.name}: there already", flush=True)
         elif plan.name.startswith("kimi") and (why := no_kimi()):
             print(f"{plan.name}: left out, {why}", flush=True)
+            if options.only:
+                sys.exit(1)
         elif time.monotonic() > until or not _recorded_in_time(plan, options, until, failed):
             sys.exit(f"{plan.name} is to be recorded yet: give the command again.")
     if failed:
