@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.place:
         place(options.place)
         return 0
-    every = parts(options.out, options.device, options.text, options.smoke)
+    # Parts run in the repository's root, and their commands are kept: they should not tell of this machine.
+    folder = options.out.relative_to(ROOT) if options.out.is_relative_to(ROOT) else options.out
+    every = parts(folder, options.device, options.text, options.smoke)
     every = [part for part in every if not options.only or part.name in options.only]
     if options.plan:
         print(plan(every))
@@ -122,7 +124,7 @@ def has_gpu() -> bool:
 def plan(every: list[Part]) -> str:
     lines = ["| part | seconds | alone | needs | command |", "|---|---|---|---|---|"]
     for part in every:
-        alone, needs = "yes" if part.alone else "", " or ".join(part.needs)
+        alone, needs = "yes" if part.alone else "", ", ".join(part.needs).replace("|", " or ")
         lines.append(
             f"| {part.name} | {part.seconds:.0f} | {alone} | {needs} | `{shlex.join(['python', *part.words])}` |"
         )
@@ -148,8 +150,9 @@ def told(part: Part, out: Path) -> dict:
 
 def lacks(part: Part, every: list[Part], out: Path) -> str | None:
     """Why a part cannot begin, in words, or None."""
-    if part.needs and not any(there(name) for name in part.needs):
-        return f"it needs {' or '.join(part.needs)}"
+    for needed in part.needs:
+        if not any(there(name) for name in needed.split("|")):
+            return f"it needs {needed.replace('|', ' or ')}"
     if part.after and part.after in [each.name for each in every]:
         (before,) = [each for each in every if each.name == part.after]
         code = told(before, out).get("code")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 MOST = 12
@@ -20,14 +21,12 @@ def profiled(call: Callable[[], object], device: str) -> list[dict]:
         call()
         if cuda:
             torch.cuda.synchronize()
-    rows = [
-        (
-            event.key[:LONGEST],
-            event.count,
-            event.self_device_time_total if cuda else event.self_cpu_time_total,
-        )
-        for event in seen.key_averages()
-    ]
+    # A call stands there twice, with its kernels' time and as those kernels; what is annotated, a third time.
+    events = [event for event in seen.key_averages() if not event.is_user_annotation]
+    if cuda:
+        events = [event for event in events if event.device_type == DeviceType.CUDA]
+    spent = "self_device_time_total" if cuda else "self_cpu_time_total"
+    rows = [(event.key[:LONGEST], event.count, getattr(event, spent)) for event in events]
     rows = sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
     rest = rows[MOST:]
     if rest:
