@@ -12,6 +12,7 @@ from probes.inline import find_inline, find_sublayers
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.names import matching
+from probes.pipeline import reads_in
 from probes.queries import may_read
 from probes.sites import LayerSite, Place, Sites, unwrap
 from probes.stacks import Stack, find_stacks, is_norm, is_read, stack_at
@@ -55,6 +56,8 @@ def find_sites(
             return found
     reads = [module for module in root.modules() if is_read(module)]
     if reads and len(reads) != len(found.layers) + 1:
+        if staged:
+            raise reads_in(root)
         raise RunError(
             f"{type(root).__name__} has {len(found.layers)} layers and {len(reads)} depth reads: expected one read "
             "per layer and the final read."
@@ -134,7 +137,7 @@ def _only_stack(root: nn.Module, staged: bool) -> Stack | Sites:
                 except Untraceable as another:
                     reasons += f" As for {what}: {another}."
             raise RunError(f"{error} {reasons}") from None
-    if not own and may_read(root, found):
+    if not own and (found.guessed or may_read(root, found)):
         with suppress(Untraceable):
             sites = foreign_sites(root)
             # What reads several streams is no depth read; it may look like one for some of the layers.

@@ -33,6 +33,7 @@ class Stack:
     change: str = ""
     entry: Place | None = None  # where the embedding is seen, if that is not the first state
     mixes: bool = False  # its blocks mix several streams
+    guessed: bool = False  # nobody has followed what its blocks do with their norms and sublayers
 
     def __str__(self) -> str:
         return f"{self.path!r} ({self.blocks} blocks)"
@@ -137,7 +138,7 @@ def _paired(path: str, members: dict[str, nn.Module]) -> Stack | None:
             layer = Layer(index, kind, block, f"{name}.{child_name}")
             layers.append(LayerSite(layer, state, output, None, index, (child, norm)))
     entry = entry_of(*next(iter(members.items())))
-    return Stack(path, len(members), tuple(layers), None, entry=entry, mixes=entry is not None)
+    return Stack(path, len(members), tuple(layers), None, entry=entry, mixes=entry is not None, guessed=True)
 
 
 def _fed(path: str, members: dict[str, nn.Module]) -> Stack | None:

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from probes.nodes import argument, has_matrix
 
 _TORCHS_OWN = frozenset(vars(nn.Module()))  # parameters, hooks and the like
 _CONTAINERS = list, dict, set, deque, OrderedDict, defaultdict
+_OF_LISTS = {"append", "extend", "insert", "pop"}
 _SPLITTING = {torch.chunk, torch.tensor_split, "chunk", "tensor_split"}
 
 
@@ -48,6 +49,24 @@ class _Symbol(fx.Proxy):
 
     def size(self, axis: int | None = None):
         return self.shape if axis is None else self.shape[axis]
+
+    def __getattr__(self, name: str):
+        if name in _OF_LISTS:
+            raise Untraceable("it is given a list")
+        return super().__getattr__(name)
+
+    def __add__(self, other: object):
+        return _with_no_list(other, super().__add__)
+
+    def __radd__(self, other: object):
+        return _with_no_list(other, super().__radd__)
+
+
+def _with_no_list(other: object, add: Callable) -> fx.Proxy:
+    """A list is lengthened by `+`, which is no sum."""
+    if isinstance(other, list | tuple):
+        raise Untraceable("it is given a list")
+    return add(other)
 
 
 def _is_index(node: fx.Node) -> bool:

@@ -21,7 +21,7 @@ from probes.made_taps import MadeTaps
 from probes.marked_taps import MarkedTaps
 from probes.masks import Masks, fitting
 from probes.parallel import is_split
-from probes.pipeline import Pipeline
+from probes.pipeline import Stage
 from probes.rows import reads_after_blocks
 from probes.sampled import SAMPLED_METRICS
 from probes.scaling import half_precision
@@ -47,9 +47,9 @@ class Taps(Hanging):
         faults: Faults | None = None,
         share: int = 1,
         copies: int = 1,
-        pipeline: Pipeline | None = None,
+        stage: Stage | None = None,
     ):
-        self._pipeline = pipeline
+        self._stage = stage
         self._faults = faults or Faults(strict=True)
         super().__init__(self._faults)
         self._mode = OFF
@@ -214,8 +214,8 @@ class Taps(Hanging):
         # Validation and generation forwards are not recorded, nor is a recomputation in backward.
         compiling = torch.compiler.is_compiling()
         training = root.training and torch.is_grad_enabled() and (compiling or not in_backward())
-        if self._pipeline is not None:  # it is tried on tensors that hold anything
-            training = training and self._pipeline.running
+        if self._stage is not None:  # it is tried on tensors that hold anything
+            training = training and self._stage.running
         if training:
             self.seen = True
             self.half = self._autocasts and half_precision(self._device.type)

@@ -171,7 +171,7 @@ def test_the_compiled_loss_is_right_at_step_zero(tmp_path):
         torch._dynamo.reset()
         model = decoder(kind, **TINY)
         with probes.record(model, tmp_path / f"mode {mode}") as recorder:
-            recorder._taps.mode = mode
+            recorder._watch.mode = mode
             compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
             loss = loss_of(compiled(tokens), tokens)
             loss.backward()
