@@ -20,7 +20,7 @@ from probes.hooks import Hook, tap_gradient_in_graph
 from probes.made_taps import MadeTaps
 from probes.marked_taps import MarkedTaps
 from probes.masks import Masks, fitting
-from probes.parallel import is_split
+from probes.parallel import is_split, local
 from probes.pipeline import Stage
 from probes.rows import reads_after_blocks
 from probes.sampled import SAMPLED_METRICS
@@ -391,4 +391,4 @@ def _both(mask: Tensor | None, known: Tensor | None, x: Tensor) -> Tensor | None
     """The tokens in `mask` [B, T], where all are `known`."""
     if known is None:
         return mask
-    return known.expand(x.shape[:-1]) if mask is None else mask & known
+    return known.expand(local(x).shape[:-1]) if mask is None else mask & known
