@@ -67,6 +67,7 @@ def record(
     stack: str | Sequence[str] | None = None,
     layers: int | str | Sequence[str] | None = None,
     norms: str | Sequence[str] | None = None,
+    example: object = None,
     ranks: str = MERGED,
     strict: bool = False,
 ) -> "Recorder":
@@ -86,7 +87,9 @@ def record(
     The layers are found by themselves (`probes.describe` shows how). Where a model has several stacks of transformer
     blocks, `stack` names the one to record; where none is found, `layers` and `norms` are patterns over
     `named_modules()` for the sublayers, and for the modules that receive each layer's state and the final one. A
-    number of `layers` is for a model that names its tensors itself with `probes.mark`.
+    number of `layers` is for a model that names its tensors itself with `probes.mark`. Where what a model reads is found by
+    running it (docs/foreign-models.md), `example` is what it is called with: a tensor, a tuple of positional or a mapping
+    of keyword arguments, such as a batch; by default tokens, vectors or images are invented.
 
     `scaler`: the GradScaler of mixed-precision training; gradients are recorded unscaled.
     `mask`: which tokens count. The name of an argument of the model's forward, or a function of its
@@ -114,7 +117,7 @@ def record(
     meeting = meet(ranks, model)
     with meeting or contextlib.nullcontext():
         vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
-        sites = find_sites(model, stack, layers, norms, staged=pipeline is not None)
+        sites = find_sites(model, stack, layers, norms, staged=pipeline is not None, example=example)
         following = None if tokens_every is None else schedule_of("tokens_every", tokens_every)
         if following is not None and not sites.has_reads:
             raise RunError(

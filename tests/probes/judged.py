@@ -1,5 +1,7 @@
 """Foreign models that tell what is theirs: weights of each read, states, outputs, and the gradients of both."""
 
+# ruff: noqa: RUF005 - lists are added up on purpose: nobody may take that for a residual
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

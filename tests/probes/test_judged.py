@@ -10,7 +10,18 @@ from torch.nn import functional as F
 
 import probes
 from tests.probes.judged import (
-    JUDGED, WIDTH, WORDS, Attention, Block, ByKernel, Model, Read, output, state, told, weight,
+    JUDGED,
+    WIDTH,
+    WORDS,
+    Attention,
+    Block,
+    ByKernel,
+    Model,
+    Read,
+    output,
+    state,
+    told,
+    weight,
 )  # fmt: skip
 from tests.probes.models import sgd
 
@@ -19,13 +30,13 @@ def tokens(length: int = 10) -> torch.Tensor:
     return torch.randint(WORDS, (3, length), generator=torch.Generator().manual_seed(3))
 
 
-def trained(model, path, *batch, steps=2):
+def trained(model, path, *batch, **options):
     """Gradients of two steps and the numbers drawn after them; recorded where a `path` is given."""
     optimizer = sgd(model)
-    recorder = path and probes.record(model, path, optimizer=optimizer, every=1, matrices_every=1)
+    recorder = path and probes.record(model, path, optimizer=optimizer, every=1, matrices_every=1, **options)
     torch.manual_seed(5)
     left = []
-    for _ in range(steps):
+    for _ in range(2):
         model(*batch)[1].backward()
         left += [None if p.grad is None else p.grad.clone() for p in model.parameters()]
         optimizer.step()
@@ -51,10 +62,10 @@ def rms(tensors):
     return [each.detach().double().square().mean().sqrt().item() for each in tensors]
 
 
-def judged(model, path, *batch):
+def judged(model, path, *batch, **options):
     """The run of a model, whose weights, and training without probes, are its own."""
     twin, alone = copy.deepcopy(model), copy.deepcopy(model)
-    with_us, without = trained(model, path, *batch), trained(alone, None, *batch)
+    with_us, without = trained(model, path, *batch, **options), trained(alone, None, *batch)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(with_us, without, strict=True))
     run, mine = probes.open_run(path), own(twin, *batch)
     wide = [weights for weights in mine.weights if len(weights) > 1]
@@ -144,7 +155,7 @@ class Crossing(Block):
     def forward(self, sources, memory):
         sources = super().forward(sources)
         x = self.norm3(state(self.read3(sources)))
-        return sources + [output(self.cross(x, memory, memory)[0])]
+        return [*sources, output(self.cross(x, memory, memory)[0])]
 
 
 class Translating(Model):
@@ -201,3 +212,63 @@ def test_blocks_that_nobody_has_followed_are_run(tmp_path):
     """Their norms and sublayers pair up, as in a plain residual."""
     torch.manual_seed(1)
     judged(ByConvolution(), tmp_path / "run", tokens(), tokens())
+
+
+class Registers(Model):
+    """Two learned tokens before the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.registers = nn.Parameter(torch.randn(2, WIDTH))
+
+    def forward(self, idx, targets):
+        words = self.embedding(idx)
+        sources = [output(torch.cat([self.registers.expand(len(words), -1, -1), words], 1))]
+        for block in self.blocks:
+            sources = block(sources)
+        logits = self.head(self.end(sources)[:, 2:])
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class OfDict(Model):
+    def forward(self, batch):
+        return super().forward(batch["idx"], batch["targets"])
+
+
+class OfPatches(Model):
+    """Patches of an image and a class token, given with a time that scales what the head is given."""
+
+    def __init__(self):
+        super().__init__(ByKernel)
+        self.patches, self.first = nn.Conv2d(3, WIDTH, 4, 4), nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.time = nn.Linear(1, WIDTH)
+
+    def end(self, sources):
+        return F.layer_norm(state(self.last(sources)), (WIDTH,)) * (1 + self.scale)
+
+    def forward(self, image, time):
+        self.scale = self.time(time[:, None])[:, None]
+        x = self.patches(image).flatten(2).mT
+        sources = [output(torch.cat([self.first.expand(len(x), -1, -1), x], 1))]
+        for block in self.blocks:
+            sources = block(sources)
+        return None, self.head(self.end(sources)).square().mean()
+
+
+@pytest.mark.parametrize("kind", [Registers, OfDict, OfPatches])
+def test_streams_of_another_length_and_inputs_that_are_given(kind, tmp_path):
+    torch.manual_seed(1)
+    batches = {
+        Registers: (tokens(), tokens()),
+        OfDict: ({"idx": tokens(), "targets": tokens()},),
+        OfPatches: (torch.randn(2, 3, 8, 8), torch.rand(2)),
+    }
+    batch = batches[kind]
+    example = {} if kind is Registers else {"example": batch}
+    if example:
+        with pytest.raises(probes.RunError, match="give record an example= of its input"):
+            probes.record(kind(), tmp_path / "none", optimizer=None)
+    run, mine = judged(kind(), tmp_path / "run", *batch, **example)
+    assert len(run.layers) == 4
+    np.testing.assert_allclose(run["hidden_rms"][0], rms(mine.states), rtol=1e-3)
+    np.testing.assert_allclose(run["output_rms"][0], rms(mine.outputs), rtol=1e-3)
