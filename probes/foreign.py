@@ -12,13 +12,14 @@ from probes.few_tokens import two_tapes
 from probes.found import FoundRead, FoundReads, Replay, Spot
 from probes.given import Given
 from probes.last_state import Ending, parameters_between
+from probes.layers import kind_by_name
 from probes.layout import Layer, Read
 from probes.mixes import Mixes, head_counts, widths
 from probes.naming import blocks_of, common_name
 from probes.oddities import oddities
 from probes.replay import DrawsNumbers, Unreplayable, moment_of, replay_of, witness_of
 from probes.sites import LayerSite, Place, Sites, place_of
-from probes.stacks import is_norm, kind_by_name
+from probes.stacks import is_norm
 from probes.symbols import Untraceable
 from probes.tape import Node, Tape
 from probes.walks import Mix, name_of

@@ -99,7 +99,7 @@ class Mixes(Walks):
             return None
         if not self.sums:
             return "no state in it is a weighted sum of several sources"
-        return "its streams are scaled, gated or mixed on their way, which is no depth read: see its recovered mixing"
+        return "its streams are summed, scaled, gated or mixed on their way, which is no depth read"
 
     def _carries_on(self, mix: Mix) -> bool:
         """Whether all that is mixed, but the oldest, goes on with what was mixed before."""
