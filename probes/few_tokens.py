@@ -1,6 +1,7 @@
 """Two forwards of a model on a few tokens: of an example of its input, or of random numbers."""
 
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -27,9 +28,11 @@ def two_tapes(root: nn.Module, example: object = None) -> tuple[Tape, Tape]:
     reason = "it is not known what its forward takes"
     for of_size, pair in _tries(root, example):
         try:
-            tapes = _tapes(root, pair, of_size)
-            if any(map(_dropped, tapes)):
-                tapes = _tapes(root, [(_MORE * items - 1, tokens) for items, tokens in pair], of_size)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a forward that nobody asked for
+                tapes = _tapes(root, pair, of_size)
+                if any(map(_dropped, tapes)):
+                    tapes = _tapes(root, [(_MORE * items - 1, tokens) for items, tokens in pair], of_size)
             return tapes
         except Exception as error:
             if pair != _OF_IMAGES:
