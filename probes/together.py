@@ -182,6 +182,7 @@ class Together:
         twin, live = self._twin, [each.taps.tally for each in step.watch]
         twin.reset()
         twin.passes.repeated = set().union(*(each.passes.repeated for each in live))
+        twin.lost_final = any(each.lost_final for each in live)
         norms = {name: torch.zeros(1 + int(np.prod(shape))) for name, shape in shapes.items()}
         wrong = torch.zeros(len(_NAMES))
         unpack(sums["vectors"], [*twin.sums(False), *norms.values(), wrong])

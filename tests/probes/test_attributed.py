@@ -226,6 +226,7 @@ def test_bad_input_is_one_sentence_before_any_work(run, trained):
         ),
         (["--context", 17], "--context 17 is more than the model of full takes: at most 16"),
         (["--memory", "1MB"], "Too little memory"),
+        (["--device", "abacus"], "The device 'abacus' cannot be used here: "),
         (["--memory", "much"], "is no size"),
         (["--methods", "integrated", "--mass", "shared"], 'need mass="kept"'),
         (["--model", "nowhere:build"], "There is no module 'nowhere'"),
@@ -291,7 +292,16 @@ def test_a_run_without_a_configuration_asks_for_the_model(run):
 
 
 def test_a_model_of_ones_own_with_its_batch(run):
-    code, told = said(run, "--model", "tests.probes.test_attributed:own", "--methods", "removal", "--what-if")
+    code, told = said(
+        run,
+        "--model",
+        "tests.probes.test_attributed:own",
+        "--methods",
+        "removal",
+        "--what-if",
+        "--device",
+        "cpu",
+    )
     assert code == 0, told
     (found,) = probes.open_run(run).attributions()
     assert found.about.data == "batch of tests.probes.test_attributed:own" and found.about.sequences == 2

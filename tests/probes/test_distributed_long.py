@@ -57,7 +57,7 @@ def test_trainers_of_others_under_torchrun(tmp_path):
         command = [sys.executable, *how, *script]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=HANGS)
         assert done.returncode == 0, done.stdout + done.stderr
-    ways = {name: ["DistributedDataParallel"] for name in ("trainer", "accelerate", "lightning")}
+    ways = {way: ["DistributedDataParallel"] for way in ("trainer", "accelerate", "lightning")}
     for name, by in (ways | {"sharded": ["fully_shard"], "sliced": []}).items():
         run, alone = (probes.open_run(tmp_path / world / name) for world in "21")
         assert run.manifest.ranks.parallel["by"] == by
