@@ -79,6 +79,7 @@ def heard() -> dict:
 TAKEN = {
     "Phi-3": (lambda: causal("Phi3"), token_inputs),
     "Qwen2-MoE": (lambda: causal("Qwen2Moe", **EXPERTS, shared_expert_intermediate_size=8), token_inputs),
+    "Gemma 2": (lambda: causal("Gemma2", head_dim=8), token_inputs),
     "Granite": (lambda: causal("Granite", residual_multiplier=0.2, pad_token_id=None), token_inputs),
     "Mixtral": (lambda: causal("Mixtral", **EXPERTS), token_inputs),
     "Llama 4": (
