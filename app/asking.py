@@ -31,6 +31,7 @@ class Asked:
     seed: int
     what_if: bool
     memory: float | None
+    device: str | None
     dry_run: bool
     data: Path | None
     model: str | None

@@ -25,7 +25,7 @@ _MOST_STEP = 10**15  # as in the vocabulary, which takes numpy to import
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="Token ids (.npy, .safetensors), or a text for models of bytes  [default: the model's own batch, or the text "
+    help="Token ids (.npy, .safetensors), or a text (.zip: texts) for models of bytes  [default: the model's own batch, or the text "
     "the run kept for validation]",
 )
 @click.option("--model", help="How the model is made, MODULE:FUNCTION  [default: by the run's configuration]")
@@ -70,6 +70,9 @@ _MOST_STEP = 10**15  # as in the vocabulary, which takes numpy to import
 @click.option("--seed", default=0, show_default=True, help="Of those orders.")
 @click.option(
     "--what-if", is_flag=True, help="Measure the loss without the least important layers and edges, too."
+)
+@click.option(
+    "--device", help="cuda, or another that torch knows  [default: the CPU, or where --model puts it]"
 )
 @click.option("--memory", help="What this process may take, as 8GB  [default: half of what is free]")
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from app import checkpoints, sequences, verdicts, words
 from app.asking import Asked
@@ -50,6 +51,8 @@ def attribute_one(asked: Asked, path: Path) -> float:
     if step is None:
         raise RunError(f"{path.name} does not tell its step: give it with --step.")
     model, own_batch, own_loss = _model(asked)
+    if asked.device is not None:
+        model, own_batch = _on(asked.device, model, own_batch)
     layout = find_sites(model, **asked.choice).layout
     if other := difference(run.layout, layout):
         raise RunError(f"The model is not the one that {run.name} was recorded of: {other}.")
@@ -105,6 +108,15 @@ def _model(asked: Asked) -> tuple[nn.Module, Batch | None, Callable | None]:
         return checkpoints.own_model(asked.run), None, None
     made = target.load(asked.model)
     return made.model, None if made.args is None else (dict(made.kwargs) or made.args), made.loss
+
+
+def _on(device: str, model: nn.Module, batch: Batch | None) -> tuple[nn.Module, Batch | None]:
+    try:
+        return model.to(device), tree_map_only(Tensor, lambda x: x.to(device), batch)
+    # Without CUDA, torch asserts that it has it.
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise RunError(f"The device {device!r} cannot be used here: {reason}.") from error
 
 
 def _batches(asked: Asked, model: nn.Module, own: Batch | None) -> tuple[str, Batch, Batch | None]:

@@ -17,8 +17,8 @@ _ARRAYS = (".npy", ".safetensors")
 
 
 def sequences(path: Path, count: int, context: int, or_fewer: bool = False) -> np.ndarray:
-    """int64 [count, context]: token ids from a .npy or .safetensors file of integers, [N] or [N, T], or the bytes of any
-    other file, evenly spread over it. RunError where it has too few; of a file of sequences that are shorter they are
+    """int64 [count, context]: token ids from a .npy or .safetensors file of integers, [N] or [N, T], the bytes of what a
+    training on a .zip file keeps for validation, or those of any other file, evenly spread over it. RunError where it has too few; of a file of sequences that are shorter they are
     taken whole where `or_fewer` tokens will do."""
     ids = _ids(path)
     if ids.ndim == 2:
@@ -96,6 +96,10 @@ def _ids(path: Path) -> np.ndarray:
             if len(tensors) != 1:
                 raise ValueError(f"it holds {len(tensors)} tensors, not one of token ids")
             (found,) = tensors.values()
+        elif path.suffix == ".zip":
+            from attnres import Corpus
+
+            return Corpus.from_path(path).validation.numpy().astype(np.int64)
         else:
             return np.frombuffer(path.read_bytes(), np.uint8).astype(np.int64)
     except Exception as error:  # numpy and safetensors have each their own for a broken file

@@ -3,6 +3,7 @@
 import hashlib
 import platform
 import sysconfig
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,32 +35,32 @@ class Corpus:
             raise ValueError(f"The corpus {name!r} has no text in it.")
         self.validation_paths = _validation_paths(self.paths)
         self.sha256 = _fingerprint(files, self.paths)
+        self._sizes = {path: len(files[path]) for path in self.paths}
         self.train, self.validation = self._split(files)
 
     @classmethod
     def standard_library(cls) -> "Corpus":
         """The Python standard library's own source, without tests: about 10 MB."""
-        root = Path(sysconfig.get_path("stdlib"))
-        paths = [
-            path for path in root.rglob("*.py") if not NOT_LIBRARY & set(path.relative_to(root).parts[:-1])
-        ]
-        return cls(f"Python {platform.python_version()} standard library", _read_all(root, paths))
+        return cls(*_library())
 
     @classmethod
     def from_path(cls, path: str | Path) -> "Corpus":
-        """One file, or all in a folder but hidden ones, links and binary ones (with a zero byte).
+        """One file, or all in a folder or a .zip file but hidden ones, links and binary ones (with a zero byte).
 
         ValueError where there is nothing to read.
         """
         if not isinstance(path, str | Path):
             raise ValueError(f"path must be that of a file or folder, not {path!r}.")
         path = Path(path)
+        if path.is_file() and path.suffix == ".zip":
+            name, files = _unpacked(path)
+            return cls(name, _texts(files))
         if path.is_file():
             return cls(path.name, _read_all(path.parent, [path]))
         if not path.is_dir():
             raise ValueError(f"There is no file or folder {str(path)!r} to take text from.")
         files = _read_all(path, (p for p in path.rglob("*") if _is_visible_file(p, path)))
-        return cls(path.resolve().name, {name: text for name, text in files.items() if b"\0" not in text})
+        return cls(path.resolve().name, _texts(files))
 
     def train_batch(self, step: int, batch: int, context: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Inputs and targets, [B, T] int64 each: the same for the same (seed, step), whatever came before."""
@@ -77,6 +78,15 @@ class Corpus:
         windows = self._windows("validation", self.validation, context)
         starts = torch.linspace(0, len(windows) - 1, batches * batch, dtype=torch.float64).long()
         return [_cut(windows, part) for part in starts.split(batch)]
+
+    def composition(self) -> dict[str, int]:
+        """Bytes by top-level folder, the largest first; files that lie in none are under "."."""
+        found: dict[str, int] = {}
+        for path in self.paths:
+            folder, inside, _ = path.partition("/")
+            part = folder if inside else "."
+            found[part] = found.get(part, 0) + self._sizes[path]
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def describe(self) -> dict:
         """What this text is, fit to be written down: name, files, bytes and sha256 of all of it."""
@@ -100,6 +110,34 @@ class Corpus:
                 f"{part} text, and it has {len(tokens)}."
             )
         return tokens.unfold(0, context + 1, 1)
+
+
+def pack_library(path: str | Path) -> None:
+    """Write the standard library's text into one .zip file, from which `Corpus.from_path` makes the same corpus."""
+    name, files = _library()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        archive.comment = name.encode()
+        for inside in sorted(files):
+            archive.writestr(zipfile.ZipInfo(inside), files[inside], zipfile.ZIP_DEFLATED)
+
+
+def _library() -> tuple[str, dict[str, bytes]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [path for path in root.rglob("*.py") if not NOT_LIBRARY & set(path.relative_to(root).parts[:-1])]
+    return f"Python {platform.python_version()} standard library", _read_all(root, paths)
+
+
+def _unpacked(path: Path) -> tuple[str, dict[str, bytes]]:
+    """Name and files of an archive, but hidden ones; its comment names it, where it has one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = [
+                name for name in archive.namelist() if not any(x.startswith(".") for x in name.split("/"))
+            ]
+            files = {name: archive.read(name) for name in inside if not name.endswith("/")}
+            return archive.comment.decode(errors="replace") or path.name, files
+    except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path.name} cannot be read as a .zip file: {error}.") from error
 
 
 def _validation_paths(paths: list[str]) -> frozenset[str]:
@@ -127,6 +165,10 @@ def _fingerprint(files: dict[str, bytes], paths: list[str]) -> str:
 def _is_visible_file(path: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
     return path.is_file() and not path.is_symlink() and not hidden
+
+
+def _texts(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if b"\0" not in content}
 
 
 def _read_all(root: Path, paths: Iterable[Path]) -> dict[str, bytes]:

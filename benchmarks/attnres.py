@@ -5,10 +5,12 @@ machine does falls on all alike. Columns: the median ratio and its quartiles ove
 seconds that the first call took (compilation and all), and the most memory that one call held at a time beyond what
 was held before it. PyPI's attn-res takes part in eager training where it is installed, and its time over ours is
 printed too. `--save NAME` keeps every table in benchmarks/results/NAME.json and .md, beside those that are there of
-other workloads. `--smoke` takes seconds and proves nothing.
+other workloads, and with `--profile` what one call of each contender spends its time on. A schedule may be the name of a
+package with a fused kernel, `fla` or `liger_kernel`, where that is installed. `--smoke` takes seconds and proves nothing.
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -17,15 +19,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.nn import functional as F
 
 try:
-    from attnres import Decoder, DecoderConfig, generate
+    from attnres import Decoder, DecoderConfig, fused, generate
     from attnres.fused import fused_read
     from attnres.schedules import SCHEDULES
-    from benchmarks import provenance
+    from benchmarks import profiles, provenance
     from probes.provenance import processor
 except ImportError as error:
     raise SystemExit(
@@ -34,7 +37,7 @@ except ImportError as error:
 
 RESULTS = Path(__file__).parent / "results"
 REMARKS = "\n# Where the time goes\n"
-SMOKE = {"rounds": 2, "blocks": 2, "width": 32, "batch": 1, "context": 16, "tokens": 4}
+SMOKE = {"rounds": 2, "blocks": 2, "width": 32, "batch": 1, "context": 16, "tokens": 4, "heads": 2}
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Contender:
     call: Callable[[], object]
     first: float = 0.0
     peak: float = 0.0
+    profile: list[dict] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
 
@@ -56,10 +60,13 @@ def main(arguments: list[str] | None = None) -> None:
         for name, contenders in (("training step", training), ("generation", generation)):
             if name.split()[0] in options.workloads:
                 title = f"{mode} {name}" + (f", {options.label}" if options.label else "")
-                table = tabled(measured(list(contenders(options, mode == "compiled")), options))
+                found = measured(list(contenders(options, mode == "compiled")), options)
+                table, where = tabled(found), {each.name: each.profile for each in found if each.profile}
                 print(f"\n{title}, {options.rounds} rounds\n{printed(table)}", flush=True)
+                if where:
+                    print(f"\n{profiles.printed(where)}", flush=True)
                 if options.save:
-                    save(title, table, options, arguments)
+                    save(title, table, where, options, arguments)
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -67,18 +74,26 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--blocks", type=int, default=12, help="transformer blocks")
     parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=4, help="half as many of keys and values")
     parser.add_argument("--layers-per-block", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=256, help="to generate, after one of prompt")
+    parser.add_argument("--texts", type=int, default=1, help="to generate at once")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--kinds", nargs="+", choices=("full", "block"), default=["full", "block"])
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     parser.add_argument(
         "--workloads", nargs="+", choices=("training", "generation"), default=["training", "generation"]
     )
-    parser.add_argument("--schedules", nargs="+", choices=(*SCHEDULES, "fused", "auto"), default=["auto"])
+    parser.add_argument(
+        "--schedules", nargs="+", choices=(*SCHEDULES, *fused.PACKAGES, "fused", "auto"), default=["auto"]
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save", metavar="NAME", help="keep the tables in benchmarks/results")
+    parser.add_argument("--results", type=Path, help="another folder for them")
+    parser.add_argument("--profile", action="store_true", help="say which kernels take the time of one call")
     parser.add_argument("--label", help="what sets these tables apart from others of the same workload")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and two rounds")
     options = parser.parse_args(arguments)
@@ -94,18 +109,25 @@ def models(options: argparse.Namespace) -> Iterator[tuple[str, Decoder]]:
         "blocks": options.blocks,
         "context": max(options.context, options.tokens + 1),
     }
+    sizes |= {"heads": options.heads, "kv_heads": max(1, options.heads // 2)}
     kinds = {"full": {}, "block": {"layers_per_block": options.layers_per_block}}
+    place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
     torch.manual_seed(0)
-    yield "PreNorm", Decoder(DecoderConfig(**sizes)).to(options.device)
-    for kind, more in kinds.items():
+    yield "PreNorm", Decoder(DecoderConfig(**sizes)).to(**place)
+    for kind in options.kinds:
         for schedule in options.schedules:
-            model = Decoder(DecoderConfig(**sizes, residual=kind, **more)).to(options.device)
+            if schedule in fused.PACKAGES and not only(schedule, options):
+                print(
+                    f"{schedule} is not installed here or not right on {options.device}, so it is not in the tables."
+                )
+                continue
+            model = Decoder(DecoderConfig(**sizes, residual=kind, **kinds[kind])).to(**place)
             with torch.no_grad():
                 for read in model.residual.reads:
                     read.query.normal_(std=options.width**-0.5)
-            model.residual.schedule = schedule
+            model.residual.schedule = "fused" if schedule in fused.PACKAGES else schedule
             if schedule == "auto":
-                fuses = fused_read([torch.empty(1, 1, options.width, device=options.device)]) is not None
+                fuses = fused_read([torch.empty(1, 1, options.width, **place)]) is not None
                 schedule = "fused" if fuses else "no_stack"
             yield f"{kind.capitalize()}, {schedule}", model
 
@@ -117,8 +139,9 @@ def training(options: argparse.Namespace, compiled: bool) -> Iterator[Contender]
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         run = torch.compile(model, dynamic=False) if compiled else model
 
-        def step(run=run, optimizer=optimizer):
-            logits = run(tokens)
+        def step(name=name, run=run, optimizer=optimizer):
+            with through(name, options):
+                logits = run(tokens)
             F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -127,10 +150,35 @@ def training(options: argparse.Namespace, compiled: bool) -> Iterator[Contender]
 
 
 def generation(options: argparse.Namespace, compiled: bool) -> Iterator[Contender]:
-    """Greedy tokens of one text, after a prompt of one token."""
-    prompt = torch.zeros(1, 1, dtype=torch.long, device=options.device)
+    """Greedy tokens of one text, or of `--texts`, after a prompt of one token."""
+    prompt = torch.zeros(options.texts, 1, dtype=torch.long, device=options.device)
     for name, model in models(options):
-        yield Contender(name, lambda m=model: generate(m, prompt, options.tokens, compiled=compiled))
+
+        def continued(name=name, model=model):
+            with through(name, options):
+                return generate(model, prompt, options.tokens, compiled=compiled)
+
+        yield Contender(name, continued)
+
+
+def only(package: str, options: argparse.Namespace) -> list[tuple[str, fused.Read]]:
+    """That package's fused read, where it is installed and right on this device."""
+    if not options.device.startswith(fused.DEVICES):
+        return []
+    device = torch.empty(0, device=options.device).device
+    return [(name, read) for name, read in fused._checked(device) if name == package]
+
+
+@contextlib.contextmanager
+def through(name: str, options: argparse.Namespace) -> Iterator[None]:
+    """Where a contender is named after a package, its reads go through that one's kernel, whatever else is installed."""
+    package = name.rpartition(", ")[2]
+    if package not in fused.PACKAGES:
+        yield
+        return
+    chosen = only(package, options)
+    with mock.patch.object(fused, "_checked", lambda device: chosen):
+        yield
 
 
 def others(options: argparse.Namespace) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -142,12 +190,16 @@ def others(options: argparse.Namespace) -> Iterator[tuple[str, torch.nn.Module]]
     except ImportError:
         print("attn-res is not installed, so it is not in the tables (pip install attn-res==0.1.0).")
         return
+    if options.dtype != "float32":
+        print("attn-res keeps its positions as complex numbers, so it is in tables of float32 alone.")
+        return
     layers = 2 * options.blocks
-    sizes = {"d_model": options.width, "n_layers": layers, "n_heads": 4, "vocab_size": 256}
+    sizes = {"d_model": options.width, "n_layers": layers, "n_heads": options.heads, "vocab_size": 256}
     sizes |= {"n_blocks": max(1, layers // options.layers_per_block), "max_seq_len": options.context}
     for mode in (AttnResMode.NONE, AttnResMode.FULL, AttnResMode.BLOCK):
         model = AttnResTransformer(TransformerConfig(**sizes, attn_res_mode=mode))
-        yield f"attn-res {version('attn-res')} {mode.value}", model.to(options.device)
+        name = f"attn-res {version('attn-res')} {mode.value}"
+        yield name, model.to(options.device)
 
 
 def measured(contenders: list[Contender], options: argparse.Namespace) -> list[Contender]:
@@ -160,6 +212,9 @@ def measured(contenders: list[Contender], options: argparse.Namespace) -> list[C
         start = turn % len(contenders)
         for each in contenders[start:] + contenders[:start]:
             each.seconds.append(seconds(each.call, options))
+    if options.profile:
+        for each in contenders:
+            each.profile = profiles.profiled(each.call, options.device)
     return contenders
 
 
@@ -233,10 +288,16 @@ def printed(table: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def save(title: str, table: list[dict], options: argparse.Namespace, arguments: list[str] | None) -> None:
+def save(
+    title: str,
+    table: list[dict],
+    where: dict[str, list[dict]],
+    options: argparse.Namespace,
+    arguments: list[str] | None,
+) -> None:
     """Put the table beside the others of that name, in JSON and in Markdown."""
-    path = RESULTS / f"{options.save}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = (options.results or RESULTS) / f"{options.save}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept[title] = {
         "command": provenance.command("attnres", arguments),
@@ -245,7 +306,7 @@ def save(title: str, table: list[dict], options: argparse.Namespace, arguments: 
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
         "rounds": options.rounds,
         "table": table,
-    }
+    } | ({"profile": where} if where else {})
     path.write_text(json.dumps(kept, indent=1) + "\n")
     parts = [f"# {options.save}: time over PreNorm's in the same rounds"]
     for name, each in kept.items():
@@ -253,6 +314,8 @@ def save(title: str, table: list[dict], options: argparse.Namespace, arguments: 
             f"## {name}\n\n    {each['command']}\n\nCommit {each['commit']}; {each['machine']}; "
             f"{each['versions']}; {each['rounds']} rounds.\n\n{printed(each['table'])}"
         )
+        if "profile" in each:
+            parts.append(f"One call of each:\n\n{profiles.printed(each['profile'])}")
     page = path.with_suffix(".md")
     # What somebody has written below the tables stays.
     _, heading, written = page.read_text().partition(REMARKS) if page.exists() else ("", "", "")

@@ -19,6 +19,7 @@ NEVER = range(1)  # step 0 alone
 def decoder(residual: str, options: argparse.Namespace) -> Decoder:
     torch.manual_seed(0)
     more = {"layers_per_block": 4} if residual == "block" else {}
+    more |= {"heads": options.heads, "kv_heads": max(1, options.heads // 2)}
     config = DecoderConfig(
         width=options.width, blocks=options.blocks, context=options.context, residual=residual, **more
     )

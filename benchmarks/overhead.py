@@ -11,11 +11,12 @@ schedule; with `--attribution` once more without live attribution, which shows w
 
 The defaults take some minutes on a CPU; `--modes compiled` compiles first, for minutes more. On a GPU:
 
-    python -m benchmarks.overhead --device cuda --dtype bfloat16 --width 1024 --batch 8 --context 2048 \\
+    python -m benchmarks.overhead --device cuda --dtype bfloat16 --width 1024 --heads 8 --batch 8 --context 2048 \\
         --modes eager compiled reduce-overhead --check-sync --out overhead-1024.json
 
 `--check-sync` runs recorded steps under `torch.cuda.set_sync_debug_mode("error")`; with `--modes reduce-overhead` the
-notes count what kept the compiler from CUDA graphs. `--smoke` takes seconds and proves nothing.
+notes count what kept the compiler from CUDA graphs. `--profile` says which kernels take the time of an unwatched step, and
+of ours. `--smoke` takes seconds and proves nothing.
 """
 
 import argparse
@@ -37,7 +38,7 @@ import torch
 
 try:
     import probes
-    from benchmarks import provenance
+    from benchmarks import profiles, provenance
     from benchmarks.contenders import OWN, WAYS, compiled, decoder, loss_of, nothing, ours, tokens_for
     from probes.benching import machine
     from probes.cost import Cost, Spread
@@ -108,6 +109,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4, help="half as many of keys and values")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     modes = ("eager", "compiled", "reduce-overhead")
     parser.add_argument("--modes", nargs="+", choices=modes, default=["eager"])
@@ -124,6 +126,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--attribution", action="store_true", help="measure recorded steps without live attribution as well"
     )
+    parser.add_argument("--profile", action="store_true", help="say which kernels take the time of a step")
     parser.add_argument("--check-sync", action="store_true", help="on CUDA: recorded steps must not wait")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file, and a page beside it")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and two rounds")
@@ -173,10 +176,17 @@ def watched(mode: str, options: argparse.Namespace) -> dict:
             times = timed([each.step for each in line], torch.device(options.device))
         for each, seconds in zip(line, times, strict=True):
             each.seconds.append(seconds)
+        where = {}
+        if options.profile:
+            steps = {
+                each.name: each.step for each in contenders if each.name in (BASE, WAYS["depthscope"][0])
+            }
+            where = {name: profiles.profiled(step, options.device) for name, step in steps.items()}
     skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     if mode == "reduce-overhead":
         notes.append(f"graphs that could not be CUDA graphs: {skipped}")
-    return {"rows": [{"name": c.name, "seconds": c.seconds} for c in contenders], "notes": notes}
+    rows = [{"name": c.name, "seconds": c.seconds} for c in contenders]
+    return {"rows": rows, "notes": notes, "profile": where}
 
 
 @contextlib.contextmanager
@@ -273,7 +283,10 @@ def table(mode: str, measured: dict) -> str:
         lines.append(
             f"| {row['name']} | {middle:+.2f} % | {low:+.2f} – {high:+.2f} % | {len(row['seconds'])} |"
         )
-    return "\n".join([*lines, *(f"\n{note}" for note in measured["notes"])])
+    more = [f"\n{note}" for note in measured["notes"]]
+    if measured["profile"]:
+        more.append(f"\nWhere a step's time goes:\n\n{profiles.printed(measured['profile'])}\n")
+    return "\n".join([*lines, *more])
 
 
 def figures(cost: Cost) -> dict:

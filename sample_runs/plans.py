@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,116 +25,119 @@ class Plan:
     kill_at: int | None = None
 
 
+@dataclass(frozen=True)
+class Size:
+    """How large the decoders of a group are, how long they train and how densely they are recorded."""
+
+    shape: dict
+    training: TrainingConfig
+    schedule: Schedule
+
+    def run(self, name: str, says: str, kill_at: int | None = None, **residual) -> Plan:
+        """A decoder of this size with that residual. A baseline has no depth weights that a token could show."""
+        reads = residual["residual"] in ("full", "block")
+        schedule = self.schedule if reads else replace(self.schedule, tokens_every=None)
+        model = partial(DecoderConfig, **self.shape, **residual)
+        return Plan(name, says, model, self.training, schedule, kill_at=kill_at)
+
+
 def plans(device: str) -> list[Plan]:
-    """The runs of a kind of device: on a CPU the same ones, smaller."""
+    """The runs of a kind of device. A CPU has smaller ones, and a pair of 24 transformer blocks besides, for a GPU's
+    decoders have as many anyway: `full` and `block` are what attribution is shown on there."""
     gpu = device.startswith("cuda")
+    size = _wide(device) if gpu else _small()
+    by = 6 if gpu else 3
+    prenorm = size.run("prenorm", "PreNorm", residual="prenorm")
     return [
-        *_decoders(gpu, device),
-        _block_24(gpu, device),
-        *_deep(gpu, device),
+        prenorm,
+        size.run("full", "Full AttnRes", residual="full"),
+        size.run("block", _block(by, 8), residual="block", layers_per_block=by),
+        size.run("deepnorm", "DeepNorm", residual="deepnorm"),
+        *([] if gpu else _pair("{}-24", "24 transformer blocks", _small_24(), 6, 8)),
+        *_pair("deep-{}", "100 layers", _deep(device) if gpu else _small_deep(), 12, 9),
+        _unhealthy(prenorm),
+        _killed(size, 2 * by),
         *_kimi(gpu, device),
-        _unhealthy(gpu, device),
     ]
 
 
-def _decoders(gpu: bool, device: str) -> list[Plan]:
-    if gpu:
-        shape = {"width": 512, "blocks": 24, "heads": 8, "kv_heads": 4, "context": 512}
-        training = TrainingConfig(
-            steps=800, batch=32, context=512, lr=1e-3, warmup=80, device=device, dtype="bfloat16"
-        )
-        schedule, depth_block = Schedule(every=4, matrices_every=20, validate_every=40, tokens_every=300), 6
-    else:
-        shape = {"width": 128, "blocks": 12, "heads": 4, "kv_heads": 2, "context": 256}
-        training = TrainingConfig(steps=400, batch=4, context=256)
-        schedule, depth_block = Schedule(every=4, matrices_every=20, validate_every=20, tokens_every=150), 3
-    kinds = {
-        "prenorm": ("PreNorm", {"residual": "prenorm"}),
-        "deepnorm": ("DeepNorm", {"residual": "deepnorm"}),
-        "full": ("Full AttnRes", {"residual": "full"}),
-        "block": (
-            f"Block AttnRes, {depth_block} layers per depth block (8 depth blocks)",
-            {"residual": "block", "layers_per_block": depth_block},
-        ),
-    }
-    found = [
-        Plan(
-            name,
-            says,
-            lambda more=more: DecoderConfig(**shape, **more),
-            training,
-            schedule if more["residual"] in ("full", "block") else _without_tokens(schedule),
-        )
-        for name, (says, more) in kinds.items()
-    ]
-    coarse = {"residual": "block", "layers_per_block": 2 * depth_block}
-    kill_at = training.steps // 4
-    killed = Plan(
-        "block-killed",
-        f"Block AttnRes, {2 * depth_block} layers per depth block; the process was killed after step {kill_at}",
-        lambda: DecoderConfig(**shape, **coarse),
-        training,
-        schedule,
-        kill_at=kill_at,
+def _wide(device: str) -> Size:
+    """70 million parameters, and 9.8 million bytes of text; benchmarks/expected.py tells how long that takes."""
+    training = TrainingConfig(
+        steps=600, batch=32, context=512, lr=1e-3, warmup=80, device=device, dtype="bfloat16"
     )
-    return [*found, killed]
-
-
-def _without_tokens(schedule: Schedule) -> Schedule:
-    """For a baseline, which has no depth weights that a token could show."""
-    return replace(schedule, tokens_every=None)
-
-
-def _block_24(gpu: bool, device: str) -> Plan:
-    """24 transformer blocks: what `depthscope attribute` is shown on."""
-    if gpu:
-        shape = {"width": 512, "blocks": 24, "heads": 8, "kv_heads": 4, "context": 512}
-        training = TrainingConfig(
-            steps=800, batch=32, context=512, lr=1e-3, warmup=80, device=device, dtype="bfloat16"
-        )
-        schedule = Schedule(every=4, matrices_every=40, validate_every=40, tokens_every=400)
-    else:
-        shape = {"width": 128, "blocks": 24, "heads": 4, "kv_heads": 2, "context": 128}
-        training = TrainingConfig(steps=400, batch=8, context=128)
-        schedule = Schedule(every=4, matrices_every=40, validate_every=40, tokens_every=200)
-    return Plan(
-        "block-24",
-        "Block AttnRes, 24 transformer blocks, 6 layers per depth block (8 depth blocks)",
-        lambda: DecoderConfig(**shape, residual="block", layers_per_block=6),
+    return Size(
+        {"width": 512, "blocks": 24, "heads": 8, "kv_heads": 4, "context": 512},
         training,
-        schedule,
+        Schedule(every=4, matrices_every=20, validate_every=40, tokens_every=225),
     )
 
 
-def _deep(gpu: bool, device: str) -> list[Plan]:
-    """100 layers."""
-    if gpu:
-        shape = {"width": 256, "blocks": 50, "heads": 4, "kv_heads": 2, "context": 512}
-        training = TrainingConfig(
-            steps=400, batch=16, context=512, lr=1e-3, warmup=60, device=device, dtype="bfloat16"
-        )
-        schedule = Schedule(every=4, matrices_every=40, validate_every=40, tokens_every=150)
-    else:
-        shape = {"width": 64, "blocks": 50, "heads": 2, "kv_heads": 1, "context": 128}
-        training = TrainingConfig(steps=100, batch=2, context=128)
-        schedule = Schedule(every=4, matrices_every=20, validate_every=40, tokens_every=40)
-    block = {"residual": "block", "layers_per_block": 12}
+def _small() -> Size:
+    return Size(
+        {"width": 128, "blocks": 12, "heads": 4, "kv_heads": 2, "context": 256},
+        TrainingConfig(steps=400, batch=4, context=256),
+        Schedule(every=4, matrices_every=20, validate_every=20, tokens_every=150),
+    )
+
+
+def _small_24() -> Size:
+    return Size(
+        {"width": 128, "blocks": 24, "heads": 4, "kv_heads": 2, "context": 128},
+        TrainingConfig(steps=400, batch=8, context=128),
+        Schedule(every=4, matrices_every=40, validate_every=40, tokens_every=200),
+    )
+
+
+def _deep(device: str) -> Size:
+    training = TrainingConfig(
+        steps=400, batch=16, context=512, lr=1e-3, warmup=60, device=device, dtype="bfloat16"
+    )
+    return Size(
+        {"width": 256, "blocks": 50, "heads": 4, "kv_heads": 2, "context": 512},
+        training,
+        Schedule(every=4, matrices_every=40, validate_every=40, tokens_every=150),
+    )
+
+
+def _small_deep() -> Size:
+    return Size(
+        {"width": 64, "blocks": 50, "heads": 2, "kv_heads": 1, "context": 128},
+        TrainingConfig(steps=100, batch=2, context=128),
+        Schedule(every=4, matrices_every=20, validate_every=40, tokens_every=40),
+    )
+
+
+def _block(by: int, depth_blocks: int) -> str:
+    return f"Block AttnRes, {by} layers per depth block ({depth_blocks} depth blocks)"
+
+
+def _pair(name: str, depth: str, size: Size, by: int, depth_blocks: int) -> list[Plan]:
+    """PreNorm and Block, alike but for the residual."""
+    block = {"residual": "block", "layers_per_block": by}
     return [
-        Plan(
-            "deep-prenorm",
-            "PreNorm, 100 layers",
-            lambda: DecoderConfig(**shape, residual="prenorm"),
-            training,
-            _without_tokens(schedule),
-        ),
-        Plan(
-            "deep-block",
-            "Block AttnRes, 100 layers, 12 per depth block (9 depth blocks)",
-            lambda: DecoderConfig(**shape, **block),
-            training,
-            schedule,
-        ),
+        size.run(name.format("prenorm"), f"PreNorm, {depth}", residual="prenorm"),
+        size.run(name.format("block"), f"{_block(by, depth_blocks)}, {depth}", **block),
     ]
+
+
+def _killed(size: Size, by: int) -> Plan:
+    kill_at = size.training.steps // 4
+    says = f"Block AttnRes, {by} layers per depth block; the process was killed after step {kill_at}"
+    return size.run("block-killed", says, kill_at, residual="block", layers_per_block=by)
+
+
+def _unhealthy(healthy: Plan) -> Plan:
+    """A learning rate far too high, in float16 without a loss scale."""
+    return Plan(
+        "unhealthy",
+        "PreNorm, learning rate 0.1, far too high, in float16 without a loss scale: spikes, then the first "
+        "layer that is not finite",
+        healthy.model,
+        replace(healthy.training, steps=100, lr=0.1, dtype="float16"),
+        Schedule(every=1, matrices_every=2, validate_every=40),
+        tags=("sample", "unhealthy"),
+    )
 
 
 def _kimi(gpu: bool, device: str) -> list[Plan]:
@@ -185,7 +189,7 @@ def _kimi(gpu: bool, device: str) -> list[Plan]:
             f"Kimi Linear, {blocks} transformer blocks, as it is",
             lambda: model(False),
             training,
-            _without_tokens(schedule),
+            replace(schedule, tokens_every=None),
         ),
         Plan(
             "kimi-block",
@@ -195,17 +199,3 @@ def _kimi(gpu: bool, device: str) -> list[Plan]:
             schedule,
         ),
     ]
-
-
-def _unhealthy(gpu: bool, device: str) -> Plan:
-    """A learning rate far too high, in float16 without a loss scale."""
-    healthy = _decoders(gpu, device)[0]
-    return Plan(
-        "unhealthy",
-        "PreNorm, learning rate 0.1, far too high, in float16 without a loss scale: spikes, then the first "
-        "layer that is not finite",
-        healthy.model,
-        replace(healthy.training, steps=100, lr=0.1, dtype="float16"),
-        Schedule(every=1, matrices_every=2, validate_every=40),
-        tags=("sample", "unhealthy"),
-    )

@@ -1,13 +1,20 @@
 """Record the sample runs: `python sample_runs/record.py` (run it again to continue where it stopped).
 
-    python sample_runs/record.py --device cuda --minutes 9 --text FILE
+    python sample_runs/record.py --device cuda --minutes 9
 
-A finished run is left alone, an unfinished one is recorded anew; after so many minutes no further run is begun, and one
-that is under way is given up. On a CPU the runs are smaller (plans.py); about half an hour on two idle cores.
+A finished run of such a device is left alone, an unfinished one is recorded anew; after so many minutes no further run is
+begun, and one that is under way is given up. A run replaces the one of its name only when it is complete. On a CPU the
+runs are smaller (plans.py); about half an hour on two idle cores.
+
+Other Pythons have other libraries. To learn the very same text elsewhere, write it into one file, and take that along:
+
+    python sample_runs/record.py --pack text.zip
+    python sample_runs/record.py --text text.zip
 """
 
 import argparse
-import importlib.util
+import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -22,14 +29,22 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import probes  # noqa: E402
+from attnres import Corpus  # noqa: E402
+from attnres.corpus import pack_library  # noqa: E402
 from probes.manifest import RANK_FOLDER  # noqa: E402
 from probes.shard import read_shard, shard_name, shard_steps, write_shard  # noqa: E402
 from probes.vocabulary import FORMAT_VERSION  # noqa: E402
 from sample_runs.plans import Plan, plans  # noqa: E402
 
+UNFINISHED = ".unfinished"
+"""The folder, beside the runs, of the one that is being recorded."""
+
 
 def main() -> None:
     options = parsed()
+    if options.pack:
+        pack(options.pack)
+        return
     known = {plan.name: plan for plan in plans(options.device)}
     if options.run:
         record(known[options.run], options)
@@ -38,15 +53,36 @@ def main() -> None:
     if unknown:
         sys.exit(f"There is no sample run {', '.join(unknown)}: choose among {', '.join(known)}.")
     until = time.monotonic() + 60 * options.minutes
+    failed = []
     for plan in known.values():
         if options.only and plan.name not in options.only:
             continue
-        if plan.name.startswith("kimi") and importlib.util.find_spec("transformers") is None:
-            print(f"{plan.name}: left out, for transformers is not installed", flush=True)
-        elif _recorded(options.into / plan.name, plan):
+        if recorded(options.into / plan.name, plan):
             print(f"{plan.name}: there already", flush=True)
-        elif not _recorded_in_time(plan, options, until):
+        elif plan.name.startswith("kimi") and (why := no_kimi()):
+            print(f"{plan.name}: left out, {why}", flush=True)
+            if options.only:
+                sys.exit(1)
+        elif time.monotonic() > until or not _recorded_in_time(plan, options, until, failed):
             sys.exit(f"{plan.name} is to be recorded yet: give the command again.")
+    if failed:
+        sys.exit(f"Failed: {', '.join(failed)}. What was said above tells why; the others are there.")
+
+
+def no_kimi() -> str | None:
+    """Why there is no Kimi Linear here, or None where there is one."""
+    try:
+        from transformers import KimiLinearForCausalLM  # noqa: F401
+    except ImportError as error:
+        return f"for it takes transformers 5.20 or newer ({str(error).splitlines()[0]})"
+    return None
+
+
+def pack(path: Path) -> None:
+    """The library's text as one file, from which `--text` takes the same text, byte for byte and in the same parts."""
+    pack_library(path)
+    text = Corpus.from_path(path)
+    print(f"{path}: {text.name}, {path.stat().st_size / 1e6:.1f} MB, sha256 of the text {text.sha256}")
 
 
 def parsed() -> argparse.Namespace:
@@ -59,40 +95,61 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing later than this")
     parser.add_argument("--into", type=Path, default=HERE, help="folder of the runs")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these runs alone")
-    parser.add_argument("--text", type=Path, help="file or folder to learn (default: Python's own library)")
+    parser.add_argument(
+        "--text", type=Path, help="file, folder or .zip file to learn (default: Python's own library)"
+    )
     parser.add_argument("--steps", type=int, help="at most so many steps of each run: to try the command")
+    parser.add_argument(
+        "--pack", type=Path, metavar="FILE", help="write the text into one .zip file, and stop"
+    )
     parser.add_argument("--checkpoint-every", type=int, help="save the model too, for depthscope attribute")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _recorded_in_time(plan: Plan, options: argparse.Namespace, until: float) -> bool:
-    """Record a run in a process of its own; whether it was done in time."""
-    folder = options.into / plan.name
+def _recorded_in_time(plan: Plan, options: argparse.Namespace, until: float, failed: list[str]) -> bool:
+    """Record a run in a process of its own; whether it was done in time. One that fails is told in `failed`."""
+    aside = options.into / UNFINISHED
+    folder = aside / plan.name
     shutil.rmtree(folder, ignore_errors=True)
     print(f"{plan.name}: {plan.says}", flush=True)
-    process = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--run", plan.name])
-    while process.poll() is None:
-        time.sleep(0.5)
-        if time.monotonic() > until:
-            process.kill()
-            process.wait()
-            shutil.rmtree(folder, ignore_errors=True)
-            return False
-        if plan.kill_at is not None and _recorded(folder, plan):
-            process.send_signal(signal.SIGKILL)
-    if not _recorded(folder, plan):
-        sys.exit(f"{plan.name} failed")
-    _join(folder / RANK_FOLDER)
-    return True
+    command = [sys.executable, __file__, *sys.argv[1:], "--into", str(aside), "--run", plan.name]
+    process = subprocess.Popen(command)
+    try:
+        while process.poll() is None:
+            time.sleep(0.5)
+            if time.monotonic() > until:
+                return False
+            if plan.kill_at is not None and recorded(folder, plan):
+                process.send_signal(signal.SIGKILL)
+        if not recorded(folder, plan):
+            failed.append(plan.name)
+            return True
+        _join(folder / RANK_FOLDER)
+        shutil.rmtree(options.into / plan.name, ignore_errors=True)
+        os.replace(folder, options.into / plan.name)
+        return True
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others are recorded beside it
+            aside.rmdir()
 
 
-def _recorded(folder: Path, plan: Plan) -> bool:
+def recorded(folder: Path, plan: Plan) -> bool:
+    """Whether this run is there, of a device of that kind, as far as it goes."""
     try:
         run = probes.open_run(folder)
     except probes.RunError:
         return False
+    if kind(run.config.get("training", {}).get("device", "cpu")) != kind(plan.training.device):
+        return False
     return run.status == "finished" or (plan.kill_at is not None and run.last_step >= plan.kill_at)
+
+
+def kind(device: str) -> str:
+    return device.partition(":")[0]
 
 
 def _join(folder: Path) -> None:
@@ -118,7 +175,7 @@ def _join(folder: Path) -> None:
 def record(plan: Plan, options: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from app.training import Corpus, RecordedTraining, in_turn
+    from app.training import RecordedTraining, in_turn
     from benchmarks.provenance import commit
 
     corpus = Corpus.from_path(options.text) if options.text else Corpus.standard_library()
@@ -132,7 +189,11 @@ def record(plan: Plan, options: argparse.Namespace) -> None:
         replace(plan.schedule, checkpoint_every=options.checkpoint_every),
         plan.tags,
     )
-    recorded.described["sample"] = {"says": plan.says, "commit": commit()}
+    recorded.described["sample"] = {
+        "says": plan.says,
+        "commit": commit(),
+        "composition": corpus.composition(),
+    }
     in_turn([recorded])
 
 

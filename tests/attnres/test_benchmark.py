@@ -15,12 +15,14 @@ def test_a_smoke_run_prints_and_keeps_both_tables(capsys, tmp_path, monkeypatch)
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     threads = torch.get_num_threads()
     always = ["--smoke", "--modes", "eager", "--device", "cpu", "--threads", "1", "--save", "here"]
+    always += ["--dtype", "bfloat16", "--heads", "4", "--texts", "2", "--profile"]
     remarks = benchmark.REMARKS + "\nWritten by hand.\n"
     (tmp_path / "here.md").write_text("# old tables\n" + remarks)
     for workload in ("training", "generation"):
-        benchmark.main([*always, "--workloads", workload, "--schedules", "no_stack", "stack"])
+        benchmark.main([*always, "--workloads", workload, "--schedules", "no_stack", "stack", "fla"])
     torch.set_num_threads(threads)
     printed = capsys.readouterr().out
+    assert "fla is not installed here or not right on cpu, so it is not in the tables." in printed
     assert re.findall(r"^eager (training step|generation), 2 rounds", printed, re.M) == [
         "training step",
         "generation",
@@ -35,6 +37,8 @@ def test_a_smoke_run_prints_and_keeps_both_tables(capsys, tmp_path, monkeypatch)
             "PreNorm", "Full, no_stack", "Full, stack", "Block, no_stack", "Block, stack",
         ]  # fmt: skip
         assert ours[0]["ratio"] == 1.0
+        profiled = each["profile"]["Full, stack"]
+        assert all(row["ms"] > 0 and row["calls"] > 0 for row in profiled)
         for row in each["table"]:
             low, high = row["quartiles"]
             assert 0 < low <= row["ratio"] <= high

@@ -1,6 +1,7 @@
 """The corpus: the same bytes and batches every time, files apart, and one sentence where there is no text."""
 
 import json
+import zipfile
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnres import Corpus
+from attnres.corpus import pack_library
 
 FILES = {f"package/module_{i}.py": bytes([i]) * 100 for i in range(1, 61)}
 
@@ -57,6 +59,29 @@ def test_no_file_is_in_both_parts_and_none_is_lost(files):
     assert bytes(corpus.train.tolist()) == b"".join(marked[path] for path in train)
     assert bytes(corpus.validation.tolist()) == b"".join(marked[path] for path in validation)
     assert bool(train) and bool(validation) == (len(marked) > 1)
+
+
+def test_an_archive_of_the_library_is_the_library(library, tmp_path):
+    pack_library(tmp_path / "text.zip")
+    packed = Corpus.from_path(tmp_path / "text.zip")
+    assert packed.describe() == library.describe()
+    assert torch.equal(packed.train, library.train) and torch.equal(packed.validation, library.validation)
+    assert (tmp_path / "text.zip").stat().st_size < 5e6
+    assert sum(packed.composition().values()) == packed.describe()["bytes"]
+    assert "asyncio" in packed.composition() and "." in packed.composition()
+
+
+def test_an_archive_is_read_as_its_folder_is(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("archives") / "text.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {**FILES, ".git/config": b"hidden", "picture.png": b"\x89PNG\0\0"}.items():
+            archive.writestr(name, content)
+    packed = Corpus.from_path(path)
+    assert packed.sha256 == Corpus.from_path(folder).sha256 and packed.name == "text.zip"
+    assert packed.composition() == {"package": 6000}
+    path.write_bytes(b"PK no archive")
+    with pytest.raises(ValueError, match=r"text.zip cannot be read as a \.zip file"):
+        Corpus.from_path(path)
 
 
 def test_a_file_keeps_its_part_when_others_come():

@@ -27,6 +27,7 @@ def test_a_smoke_run(tmp_path, capsys, threads):
         "depthscope",
         "item",
         "--check-sync",
+        "--profile",
         "--out",
     ]
     overhead.main([*given, str(out)])
@@ -38,6 +39,8 @@ def test_a_smoke_run(tmp_path, capsys, threads):
     ]  # fmt: skip
     assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in mode["rows"])
     assert mode["notes"] == ["sync check: only on CUDA"]
+    assert set(mode["profile"]) == {"none", "depthscope, vectors at every step"}
+    assert all(row["ms"] > 0 and row["calls"] > 0 for rows in mode["profile"].values() for row in rows)
     assert [bench["residual"] for bench in told["bench"]] == ["prenorm", "block"]
     page = out.with_suffix(".md").read_text()
     assert "| depthscope, vectors at every step | " in page and "amortised" in page

@@ -226,6 +226,7 @@ def test_bad_input_is_one_sentence_before_any_work(run, trained):
         ),
         (["--context", 17], "--context 17 is more than the model of full takes: at most 16"),
         (["--memory", "1MB"], "Too little memory"),
+        (["--device", "abacus"], "The device 'abacus' cannot be used here: "),
         (["--memory", "much"], "is no size"),
         (["--methods", "integrated", "--mass", "shared"], 'need mass="kept"'),
         (["--model", "nowhere:build"], "There is no module 'nowhere'"),
@@ -291,7 +292,16 @@ def test_a_run_without_a_configuration_asks_for_the_model(run):
 
 
 def test_a_model_of_ones_own_with_its_batch(run):
-    code, told = said(run, "--model", "tests.probes.test_attributed:own", "--methods", "removal", "--what-if")
+    code, told = said(
+        run,
+        "--model",
+        "tests.probes.test_attributed:own",
+        "--methods",
+        "removal",
+        "--what-if",
+        "--device",
+        "cpu",
+    )
     assert code == 0, told
     (found,) = probes.open_run(run).attributions()
     assert found.about.data == "batch of tests.probes.test_attributed:own" and found.about.sequences == 2
@@ -356,6 +366,8 @@ def test_hostile_files_are_refused(run):
             ({"without.layers.weight": np.ones(3, np.float32)}, about),
             ({"without.layers.count": np.arange(3), "without.layers.random": np.ones(3, np.float32)}, about),
             ({}, json.dumps({"value": "1.0", "sequences": "many"})),
+            ({}, json.dumps({"value": 10**400})),
+            ({}, json.dumps({"value": "1.0", "created": 10**400})),
             ({}, "[" * 100_000),
             ({}, ""),
         )
@@ -364,8 +376,8 @@ def test_hostile_files_are_refused(run):
         write_shard(folder / name, tensors, {"format": "2", "step": "5", "about": told})
     write_shard(folder / f"{6:012d}-{1:012x}.safetensors", {}, {"format": "2", "step": "5", "about": about})
     opened = probes.open_run(run)
-    assert opened.attributions() == [] and len(opened.attribution_problems) == 8
-    assert len(checking.check(run).defects) == 8
+    assert opened.attributions() == [] and len(opened.attribution_problems) == 10
+    assert len(checking.check(run).defects) == 10
 
 
 def test_the_docs_way_to_read_it(run, monkeypatch, capsys):
