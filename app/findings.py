@@ -185,11 +185,16 @@ def shares(cells: pd.DataFrame, label: str) -> str:
 def recovered(cells: pd.DataFrame, label: str) -> str:
     """Whether the recovered weights are those of a sum, else where they lie."""
     weight, when = cells["mixing_weight"], _when(cells)
+    if not weight.notna().any():
+        return f"{label} {when}: no weight could be recovered"
     low, high = float(weight.min()), float(weight.max())
     if low >= 0.98 and high <= 1.02:
-        return (
-            f"{label} {when}: every source has weight {weight.mean():.2f} in every state, as in a plain sum"
+        which = (
+            "has weight {:.2f} in every state"
+            if weight.notna().all()
+            else "that could be told apart has weight {:.2f}"
         )
+        return f"{label} {when}: every source {which.format(weight.mean())}, as in a plain sum"
     return f"{label} {when}: recovered weights from {low:.2f} to {high:.2f}"
 
 

@@ -26,8 +26,7 @@ def profiles(
     have = room.recorded(shown, name)
     parts = {one: frames.profile(one.run, one.name, name, step) for one in have} if step is not None else {}
     parts = {one: part for one, part in parts.items() if len(part)}
-    _not_finite([one for one, part in parts.items() if not part["value"].notna().any()], name, step)
-    parts = {one: part for one, part in parts.items() if part["value"].notna().any()}
+    parts = finite(parts, name, step)
     if not parts:
         return
     frame = pd.concat(parts.values(), ignore_index=True)
@@ -46,6 +45,15 @@ def profiles(
         )
     if note.strip():
         st.caption(words.plain(note.strip()))
+
+
+def finite(
+    parts: dict[room.Shown, pd.DataFrame], name: str, step: int | None
+) -> dict[room.Shown, pd.DataFrame]:
+    """The profiles that hold a finite value; of the others it is said that they hold none."""
+    there = {one: part for one, part in parts.items() if part["value"].notna().any()}
+    _not_finite([one for one in parts if one not in there], name, step)
+    return there
 
 
 def _not_finite(lost: list[room.Shown], name: str, step: int) -> None:
