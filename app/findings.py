@@ -185,16 +185,11 @@ def shares(cells: pd.DataFrame, label: str) -> str:
 def recovered(cells: pd.DataFrame, label: str) -> str:
     """Whether the recovered weights are those of a sum, else where they lie."""
     weight, when = cells["mixing_weight"], _when(cells)
-    if not weight.notna().any():
-        return f"{label} {when}: no weight could be recovered"
     low, high = float(weight.min()), float(weight.max())
     if low >= 0.98 and high <= 1.02:
-        which = (
-            "has weight {:.2f} in every state"
-            if weight.notna().all()
-            else "that could be told apart has weight {:.2f}"
-        )
-        return f"{label} {when}: every source {which.format(weight.mean())}, as in a plain sum"
+        solved, states = cells["read"].nunique(), len(cells["read"].cat.categories)
+        where = "every state" if solved == states else f"the {solved} of {states} states that could be solved"
+        return f"{label} {when}: every source has weight {weight.mean():.2f} in {where}, as in a plain sum"
     return f"{label} {when}: recovered weights from {low:.2f} to {high:.2f}"
 
 
