@@ -21,7 +21,7 @@ def check(folders: tuple[str | Path, ...], mend: bool) -> None:
     The exit code is 1 when anything is wrong and not repaired. A repair moves shards that cannot be trusted, which no
     reader uses, deletes digests that do not fit their shards, and touches nothing else.
     """
-    from probes import checking
+    from probes import checking, elsewhere
     from probes.run import find_runs
 
     wrong = False
@@ -36,6 +36,8 @@ def check(folders: tuple[str | Path, ...], mend: bool) -> None:
             raise click.ClickException(f"There is no run at or below {shown(folder)}: give a run's folder.")
         for path in paths:
             found = checking.check(path)
+            if trouble := elsewhere.trouble(path):  # what could not be fetched is no defect of the run
+                raise click.ClickException(f"{trouble} Check again when it does.")
             click.echo(found)
             if found.defects and mend:
                 try:

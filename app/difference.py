@@ -37,7 +37,7 @@ def grid(a: Run, b: Run, name: str, way: str) -> pd.DataFrame:
         at = frames.nearest(others, second) if second is not None else None
         if at is None:
             continue
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
             ratio = np.log2(theirs[at][into] / values[index])
         until = (
             int(steps[chosen[i + 1]]) if i + 1 < len(chosen) else int(steps[index]) + max(1, a.manifest.every)

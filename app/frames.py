@@ -226,7 +226,7 @@ def over_training(run: Run, name: str) -> pd.DataFrame:
     bins = reading.binned(
         run, name, min(COLUMNS, max(1, CELLS // len(places(run.layout, metric(name).axes))))
     )
-    spike = (bins.low >= 0) & (bins.high > SPIKE * bins.mean)  # round zero a mean says nothing
+    spike = (bins.low >= 0) & (bins.high / SPIKE > bins.mean)  # round zero a mean says nothing
     grid = np.where(spike, bins.high, bins.mean)
     first, segment = bins.first, reading.segments(run, name, bins.start)
     spacing = int(np.median(np.diff(steps))) if len(steps) > 1 else max(1, run.manifest.every)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from app import cells, reading, words
-from app.frames import nearest
+from app.frames import finite, nearest
 from app.reading import series
 from probes import Run
 
@@ -60,7 +60,7 @@ def strongest(
     for row in cells.rows(run, kind):
         if counts[row] < 2:
             continue
-        line = values[index, row, : counts[row]]
+        line = finite(values[index, row, : counts[row]].astype(np.float64))
         if not np.isfinite(line).any():
             continue
         mean = np.nanmean(line)

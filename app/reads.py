@@ -73,7 +73,9 @@ def _told(weight: np.ndarray, count: np.ndarray) -> dict[str, np.ndarray]:
         "newest": np.take_along_axis(weight, (count - 1)[None, :, None], axis=2)[:, :, 0],
         "embedding": weight[:, :, 0],
         "embedding_even": weight[:, :, 0] * count,
-        "distance": np.where(whole, np.nansum(np.where(real, weight * back, 0), axis=2), np.nan),
+        "distance": np.where(
+            whole, (np.where(real & np.isfinite(weight), weight, 0) * back).sum(axis=2), np.nan
+        ),
     }
     return {measure: _mean(part) for measure, part in told.items()}
 
@@ -179,5 +181,5 @@ def _entropy(run: Run, steps: np.ndarray, chosen: list[int]) -> np.ndarray:
     if len(known):
         at = np.minimum(np.searchsorted(known, steps), len(known) - 1)
         same = known[at] == steps
-        found[same] = values[at[same]][:, chosen].mean(axis=1)
+        found[same] = values[at[same]][:, chosen].mean(axis=1, dtype=np.float64)
     return found

@@ -65,7 +65,8 @@ def enter(question: str, answer: str, body: Callable[[list[Shown]], None], watch
             st.rerun()
         shown = _open(entries, picked)
         for sentence in remote.troubles():
-            st.warning(words.plain(sentence), icon=":material/cloud_off:")
+            stale = "What was fetched before is shown as it was then; depthscope keeps asking."
+            st.warning(words.plain(f"{sentence} {stale}"), icon=":material/cloud_off:")
         st.session_state[draw.SHORT] = words.shortened([one.name for one in shown])
         if live and not any(one.run.status == "running" for one in shown):
             st.rerun()

@@ -86,5 +86,7 @@ class AttnResBlock(nn.Module):
         output = output[0] if isinstance(output, tuple) else output
         check_output(written + 1, None, output, partial)
         if written % self.layers_per_block == 0:
-            return [*blocks, partial], output
+            # A sum is kept in the embedding's dtype, whatever autocast makes of outputs.
+            begun = output if self.layers_per_block == 1 else output.to(partial.dtype)
+            return [*blocks, partial], begun
         return blocks, partial + output

@@ -9,12 +9,14 @@ What belongs to one forward pass, the finished sources, rides as an attribute on
 changed: whoever runs a block again on that tensor, as checkpointing does, finds the sources of the same pass.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
 
-from attnres.depth import AttentiveDepth, Depth
+from attnres.depth import Depth
 from attnres.plans import Plan, plans_of, this_thread
 from attnres.watching import WatchedBlock, first_tensor, with_first
 
@@ -42,12 +44,34 @@ REENTRANT = (
 )
 
 
+# FSDP2's, before each module that it shards: the state comes out of it as another tensor on the same memory.
+RENEWING = "RegisterPostBackwardFunctionBackward"
+
+
 def depth_of(state: Tensor, name: str) -> Depth:
     """The sources that ride on a state; RuntimeError where there are none."""
     depth = getattr(state, "attnres_depth", None)
+    if depth is None and type(state.grad_fn).__name__ == RENEWING:
+        handed = getattr(state.untyped_storage(), "attnres_handed", lambda: None)()
+        if handed is not None and handed.shape == state.shape:
+            depth, written = handed.attnres_depth, handed.attnres_written
+            state.attnres_depth, state.attnres_written = depth, written
     if depth is None:
         raise RuntimeError(LOST.format(name))
     return depth
+
+
+def hand_on(state: Tensor, depth: Depth, written: int) -> Tensor:
+    """The state, with its sources, after so many layers."""
+    state.attnres_depth, state.attnres_written = depth, written
+    if (
+        not torch.compiler.is_compiling()
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+    ):
+        # No more than a weak reference: the sources may lie in the same memory, which would then hold itself.
+        state.untyped_storage().attnres_handed = weakref.ref(state)
+    return state
 
 
 # Hooks are objects, not closures: copying a model copies them with what they hold.
@@ -56,15 +80,15 @@ def depth_of(state: Tensor, name: str) -> Depth:
 class Opened:
     """Whether a pass has begun, and not come to its end: the last block may be left out, and nothing comes after it."""
 
-    def __init__(self, reads: nn.ModuleList | None, depth_type: type):
-        self.reads, self.depth_type = reads, depth_type
+    def __init__(self, open_depth: Callable[[], Depth]):
+        self.open_depth = open_depth
         self.threads: dict[int, bool] = {}
         """Those with an open pass."""
 
     def depth(self) -> Depth:
         """That of a new pass."""
         self.threads[this_thread()] = True
-        return self.depth_type.open(self.reads)
+        return self.open_depth()
 
     def close(self) -> None:
         self.threads.pop(this_thread(), None)
@@ -223,11 +247,11 @@ class Leave:
         plan = self.plan
         depth = depth_of(plan.state(args, kwargs), plan.name)
         written = plan.first + plan.layers
-        *finished, partial = first_tensor(output).unbind(0) if plan.slots > 1 else [first_tensor(output)]
         progress = plan.progress()
         progress.depth.clear()
-        if not torch.compiler.is_compiling() and progress.read:
+        if not torch.compiler.is_compiling():
             plan.check_read(progress.read, plan.layers)
+        *finished, partial = first_tensor(output).unbind(0) if plan.slots > 1 else [first_tensor(output)]
         if self.is_last:
             self.opened.close()
             return with_first(output, depth.read(written, [*finished, partial]))
@@ -235,22 +259,23 @@ class Leave:
             depth = depth.commit(finished, written)
             # The compiler lets no attribute ride on one of several outputs of an operation.
             partial = partial.view_as(partial)
-        partial.attnres_depth, partial.attnres_written = depth, written
-        return with_first(output, partial)
+        return with_first(output, hand_on(partial, depth, written))
 
 
 def attach(
     model: nn.Module,
     blocks: Sequence[WatchedBlock],
     layers_per_block: int,
-    reads: nn.ModuleList | None,
     outputs: Sequence[DepthOutput],
-    depth_type: type = AttentiveDepth,
+    open_depth: Callable[[], Depth],
 ) -> list[torch.utils.hooks.RemovableHandle]:
-    """Put the hooks of all blocks in place; the handles take them off again. `outputs` has one for each layer."""
+    """Put the hooks of all blocks in place; the handles take them off again.
+
+    `outputs` has one for each layer, `open_depth` begins the sources of a pass.
+    """
     plans = plans_of(blocks, layers_per_block)
-    opened, last = Opened(reads, depth_type), blocks[-1]
-    holder = model.get_submodule(last.name.rpartition(".")[0].rpartition(".")[0])
+    opened, last = Opened(open_depth), blocks[-1]
+    holder = _runner(model, blocks)
     handles = [
         holder.register_forward_pre_hook(Begin(opened)),
         holder.register_forward_hook(End(opened, last.name)),
@@ -269,6 +294,17 @@ def attach(
         handles.append(block.module.register_forward_hook(leave, with_kwargs=True))
         before = block.name
     return handles
+
+
+def _runner(model: nn.Module, blocks: Sequence[WatchedBlock]) -> nn.Module:
+    """The nearest module above all blocks that runs: lists and dicts of modules only hold others."""
+    lists = [block.name.split(".")[:-1] for block in blocks]
+    path = [names[0] for names in takewhile(lambda names: len({*names}) == 1, zip(*lists, strict=False))]
+    if path == lists[0]:
+        path = path[:-1]
+    while path and type(model.get_submodule(".".join(path))).forward is nn.Module.forward:
+        path = path[:-1]
+    return model.get_submodule(".".join(path))
 
 
 def _widen(

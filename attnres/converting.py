@@ -1,5 +1,7 @@
 """Make an existing PreNorm model an AttnRes one in place, and back."""
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -7,11 +9,18 @@ from torch import Tensor, nn
 
 from attnres.carrying import Enter, attach, depth_outputs
 from attnres.checks import check_count, check_is, check_not_negative
+from attnres.depth import AttentiveDepth
 from attnres.joining import check_sequential
 from attnres.residual import Block, Full
 from attnres.verifying import verify
 from attnres.watching import ConversionError, WatchedBlock, watch
 from attnres.weights import EPS, NAME, check_eps, saved_reads, take
+
+HANDLES = "attnres_handles"
+"""Where a converted model keeps those of its hooks; not with the reads, so that these can be copied by themselves."""
+
+SPREAD = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel")
+"""Classes that spread the parameters that there are over devices."""
 
 
 @torch.inference_mode(False)
@@ -20,7 +29,7 @@ def convert(
     residual: str = "block",
     layers_per_block: int | None = None,
     *,
-    example: dict | tuple | Tensor | None = None,
+    example: Mapping | tuple | Tensor | None = None,
     eps: float | None = None,
     weights: str | Path | None = None,
 ) -> nn.Module:
@@ -39,10 +48,7 @@ def convert(
     before is compiled again.
     """
     check_is("model", model, nn.Module)
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise ValueError(
-            "model must be the module itself, not what torch.compile made of it: convert the model, then compile it."
-        )
+    _check_bare(model)
     if hasattr(model, NAME):
         raise ValueError(f"The model has {NAME!r} already: revert it before you convert it again.")
     if any(isinstance(hook, Enter) for part in model.modules() for hook in part._forward_pre_hooks.values()):
@@ -93,7 +99,8 @@ def convert(
     reads.register_load_state_dict_pre_hook(check_eps)
     model.add_module(NAME, reads)
     reads.outputs = depth_outputs(layers)
-    reads.handles = attach(model, blocks, size, reads.reads, reads.outputs)
+    handles = attach(model, blocks, size, reads.outputs, partial(AttentiveDepth.open, model))
+    setattr(model, HANDLES, handles)
     _tell_compiler()
     return model
 
@@ -103,30 +110,53 @@ def revert(model: nn.Module) -> nn.Module:
 
     ValueError where there is nothing to undo.
     """
-    reads = getattr(model, NAME, None)
-    if not hasattr(reads, "handles"):
+    if HANDLES not in getattr(model, "__dict__", {}):
         part = _converted_part(model) if isinstance(model, nn.Module) else None
         raise ValueError(
             f"The model was not converted{f', but its part {part} was' if part else ''}: pass the module that attnres.convert "
             "was given."
         )
-    for handle in reads.handles:
+    for handle in getattr(model, HANDLES):
         handle.remove()
+    delattr(model, HANDLES)
     delattr(model, NAME)
     return model
 
 
 def _converted_part(model: nn.Module) -> str | None:
     """The name of the submodule that was converted."""
-    return next(
-        (name for name, part in model.named_modules() if hasattr(getattr(part, NAME, None), "handles")), None
-    )
+    return next((name for name, part in model.named_modules() if HANDLES in vars(part)), None)
 
 
-def _inputs(model: nn.Module, example: dict | tuple | Tensor | None) -> tuple[tuple, dict]:
+def _check_bare(model: nn.Module) -> None:
+    """ValueError where reads would come too late: they have to be there when a model is compiled or spread over devices."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ValueError(
+            "model must be the module itself, not what torch.compile made of it: convert the model, then compile it."
+        )
+    if isinstance(model, nn.Sequential):
+        raise ValueError(
+            "model must not be a Sequential itself, which would run the reads as one more of its layers: convert a module that "
+            "holds it."
+        )
+    kinds = {kind.__name__ for part in model.modules() for kind in type(part).__mro__}
+    for kind in SPREAD:
+        if kind in kinds:
+            raise ValueError(
+                f"model must be the module itself, not under {kind}, which would leave the reads alone: convert the model, "
+                "then wrap it."
+            )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "model must have values in all its weights to be tried, and some are on the meta device: load or initialise them, "
+            "then convert it."
+        )
+
+
+def _inputs(model: nn.Module, example: Mapping | tuple | Tensor | None) -> tuple[tuple, dict]:
     if example is None:
         example = getattr(model, "dummy_inputs", None)
-    if isinstance(example, dict):
+    if isinstance(example, Mapping):  # a tokenizer's batch, too
         return (), {name: _on_device(value, model) for name, value in example.items()}
     if isinstance(example, Tensor):
         example = (example,)

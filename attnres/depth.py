@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from attnres.fused import fused_read
 from attnres.linked import scored
+from attnres.weights import NAME
 
 
 class Depth(Protocol):
@@ -40,7 +41,9 @@ class AttentiveDepth:
         where a fused kernel reads."""
 
     @classmethod
-    def open(cls, reads: nn.ModuleList) -> "AttentiveDepth":
+    def open(cls, model: nn.Module) -> "AttentiveDepth":
+        """That of a pass of a converted model, whose reads may be others than the last time: PEFT trains a copy of them."""
+        reads = getattr(model, NAME).reads
         queries = torch.stack([read.effective_query() for read in reads])
         return cls(reads, queries, torch.is_grad_enabled())
 

@@ -7,7 +7,7 @@ child reads. Side by side are two outputs of one norm that are *added*; where on
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from attnres.watching import SEQUENTIAL, ConversionError, WatchedBlock, first_tensor, run_watched, with_first
 
 PARALLEL = "{} and {} run side by side, as in a parallel block: {}"
+REPLACED = (
+    "{} normalises the stream itself: the state goes on through that norm instead of beside it, as in a post-norm model. "
+    "Only PreNorm models can be converted."
+)
 UNSEEN = (
     "{} reads what {} added to the state, and no norm among the block's children receives that state in its own shape "
     "[B, T, D]: only blocks with such a norm before every layer can be converted."
@@ -32,9 +36,11 @@ class _Call:
 
 @dataclass
 class _Visit:
-    """What a block's children did until now, in the order in which they ended, and what it made of it."""
+    """What a block was given, what its children did until now, in the order in which they ended, and what it made of it."""
 
-    calls: list[_Call]
+    given: _Call
+    """As if a call had made it."""
+    calls: list[_Call] = field(default_factory=list)
     made: Tensor | None = None
 
 
@@ -49,10 +55,15 @@ def _watch(block: WatchedBlock) -> Iterator[torch.utils.hooks.RemovableHandle]:
     begun: list[list[Tensor]] = []
 
     def enter(module, args, kwargs):
-        visits.append(_Visit([]))
         torch.set_grad_enabled(True)
         cut = lambda x: x.detach() if isinstance(x, Tensor) else x  # noqa: E731
-        return tuple(cut(x) for x in args), {name: cut(x) for name, x in kwargs.items()}
+        args, kwargs = [cut(x) for x in args], {name: cut(x) for name, x in kwargs.items()}
+        holder, key = (args, 0) if block.keyword is None else (kwargs, block.keyword)
+        given = _Call(block.name, [], holder[key].requires_grad_())
+        visits.append(_Visit(given))
+        # Not the leaf itself: the block may add to it in place.
+        holder[key] = given.made.clone()
+        return tuple(args), kwargs
 
     def begin(module, args, kwargs):
         if visits:
@@ -71,7 +82,6 @@ def _watch(block: WatchedBlock) -> Iterator[torch.utils.hooks.RemovableHandle]:
             if made is None or not made.is_floating_point():
                 return None
             call.made = made.detach().clone().requires_grad_()
-            # Not the leaf itself: the block may add to it in place.
             return with_first(output, call.made.clone())
 
         return hook
@@ -92,10 +102,17 @@ def _watch(block: WatchedBlock) -> Iterator[torch.utils.hooks.RemovableHandle]:
 
 def _check(block: WatchedBlock, visit: _Visit) -> None:
     starts = [layer.norm_call for layer in block.layers]
+    carrying = [visit.given]
     for index, (start, end) in enumerate(zip(starts, [*starts[1:], len(visit.calls)], strict=True)):
         is_last = end == len(visit.calls)
         state = visit.made if is_last else visit.calls[end].given[0]
         layer = visit.calls[start:end]
+        # A child may be given the state to add to.
+        for call in layer[1:]:
+            if any(_reads(call, earlier) for earlier in carrying):
+                carrying.append(call)
+        if not any(_reaches(call, state) for call in carrying):
+            raise ConversionError(REPLACED.format(f"{block.name}.{layer[0].name}"))
         readers = _readers(layer)
         joined = [call for call in layer[1:] if _reaches(call, state)]
         if not joined and not is_last:

@@ -5,12 +5,20 @@ sum. Where the model is PreNorm, each of these states is the one that the model 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from attnres.carrying import attach, depth_outputs
+from attnres.plans import plans_of
 from attnres.watching import ConversionError, WatchedBlock, run_watched
+
+INSIDE = (
+    "{} where a depth block ends inside a transformer block, and only there: something is done to an output after its last "
+    "module, such as dropout by a function, or a module adds the state itself. Take a layers_per_block that is a multiple of "
+    "{}, with which each transformer block adds up by itself, or set such a dropout to 0."
+)
 
 
 class SummedDepth:
@@ -20,10 +28,6 @@ class SummedDepth:
 
     def __init__(self, states: list[Tensor], sources: tuple = ()):
         self.states, self.sources = states, sources
-
-    @classmethod
-    def open(cls, states: list[Tensor]) -> "SummedDepth":
-        return cls(states)
 
     def commit(self, sources: Sequence[Tensor], written: int) -> "SummedDepth":
         return SummedDepth(self.states, (*self.sources, *sources))
@@ -37,9 +41,26 @@ def verify(
     model: nn.Module, args: tuple, kwargs: dict, blocks: list[WatchedBlock], layers_per_block: int
 ) -> None:
     """ConversionError, naming the first layer whose state differs by more than 1e-3, where sources do not add up."""
+    try:
+        _verify(model, args, kwargs, blocks, layers_per_block)
+    except ConversionError as error:
+        if all(plan.slots == 1 for plan in plans_of(blocks, layers_per_block)):
+            raise
+        try:
+            # In one depth block of all layers every transformer block adds up by itself.
+            _verify(model, args, kwargs, blocks, sum(len(block.layers) for block in blocks))
+        except ConversionError:
+            raise error from None
+        what, multiple = str(error).partition(":")[0], max(len(block.layers) for block in blocks)
+        raise ConversionError(INSIDE.format(what, multiple)) from error
+
+
+def _verify(
+    model: nn.Module, args: tuple, kwargs: dict, blocks: list[WatchedBlock], layers_per_block: int
+) -> None:
     summed: list[Tensor] = []
     names = [layer.name for block in blocks for layer in block.layers]
-    handles = attach(model, blocks, layers_per_block, summed, depth_outputs(len(names)), SummedDepth)
+    handles = attach(model, blocks, layers_per_block, depth_outputs(len(names)), partial(SummedDepth, summed))
     failure = None
     try:
         run_watched(model, args, kwargs, handles)

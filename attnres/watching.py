@@ -149,7 +149,7 @@ def watch(model: nn.Module, args: tuple, kwargs: dict) -> list[WatchedBlock]:
     stacks = [
         (path, container)
         for path, container in model.named_modules()
-        if isinstance(container, nn.ModuleList | nn.Sequential) and len(container) > 0
+        if isinstance(container, nn.ModuleList | nn.ModuleDict | nn.Sequential) and len(container) > 0
     ]
     members = {
         member: f"{path}.{key}" if path else key for path, c in stacks for key, member in c.named_children()
@@ -160,19 +160,43 @@ def watch(model: nn.Module, args: tuple, kwargs: dict) -> list[WatchedBlock]:
     blocks = [list(container.children()) for _, container in stacks]
     for each in blocks:
         _check_all_ran(each, members, visits)
-    found = [each for each in blocks if _is_stack(each, visits)]
+    found = _joined([run for each in blocks for run in _runs(each, visits)], visits)
     longest = max(found, key=len, default=None)
     if longest is None:
         raise ConversionError(_nothing_found(model, blocks, members, visits))
     _check_only([members[each[0]].rpartition(".")[0] for each in found if not _is_inside(each, longest)])
-    if len(longest) < 2:
-        raise ConversionError(
-            f"{members[longest[0]]} is the only transformer block: a depth of one has nothing to mix."
-        )
     ran = {call.module for each in visits.values() for visit in each for call in visit.calls}
-    found_blocks = [_block(members[member], member, visits[member], ran) for member in longest]
+    found_blocks = [
+        _block(members[member], member, visits[member], ran, member is longest[0]) for member in longest
+    ]
+    if len(found_blocks) < 2:
+        raise ConversionError(
+            f"{found_blocks[0].name} is the only transformer block: a depth of one has nothing to mix."
+        )
     _check_own_norms(found_blocks)
     return found_blocks
+
+
+def _runs(members: list[nn.Module], visits: dict[nn.Module, list[_Visit]]) -> list[list[nn.Module]]:
+    """The transformer blocks of a list, without what stands before or after them: the embedding and the last norm, say."""
+    runs: list[list[nn.Module]] = [[]]
+    for member in members:
+        if _is_stack([member], visits):
+            runs[-1].append(member)
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _joined(stacks: list[list[nn.Module]], visits: dict[nn.Module, list[_Visit]]) -> list[list[nn.Module]]:
+    """The same with those in one that the state passes through directly, one after the other, as T5's blocks."""
+    joined: list[list[nn.Module]] = []
+    for stack in stacks:
+        if joined and visits[stack[0]][0].given is visits[joined[-1][-1]][0].made:
+            joined[-1] = [*joined[-1], *stack]
+        else:
+            joined.append(stack)
+    return joined
 
 
 def _check_all_ran(
@@ -203,8 +227,8 @@ def _nothing_found(
             "sublayers: only PreNorm models whose blocks hold norms and sublayers side by side can be converted."
         )
     return (
-        f"No transformer blocks were found in {type(model).__name__}: convert looks for a ModuleList of blocks whose "
-        "children include the norms and the sublayers. Convert the module that holds such a list."
+        f"No transformer blocks were found in {type(model).__name__}: convert looks for a list of them (ModuleList, ModuleDict "
+        "or Sequential) whose children include the norms and the sublayers. Convert the module that holds such a list."
     )
 
 
@@ -251,9 +275,11 @@ def _watch_member(member: nn.Module, visits: list[_Visit]) -> Iterator[torch.uti
             if visits and visits[-1].runs:
                 _, given = _state(args, kwargs)
                 made = first_tensor(output)
-                visits[-1].calls.append(
-                    _Call(name, module, given, made, _is_norm(module, args, kwargs, made))
+                earlier = visits[-1].calls
+                is_norm = _is_norm(module, args, kwargs, made) or (
+                    not _is_made_by(earlier, given) and _is_adaptive_norm(module, args, kwargs, made)
                 )
+                earlier.append(_Call(name, module, given, made, is_norm))
 
         yield child.register_forward_hook(called, with_kwargs=True)
     yield member.register_forward_hook(leave)
@@ -271,18 +297,59 @@ def _state(args: tuple, kwargs: dict) -> tuple[str | None, Tensor | None]:
 
 def _is_norm(module: nn.Module, args: tuple, kwargs: dict, made: Tensor | None) -> bool:
     """Whether twice the input gives the same output: true for norms, and for nothing else that has only vectors."""
-    if not args or not isinstance(args[0], Tensor) or made is None or made.shape != args[0].shape:
+    if not _keeps(args, made) or any(parameter.ndim > 1 for parameter in module.parameters()):
         return False
-    if not args[0].is_floating_point() or any(parameter.ndim > 1 for parameter in module.parameters()):
-        return False
-    # Far above any eps, and far below the largest float16; powers of two, so that no dtype rounds.
-    size = args[0].float().square().mean().sqrt().log2().nan_to_num(0, 0, 0).round().item()
-    large, larger = args[0] * 2.0 ** (6 - size), args[0] * 2.0 ** (7 - size)
-    with suppress(RuntimeError), forked_random_numbers(args[:1]):
-        one, two = (first_tensor(module.forward(x, *args[1:], **kwargs)) for x in (large, larger))
+    large = _large(args[0])
+    with suppress(RuntimeError):
+        one, two = _tried(module, [large, 2 * large], args, kwargs)
         # Dropout and activations differ by far more; constants are not norms.
         return bool((one - two).norm() <= 1e-3 * one.norm()) and bool(one.norm() > 0)
     return False
+
+
+def _is_adaptive_norm(module: nn.Module, args: tuple, kwargs: dict, made: Tensor | None) -> bool:
+    """Whether it is a norm with matrices, that make scale and shift of a condition and do not mix the state's channels.
+
+    So two channels that change places change no others. Called with plain values only: a cache of keys and values would
+    keep what it is shown.
+    """
+    plain = (Tensor, int, float, str, torch.dtype, type(None))
+    if not _keeps(args, made) or not all(isinstance(x, plain) for x in (*args, *kwargs.values())):
+        return False
+    large = _large(args[0])
+    exchanged = large.clone()
+    exchanged[..., :2] = large[..., :2].flip(-1)
+    with suppress(RuntimeError):
+        one, two, other = _tried(module, [large, 2 * large, exchanged], args, kwargs)
+        same, change = 1e-3 * one.norm(), one - other
+        moved, mixed = change[..., :2].norm(), change[..., 2:].norm()
+        return bool((one - two).norm() <= same) and bool(mixed <= same) and bool(moved > mixed)
+    return False
+
+
+def _tried(module: nn.Module, states: list[Tensor], args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    """What the module makes of each of these in place of its first argument, with the same random numbers."""
+    for x in states:
+        with forked_random_numbers([x]):
+            yield first_tensor(module.forward(x, *args[1:], **kwargs))
+
+
+def _keeps(args: tuple, made: Tensor | None) -> bool:
+    """Whether numbers came in first, and as many in the same shape came out."""
+    if not args or not isinstance(args[0], Tensor) or made is None:
+        return False
+    return args[0].is_floating_point() and made.shape == args[0].shape
+
+
+def _large(x: Tensor) -> Tensor:
+    """x far above any eps, and far below the largest float16; by a power of two, so that no dtype rounds."""
+    size = x.float().square().mean().sqrt().log2().nan_to_num(0, 0, 0).round().item()
+    return x * 2.0 ** (6 - size)
+
+
+def _is_made_by(calls: Iterable[_Call], x: Tensor | None) -> bool:
+    """Whether x is what one of these calls made, and not added to since."""
+    return any(x is not None and x is call.made and x._version == call.made_version for call in calls)
 
 
 def _is_stack(members: list[nn.Module], visits: dict[nn.Module, list[_Visit]]) -> bool:
@@ -300,13 +367,17 @@ def _keeps_shape(visits: list[_Visit]) -> bool:
     return visits[0].made.shape == visits[0].given.shape
 
 
-def _block(name: str, module: nn.Module, visits: list[_Visit], ran: set[nn.Module]) -> WatchedBlock:
+def _block(
+    name: str, module: nn.Module, visits: list[_Visit], ran: set[nn.Module], is_first: bool
+) -> WatchedBlock:
     if len(visits) != 1:
         raise ConversionError(
             f"{name} is called {len(visits)} times in one forward pass, and a converted block must be once."
         )
     (visit,) = visits
     starts = [index for index, call in enumerate(visit.calls) if _reads_state(visit, index)]
+    if is_first and _begins_with_identity(visit):
+        starts.insert(0, 0)
     _check_prenorm(name, visit, starts)
     ends = [*starts[1:], len(visit.calls)]
     layers = [_layer(name, visit, start, end) for start, end in zip(starts, ends, strict=True)]
@@ -317,11 +388,19 @@ def _block(name: str, module: nn.Module, visits: list[_Visit], ran: set[nn.Modul
 def _reads_state(visit: _Visit, index: int) -> bool:
     """Whether this call is a norm of the state, not of some child's output, as in a sandwich of norms."""
     call = visit.calls[index]
-    made_by_children = any(
+    if not call.is_norm or call.given.shape != visit.given.shape:
+        return False
+    return not any(
         call.given is earlier.made and call.given_version == earlier.made_version
         for earlier in visit.calls[:index]
     )
-    return call.is_norm and call.given.shape == visit.given.shape and not made_by_children
+
+
+def _begins_with_identity(visit: _Visit) -> bool:
+    """Whether the first layer has an Identity for its norm: the embedding, which it reads alone, was normalised before."""
+    if not visit.calls or _reads_state(visit, 0):
+        return False
+    return visit.calls[0].given is visit.given is visit.calls[0].made
 
 
 def _check_prenorm(name: str, visit: _Visit, starts: list[int]) -> None:
@@ -347,12 +426,13 @@ def _check_prenorm(name: str, visit: _Visit, starts: list[int]) -> None:
 
 def _layer(name: str, visit: _Visit, start: int, end: int) -> WatchedLayer:
     norm, segment = visit.calls[start], visit.calls[start + 1 : end]
-    shaped = [call for call in segment if call.made is not None and call.made.shape == visit.given.shape]
-    if not shaped:
+    if not segment:
         raise ConversionError(
             f"{name}.{norm.name} is followed by no sublayer whose output could join the stream."
         )
-    tail = shaped[-1]
+    shaped = [call for call in segment if call.made is not None and call.made.shape == visit.given.shape]
+    # Of another shape where the block's own code gives it that of the state, as after experts.
+    tail = (shaped or segment)[-1]
     readers = [call for call in segment if call.given is norm.made]
     tail_call = sum(call.module is tail.module for call in segment) - 1
     tail_calls = sum(call.module is tail.module for call in visit.calls)

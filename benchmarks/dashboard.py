@@ -1,11 +1,16 @@
-"""How quick the dashboard feels: `python benchmarks/dashboard.py [FOLDER]`; needs Chromium and Playwright.
+"""How quick the dashboard feels: `python -m benchmarks.dashboard [--save]`; needs Chromium and Playwright.
 
-Prints medians: from the command to the first chart in an open browser; opening each page on a warm server until its
-first chart, and turning to it by its link in an open dashboard; a frame of playback while the slider is dragged, with
-24, 64 and 200 layers; and, for a run that grows, the time from a sealed shard to its step on screen.
+Medians, of made-up runs or of those in FOLDER: from the command to the first chart in an open browser; opening each page on a
+warm server until its first chart, and turning to it by its link in an open dashboard; a frame of playback while the slider is
+dragged, with 24, 64 and 200 layers; and, for a run that grows, the time from a sealed shard to its step on screen.
+
+It takes about five minutes. `--smoke` takes one, and proves nothing. Long runs: benchmarks/reader.py.
 """
 
+import argparse
 import contextlib
+import json
+import platform
 import shutil
 import socket
 import statistics
@@ -17,14 +22,24 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
-from playwright.sync_api import Page, sync_playwright
+try:
+    from playwright.sync_api import Page, sync_playwright
+
+    from benchmarks import provenance
+    from probes.writer import RunWriter
+    from tests.app import made
+except ImportError as error:
+    raise SystemExit(
+        f"Run this from the repository's root as `python -m benchmarks.dashboard`, with Playwright installed ({error})."
+    ) from error
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from probes.writer import RunWriter  # noqa: E402
-from tests.app import made  # noqa: E402
+RESULTS = Path(__file__).parent / "results"
+PATIENCE = (
+    300.0  # seconds that a server or a page may take: a busy machine is slow, and says so in the figures
+)
 
 PAGES = ("", "dilution", "gradients", "depth_attention", "tokens", "attribution", "compare")
 TITLES = {"": "Runs", "depth_attention": "Depth attention"}
@@ -45,36 +60,45 @@ def served(*folders: Path, tell: Callable[[int], object] = lambda pid: None):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "app", "dash", *map(str, folders), "--port", str(port), "--no-browser"]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    tell(server.pid)
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=1)
-                break
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(20)
+    with tempfile.TemporaryFile() as said:
+        server = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+        tell(server.pid)
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/_stcore/health", server, said)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait(PATIENCE)
 
 
-def starting(page: Page, folder: Path) -> float:
-    """Seconds from the command, on a server that is not there yet, to the first chart; median of three."""
+def _wait_for(address: str, server: subprocess.Popen, said: BinaryIO) -> None:
+    limit = time.monotonic() + PATIENCE
+    while time.monotonic() < limit and server.poll() is None:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(address, timeout=1)
+            return
+        time.sleep(0.05)
+    why = "ended" if server.poll() is not None else f"did not answer within {PATIENCE:.0f} s"
+    said.seek(0)
+    raise SystemExit(f"The dashboard's server {why}. It said:\n{said.read().decode(errors='replace')}")
+
+
+def starting(page: Page, folder: Path, rounds: int) -> float:
+    """Seconds from the command, on a server that is not there yet, to the first chart; median."""
     took = []
-    for _ in range(3):
+    for _ in range(rounds):
         start = time.monotonic()
         with served(folder) as address:
             page.goto(address)
-            page.wait_for_selector(CHART, timeout=60_000)
+            page.wait_for_selector(CHART)
             took.append(time.monotonic() - start)
     return statistics.median(took)
 
 
-def opening(page: Page, address: str, name: str) -> float:
-    """Seconds until the first chart, median of five after one to warm up."""
+def opening(page: Page, address: str, name: str, rounds: int) -> float:
+    """Seconds until the first chart, median after one to warm up."""
     took = []
-    for _ in range(6):
+    for _ in range(rounds + 1):
         start = time.monotonic()
         page.goto(f"{address}/{name}")
         page.wait_for_selector(CHART)
@@ -82,11 +106,11 @@ def opening(page: Page, address: str, name: str) -> float:
     return statistics.median(took[1:])
 
 
-def turning(page: Page, address: str, name: str) -> float:
-    """Seconds from a click on the page's link to all charts in sight, median of five after one to warm up."""
+def turning(page: Page, address: str, name: str, rounds: int) -> float:
+    """Seconds from a click on the page's link to all charts in sight, median after one to warm up."""
     before = "gradients" if name != "gradients" else "dilution"
     took = []
-    for _ in range(6):
+    for _ in range(rounds + 1):
         page.goto(f"{address}/{before}")
         page.wait_for_function(DRAWN)
         page.wait_for_timeout(1500)
@@ -94,10 +118,14 @@ def turning(page: Page, address: str, name: str) -> float:
             "document.querySelectorAll('.depthscope-chart').forEach(chart => (chart.dataset.old = 1))"
         )
         start = time.monotonic()
-        page.get_by_role("link", name=TITLES.get(name, name.capitalize()), exact=True).click()
+        page.get_by_role("link", name=title(name), exact=True).click()
         page.wait_for_function(f"() => !document.querySelector('.depthscope-chart[data-old]') && ({DRAWN})()")
         took.append(time.monotonic() - start)
     return statistics.median(took[1:])
+
+
+def title(name: str) -> str:
+    return TITLES.get(name, name.capitalize())
 
 
 def scrubbing(page: Page, address: str) -> tuple[float, int]:
@@ -124,8 +152,8 @@ def scrubbing(page: Page, address: str) -> tuple[float, int]:
     return (statistics.median(took) if took else float("nan")), len(took)
 
 
-def growing(page: Page) -> list[float]:
-    """Seconds from a sealed shard to its step on the page, for ten shards."""
+def growing(page: Page, count: int) -> list[float]:
+    """Seconds from a sealed shard to its step on the page, for so many shards."""
     with tempfile.TemporaryDirectory() as folder:
         told = made.manifest("full", blocks=12)
         writer = RunWriter(Path(folder) / "growing", told)
@@ -152,9 +180,9 @@ def growing(page: Page) -> list[float]:
         try:
             with served(Path(folder)) as address:
                 page.goto(address)
-                page.wait_for_selector(CHART, timeout=60_000)
+                page.wait_for_selector(CHART)
                 seen = page.evaluate(LIVE)
-                while len(took) < 10:
+                while len(took) < count:
                     page.wait_for_function(f"seen => {LIVE} > seen", arg=seen, polling=20)
                     seen = page.evaluate(LIVE)
                     took.append(time.monotonic() - sealed[seen])
@@ -166,36 +194,92 @@ def growing(page: Page) -> list[float]:
         return took
 
 
-def main() -> None:
-    given = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as made_runs:
+def study(page: Page, given: Path | None, told: argparse.Namespace) -> dict:
+    """What is measured, in seconds and milliseconds."""
+    found: dict = {"pages": {}, "playback": []}
+    with tempfile.TemporaryDirectory() as folder:
         if given is None:
-            given = Path(made_runs)
+            given = Path(folder)
             for variant in ("prenorm", "full", "block"):
                 made.run(given / variant, variant, blocks=12, steps=51)
                 if variant != "prenorm":
                     made.follow(given / variant, range(0, 510, 50))
                 made.attribution(given / variant)
-            print("Made runs of 24 layers, 51 recorded steps.")
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1280, "height": 800})
-        print(f"command to chart     {starting(page, given):.2f} s")
+        found["start"] = starting(page, given, max(1, told.rounds // 2 + told.rounds % 2))
         with served(given) as address:
             for name in PAGES:
-                print(f"open {name or 'runs':<16} {opening(page, address, name):.2f} s", end="")
-                print(f", turn to it {turning(page, address, name):.2f} s")
-        for blocks in DEPTHS:
-            with tempfile.TemporaryDirectory() as folder:
-                made.run(Path(folder) / "full", "full", blocks=blocks, steps=31)
-                with served(Path(folder)) as address:
-                    median, count = scrubbing(page, address)
-            print(f"a frame of playback  {median:.0f} ms with {2 * blocks} layers (median of {count})")
-        took = growing(page)
-        print(
-            f"shard to screen      {statistics.median(took):.2f} s median, {max(took):.2f} s at most of {len(took)}"
-        )
+                found["pages"][title(name)] = {
+                    "open": opening(page, address, name, told.rounds),
+                    "turn": turning(page, address, name, told.rounds),
+                }
+    for blocks in told.blocks:
+        with tempfile.TemporaryDirectory() as folder:
+            made.run(Path(folder) / "full", "full", blocks=blocks, steps=31)
+            with served(Path(folder)) as address:
+                median, count = scrubbing(page, address)
+        found["playback"].append({"layers": 2 * blocks, "ms": median, "frames": count})
+    found["live"] = growing(page, 2 * told.rounds)
+    return found
+
+
+def table(found: dict) -> list[str]:
+    live = found["live"]
+    return [
+        f"From the command to the first chart, on a server that is not there yet: {found['start']:.2f} s.",
+        "",
+        "| page | open until its first chart, s | turn to it in an open dashboard, s |",
+        "|---|---|---|",
+        *(f"| {name} | {took['open']:.2f} | {took['turn']:.2f} |" for name, took in found["pages"].items()),
+        "",
+        "| layers | a frame of playback, ms | frames |",
+        "|---|---|---|",
+        *(f"| {one['layers']} | {one['ms']:.0f} | {one['frames']} |" for one in found["playback"]),
+        "",
+        f"From a sealed shard to its step on screen: {statistics.median(live):.2f} s, {max(live):.2f} s at most of "
+        f"{len(live)}.",
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, help="runs of your own (default: made-up ones)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", default=DEPTHS, help="transformer blocks whose playback is measured"
+    )
+    parser.add_argument("--smoke", action="store_true", help="once each")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/dashboard.json and .md")
+    parser.add_argument("--out", type=Path, default=RESULTS / "dashboard.json", help="where --save writes")
+    told = parser.parse_args(arguments)
+    from probes.provenance import processor
+
+    if told.smoke:
+        told.rounds, told.blocks = 1, DEPTHS[:1]
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.set_default_timeout(1000 * PATIENCE)
+        found = study(page, told.folder, told)
         browser.close()
+    runs = (
+        "Made-up runs of 24 layers, 51 recorded steps"
+        if told.folder is None
+        else f"Runs of {told.folder.name}"
+    )
+    lines = [
+        f"`{provenance.command('dashboard', arguments)}`, commit {provenance.commit()}, {processor()}, "
+        f"Python {platform.python_version()}. {runs}; medians of {told.rounds}.",
+        "",
+        *table(found),
+    ]
+    print("\n".join(lines))
+    if told.save:
+        told.out.parent.mkdir(parents=True, exist_ok=True)
+        told.out.write_text(json.dumps(found, indent=1))
+        told.out.with_suffix(".md").write_text("\n".join(["# The dashboard", "", *lines, ""]))
 
 
 if __name__ == "__main__":

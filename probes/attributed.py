@@ -213,6 +213,10 @@ def _curve(kind: str, parts: dict[str, np.ndarray]) -> Curve:
     return Curve(counts, parts)
 
 
+def _is_float(name: str) -> bool:
+    return isinstance(About.__dataclass_fields__[name].default, float)
+
+
 def _about(told: str) -> About:
     """Checked field by field: a stranger may have written it."""
     try:
@@ -222,17 +226,16 @@ def _about(told: str) -> About:
             default = About.__dataclass_fields__[key].default
             if key == "value":
                 continue
-            kinds = (
-                (int, float)
-                if isinstance(default, float)
-                else (list,)
-                if key == "notes"
-                else (type(default),)
-            )
+            kinds = (int, float) if _is_float(key) else (list,) if key == "notes" else (type(default),)
             if not isinstance(value, kinds) or isinstance(value, bool):
                 raise ValueError(key)
-        texts = {key: printable(value) for key, value in known.items() if isinstance(value, str)}
+        numbers = {key: float(value) for key, value in known.items() if _is_float(key)}
+        texts = {
+            key: printable(value)
+            for key, value in known.items()
+            if isinstance(value, str) and key not in numbers
+        }
         notes = tuple(printable(note) for note in known.get("notes", ())[:20])
-        return About(**{**known, **texts, "value": float(known["value"]), "notes": notes})
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        return About(**{**known, **texts, **numbers, "notes": notes})
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ShardError(f"does not say what was attributed ({printable(error)})") from error

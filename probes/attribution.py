@@ -191,9 +191,12 @@ def _check_stream(one: Effects) -> None:
         if (made - state).norm() > tolerance(state.dtype) * state.norm():
             broken.append(gates.layout.states[row])
 
-    gates.watch = see
+    gates.watch, alone = see, True
     try:
         one.base  # noqa: B018
+        if gates.ends_unseen and not torch.is_inference_mode_enabled():
+            with torch.enable_grad():
+                alone = gates.ends_alone(one.value(None, one.layers.clone().requires_grad_()))
     except RunError:
         raise
     except Exception as error:  # whatever a model or a loss makes of what it is given
@@ -202,6 +205,11 @@ def _check_stream(one: Effects) -> None:
         ) from error
     finally:
         gates.watch = None
+    if not alone:
+        gates.no_edges = (
+            f"The depth edges of {type(one._root).__name__} cannot be gated: other states are mixed into what its last "
+            "transformer block returns."
+        )
     if broken and not gates.no_edges:
         gates.no_edges = (
             f"The depth edges of {type(one._root).__name__} cannot be gated: the state {broken[0]} is not the weighted "

@@ -1,6 +1,7 @@
 """What the columns of found reads stand for: which layers' outputs the sources there sum."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 
 from probes.layout import Source
 from probes.sites import LayerSite
@@ -27,7 +28,11 @@ def columns_of(
             columns.append(Source("embedding", "embedding", 0, 0))
         elif full and members:
             columns.append(_of_layer(layers[first - 1]))
-        elif members and 0 not in members:
+        elif (
+            members
+            and 0 not in members
+            and agree(read[column + constant] for read in reads if len(read) > column + constant)
+        ):
             which = f"layers {first}–{last}" if last > first else f"layer {first}"
             columns.append(Source(f"depth block {column} ({which})", "depth block", first, last))
         else:
@@ -35,6 +40,11 @@ def columns_of(
     if full:  # the last layers' outputs are sources too, though no read has them
         columns += map(_of_layer, layers[len(columns) - constant - 1 :])
     return tuple(columns)
+
+
+def agree(column: Iterable[tuple[int, ...]]) -> bool:
+    """Whether the sources of one column, of several reads, have layers in common: then it is a depth block that grows."""
+    return all(set(a) & set(b) for a, b in combinations(filter(None, column), 2))
 
 
 def _of_layer(site: LayerSite) -> Source:

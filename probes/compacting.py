@@ -67,7 +67,7 @@ class _Group:
                 )
         self.shards.append(shard)
         self.bytes += shard.size
-        self.rows = max(self.rows, *(sum(map(len, steps)) for steps in self.steps.values()), 0, 0)
+        self.rows = max(self.rows, *(sum(map(len, steps)) for steps in self.steps.values()))
 
     def write(self, into: Path, about: dict[str, str], rest: Callable[[], object]) -> Path:
         series = {

@@ -9,7 +9,7 @@ from probes.manifest import RunError
 
 log = logging.getLogger("depthscope")
 
-BEFORE = "Call probes.record before a compiled model first runs, and train the very module that was passed."
+_BEFORE = "Call probes.record before a compiled model first runs, and train the very module that was passed."
 
 
 def prepare_compiler(root: nn.Module) -> None:
@@ -38,6 +38,15 @@ def prepare_compiler(root: nn.Module) -> None:
     if codes & (own | _DOORS):
         log.info("depthscope clears torch.compile's caches, so that this model is compiled with its probes.")
         torch.compiler.reset()
+
+
+def advice(root: nn.Module, otherwise: str) -> str:
+    """What to do where nothing was seen of `root`: `otherwise`, if no part of it is compiled."""
+    compiled = any(
+        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+        for module in root.modules()
+    )
+    return _BEFORE if compiled or any(map(_was_traced, root.parameters())) else otherwise
 
 
 # Where torch.compile enters a module.

@@ -21,15 +21,29 @@ from probes.symbols import OTHER_TOKENS, Recording, Untraceable
 _OPENED = 16  # children opened at most where the forward hands them the stream to add to
 
 
-def follow_within(module: nn.Module) -> Flow:
+def follow_within(module: nn.Module, tokens: bool = False) -> Flow:
     """The longest stream within `module.forward`, wherever it begins and ends: from the embedding, say, to what the
-    final norm (`norm`) receives. Untraceable where there is none."""
-    return _followed(module, optional=False, within=True)
+    final norm (`norm`) receives. With `tokens`, it is more likely given these than states. Untraceable where there is
+    none."""
+    try:
+        return _followed(module, optional=False, within=True, tokens=tokens)
+    except Untraceable as error:
+        with suppress(Untraceable):
+            return _followed(module, optional=False, within=True, tokens=not tokens)
+        raise error from None
 
 
 def follow(module: nn.Module) -> Flow:
     """The stream through `module.forward`, which is its first argument. Untraceable where it cannot be followed."""
-    flow = _followed(module, optional=False)
+    try:
+        flow = _followed(module, optional=False)
+    except Untraceable as error:
+        if "NoneType" not in str(error):
+            raise
+        try:  # what it needs has a default, as an embedding that is added at every block
+            return _followed(module, optional=True)
+        except Untraceable:
+            raise error from None
     called = {child for term in flow.terms for call in term.calls for child in call.module.modules()}
     if any(child not in called and has_matrix(child, recurse=False) for child in module.modules()):
         # Cross-attention, say, runs only where the optional argument that it attends to is given.
@@ -39,11 +53,11 @@ def follow(module: nn.Module) -> Flow:
     return flow
 
 
-def _followed(module: nn.Module, optional: bool, within: bool = False) -> Flow:
+def _followed(module: nn.Module, optional: bool, within: bool = False, tokens: bool = False) -> Flow:
     opened = {module}
     while True:
-        recording = Recording(module, opened, optional)
-        twin = partial(Recording, module, opened, optional, OTHER_TOKENS)
+        recording = Recording(module, opened, optional, tokens=tokens)
+        twin = partial(Recording, module, opened, optional, OTHER_TOKENS, tokens)
         try:
             reading = _Reading(recording, Recipes(recording, twin))
             if within and (adding := reading.may_add() - opened):
@@ -84,6 +98,7 @@ class _Reading:
         self._module = {name: module for module, name in recording.names.items()}
         self._paths: dict[fx.Node, _Path | None] = {}
         self._called = [node.target for node in recording.graph.nodes if node.op == "call_module"]
+        self._within = False
 
     def flow(self) -> Flow:
         """From the first argument to the result that is made by adding to it."""
@@ -98,7 +113,9 @@ class _Reading:
         changes = path.changes if path.norm is None else path.changes[:-1]
         change = "; ".join(dict.fromkeys(changes))
         norm = path.norm and self._received(path.norm)
-        return Flow(self._recording.argument, tuple(terms), change, norm, place)
+        added = self._sum.get(path.terms[-1])
+        ends = added is None or self._path(added).changes == path.changes
+        return Flow(self._recording.argument, tuple(terms), change, norm, place, ends=ends)
 
     def flow_within(self) -> Flow:
         """From wherever a chain of sums begins to its end."""
@@ -107,12 +124,14 @@ class _Reading:
         chain, last = max(chains, key=lambda each: len(each[0]), default=([], None))
         if not chain:
             raise Untraceable("nothing in it adds to what it was made from")
-        self._recording.stream = chain[-1]
+        self._recording.stream, self._within = chain[-1], True
         path = self._path(last)
         terms = self._terms(path)
         receiver = self._receiver(last)
         norm = receiver if receiver is not None and not has_matrix(receiver.module) else None
-        return Flow(self._recording.argument, tuple(terms), "; ".join(dict.fromkeys(path.changes)), norm)
+        change = "; ".join(dict.fromkeys(path.changes))
+        start = self._tail(chain[-1])
+        return Flow(self._recording.argument, tuple(terms), change, norm, start=start, end=receiver)
 
     def may_add(self) -> set[nn.Module]:
         """Modules without parameters that are given several things: what adds to the stream may be hidden in them."""
@@ -135,11 +154,13 @@ class _Reading:
     def _terms(self, path: _Path) -> list[Term]:
         self._trunk = set(path.trunk)
         self._after: dict[fx.Node, Call | None] = {}
+        self._sum: dict[fx.Node, fx.Node] = {}  # where each term is added
         before: set[fx.Node] = set()
         for node in path.trunk:
             new = set(self._path(node).terms) - before
             if len(new) == 1:
-                self._after[new.pop()] = self._receiver(node)
+                (term,) = new
+                self._after[term], self._sum[term] = self._receiver(node), node
             before = set(self._path(node).terms)
         terms = self._ordered(path.terms)
         if not terms:
@@ -293,9 +314,17 @@ class _Reading:
             begins,
             bool(states and self._path(states[0]).changes),
             before is not None and self._adds_up(states, back, before),
-            self._recipes.of(states[0]) if received is None and states and not begins else None,
+            self._recipes.of(states[0])
+            if received is None and states and (self._within or not begins)
+            else None,
             self._recipes.of(node) if tail is None else None,
+            self._scaled(node, states),
         )
+
+    def _scaled(self, term: fx.Node, states: list[fx.Node]) -> bool:
+        """Whether the stream is not what the term was made from when that is added to it, as behind a highway's gate."""
+        added = self._sum.get(term)
+        return bool(added and states) and self._path(added).changes != self._path(states[0]).changes
 
     def _newest(self, back: "_Back") -> list[fx.Node]:
         """The states that hold all that a term was made from."""

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from probes import trial
 from probes.dataflow import follow
+from probes.layers import kind_by_name
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.names import matching
 from probes.sites import LayerSite, Place
-from probes.stacks import Stack, entry_of, kind_by_name
+from probes.stacks import Stack, entry_of
 from probes.symbols import Untraceable, undisturbed
 
 Modules = dict[str, nn.Module]

@@ -36,6 +36,7 @@ class Description:
     invented: bool
     reason: str = ""
     read_errors: np.ndarray | None = None  # of found reads, [R]; NaN where none was computed
+    final: str = ""  # where the final state is seen, or why it is blank
 
     @property
     def holds(self) -> bool | None:
@@ -95,7 +96,7 @@ class Description:
                 reads = f"none: the stream is {sites.change}, which no read weighs alone; what states are made of is in mixing_weight"
         share = self.probe_bytes / self.model_bytes
         return [
-            f"final state  {sites.final or self._final()}",
+            f"final state  {self.final or self._final()}",
             f"reads        {reads}",
             f"sources      {len(sites.layers) + 1}: the embedding and the output of each layer",
             f"identity     {self._identity()}",
@@ -128,9 +129,9 @@ class Description:
         if self.sites.change:
             return f"not a plain residual: the stream is {self.sites.change}"
         if self.first_broken is not None:
-            state = self.sites.layout.states[self.first_broken]
+            state = self.sites.layout.states[self.first_broken].replace("into", "state into")
             return (
-                f"MIXED OTHERWISE: the state {state} is not the embedding plus the outputs before it (it differs by "
+                f"MIXED OTHERWISE: the {state} is not the embedding plus the outputs before it (it differs by "
                 f"{self.errors[self.first_broken]:.1e}, {where})"
             )
         if np.isnan(self.errors).all():
@@ -191,6 +192,7 @@ def describe(
         unseen=() if reason else tuple(_unseen(sites, taps)),
         invented=batch is None,
         read_errors=metrics.get("read_error"),
+        final=f"blank: {taps.finals.reason}" if taps.finals.reason else str(taps.finals.place or ""),
         reason=reason and f"give a batch, as in describe(model, batch) ({reason})",
     )
 

@@ -17,9 +17,9 @@ import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 from probes import pyramid
-from probes.careful import legible, open_file, printable, read_at, size_of
+from probes.careful import legible, open_file, printable, read_at
 from probes.pyramid import Bins
-from probes.shard import MOST_BYTES, MOST_HEADER, Place, name_of, parse_header, shard_name
+from probes.shard import MOST_BYTES, Place, name_of, read_header, shard_name
 from probes.vocabulary import MOST_STEP
 from probes.whole import write_whole
 
@@ -171,11 +171,7 @@ class Digest:
             raise DigestError(f"cannot be read ({error.strerror or error})") from error
 
     def _read_header(self, file) -> None:
-        size = size_of(file)
-        length = int.from_bytes(read_at(file, 0, 8), "little")
-        if length > MOST_HEADER:
-            raise ValueError("its header is not JSON")
-        self._places, metadata = parse_header(read_at(file, 0, 8 + length), size)
+        self._places, metadata = read_header(file)
         claimed = metadata.pop("crc32", None)
         sums = self._places[_CRC]
         content = read_at(file, sums.start, sums.size)

@@ -30,12 +30,12 @@ class Disk:
         try:
             self._act(act)
         except RunError as error:
-            self.gone = True
+            self.gone, self.refused = True, str(error)
             log.warning("depthscope records no more at %s: %s. Training goes on.", self.place.run, error)
             return False
         except Exception as error:
             why = getattr(error, "strerror", None) or error
-            self.refused = f"{self.place.run.name} could not be written ({why})"
+            self.refused = f"the run could not be written ({why})"
             self.wait = min(2 * self.wait, _LAST_WAIT)
             self._warn(
                 f"depthscope cannot write to {self.place.run}: {why}. Training goes on; recording does too when the "

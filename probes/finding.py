@@ -8,12 +8,14 @@ from torch import nn
 
 from probes.declared import declared
 from probes.foreign import foreign_sites
+from probes.inline import find_inline, find_sublayers
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.names import matching
+from probes.pipeline import reads_in
 from probes.queries import may_read
 from probes.sites import LayerSite, Place, Sites, unwrap
-from probes.stacks import Stack, find_stacks, find_sublayers, is_norm, is_read, stack_at
+from probes.stacks import Stack, find_stacks, is_norm, is_read, stack_at
 from probes.symbols import Untraceable
 
 _BY_HAND = "name the modules yourself: layers=[patterns of sublayers], norms=[patterns of each layer's norm and the final norm]"
@@ -54,6 +56,8 @@ def find_sites(
             return found
     reads = [module for module in root.modules() if is_read(module)]
     if reads and len(reads) != len(found.layers) + 1:
+        if staged:
+            raise reads_in(root)
         raise RunError(
             f"{type(root).__name__} has {len(found.layers)} layers and {len(reads)} depth reads: expected one read "
             "per layer and the final read."
@@ -63,6 +67,8 @@ def find_sites(
         module for module in root.modules() if isinstance(getattr(module, "depth_output", None), int)
     )
     holders = tuple(module for name, module in _above(root, found.path) if name)
+    ends = found.final is not None and not found.final.is_input
+    receiver = norm if ends and not reads and not staged else None
     sites = Sites(
         root,
         list(found.layers),
@@ -75,6 +81,7 @@ def find_sites(
         norm and norm.module,
         staged=staged,
         named=isinstance(layers, str | Sequence),
+        receiver=receiver,
     )
     return _called(sites)
 
@@ -84,7 +91,11 @@ def _called(sites: Sites) -> Sites:
     that of the model inside."""
     if not hasattr(sites.root, "training_step"):
         return sites
-    places = [sites.final, *(each for s in sites.layers for each in (s.state, s.output, s.after))]
+    places = [
+        sites.final,
+        sites.receiver,
+        *(each for s in sites.layers for each in (s.state, s.output, s.after)),
+    ]
     made = [made for s in sites.layers for made in (s.state_made, s.output_made) if made is not None]
     places += [leaf for each in made for leaf in each.leaves]
     seen = {place.module for place in places if place is not None} | {*sites.reads, *sites.outputs}
@@ -116,12 +127,17 @@ def _only_stack(root: nn.Module, staged: bool) -> Stack | Sites:
         try:
             return _called(foreign_sites(root))
         except Untraceable as other:
-            try:
-                return _joined(root, [find_sublayers(root)])
-            except Untraceable as third:
-                reasons = f"As for depth reads: {other}. As for sublayers without blocks: {third}."
-                raise RunError(f"{error} {reasons}") from None
-    if not own and may_read(root, found):
+            reasons = f"As for depth reads: {other}."
+            for what, find in (
+                ("sublayers without blocks", find_sublayers),
+                ("what it adds up itself", find_inline),
+            ):
+                try:
+                    return _joined(root, [find(root)])
+                except Untraceable as another:
+                    reasons += f" As for {what}: {another}."
+            raise RunError(f"{error} {reasons}") from None
+    if not own and (found.guessed or may_read(root, found)):
         with suppress(Untraceable):
             sites = foreign_sites(root)
             # What reads several streams is no depth read; it may look like one for some of the layers.

@@ -30,7 +30,8 @@ class Term:
     is made from (None: no call does, or it is the traced module's own input), which sums the input and the first
     `given` terms. `tail` is the call whose output is added as it is; None when something comes between, as a gate does.
     `after` is a call that receives the stream with this term just added. `begins`: the state is the module's own input;
-    `changed`: that input was scaled or normed on the way to it; `sums`: it is the state before plus the term before. `state_made` and `made` say how the state and the term come from
+    `changed`: that input was scaled or normed on the way to it; `sums`: it is the state before plus the term before;
+    `scaled`: the stream is scaled or normed between the state and where the term is added, so that it gains something else. `state_made` and `made` say how the state and the term come from
     what is seen, where no call shows them (None: in no way that is known).
     """
 
@@ -45,16 +46,21 @@ class Term:
     sums: bool = False
     state_made: Recipe | None = None
     made: Recipe | None = None
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
 class Flow:
     """The stream through one forward: the name of the argument that carries it, what is added in order, and what else
     happens to it (`change`, empty for a plain sum). `norm` is a last call that only normalises what is handed on. Of
-    several results the stream is number `result`."""
+    several results the stream is number `result`. `start` is a call that returns the stream as
+    it begins within a module, `end` one that is given it when all is added."""
 
     argument: str
     terms: tuple[Term, ...]
     change: str
     norm: Call | None
     result: int = 0
+    start: Call | None = None
+    end: Call | None = None
+    ends: bool = True  # what is returned has been scaled or normed no further than the last term's sum

@@ -217,7 +217,9 @@ class Following:
             with self._faults.guard(TOKEN_WEIGHT.name):
                 found = fetch()
                 step = now.attempt - int(found.get("skips", 0))
-                write_tokens(self._writer.shards, step, found["weight"], self._ids, self._texts)
+                args = self._writer.shards, step, found["weight"], self._ids, self._texts
+                if refused := self._writer.save(lambda: write_tokens(*args)):  # which the writer says
+                    self._faults.missing.setdefault(TOKEN_WEIGHT.name, {"step": step, "cause": refused})
             yield from ()
 
         self._writer.put(write, complete=-1)

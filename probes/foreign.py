@@ -1,5 +1,6 @@
 """The sites of a model whose states are depth reads, found by running it once on a few tokens."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -10,16 +11,19 @@ from probes.columns import columns_of
 from probes.few_tokens import two_tapes
 from probes.found import FoundRead, FoundReads, Replay, Spot
 from probes.given import Given
+from probes.layers import kind_by_name
 from probes.layout import Layer, Read
 from probes.mixes import Mixes, head_counts, widths
-from probes.naming import blocks_of, common_name
+from probes.naming import blocks_of, common_name, is_matrix, stem
 from probes.oddities import oddities
-from probes.replay import Unreplayable, moment_of, replay_of, witness_of
+from probes.replay import DrawsNumbers, Unreplayable, moment_of, replay_of, witness_of
 from probes.sites import LayerSite, Place, Sites, place_of
-from probes.stacks import is_norm, kind_by_name
+from probes.stacks import is_norm
 from probes.symbols import Untraceable
 from probes.tape import Node, Tape
 from probes.walks import Mix, name_of
+
+log = logging.getLogger("depthscope")
 
 
 def foreign_sites(root: nn.Module) -> Sites:
@@ -77,9 +81,17 @@ class _Finding:
 
     def sites(self) -> Sites:
         layers = self._layers()
-        rows, reads, notes = self._rows(layers)
+        rows, reads, failed = self._rows(layers)
+        notes = [f"{label}: {error}" for label, error in failed]
+        final = self._place(self._final) if self._final is not None else None
         if not reads:
-            raise Untraceable(f"its depth reads cannot be computed from what hooks see: {notes[0]}")
+            change = f"depth reads whose weights cannot be computed again ({notes[0]})"
+            if not all(isinstance(error, DrawsNumbers) for _, error in failed):
+                raise Untraceable(f"its depth reads cannot be computed from what hooks see: {notes[0]}")
+            log.warning("depthscope: %s is mixed by %s.", type(self._tape.root).__name__, change)
+            spots = self._embedding_spots()
+            entry = self._as_place(spots[0]) if len(spots) == 1 else None
+            return Sites(self._tape.root, layers, final, [], change=f"mixed by {change}", entry=entry)
         constant = max(sum(self._mixes.is_constant(s) for s in mix.sources) for mix in self._reads)
         columns = columns_of(
             [[self._members(source) for source in mix.sources] or [(0,)] for mix in self._reads],
@@ -103,7 +115,6 @@ class _Finding:
             self._tokens_first,
             self._turned,
         )
-        final = self._place(self._final) if self._final is not None else None
         return Sites(self._tape.root, layers, final, [], change="mixed by depth reads", found=found)
 
     # What is what
@@ -146,25 +157,54 @@ class _Finding:
         if received:
             node = self._mixes.bare(max(received, key=lambda each: each[0])[1])
             if node.index >= last:
-                return self._before_projection(node)
+                return self._behind_layer(node) if node in self._mixes.found else self._before_head(node)
         known = {source for mix in self._reads for source in mix.sources}
         for node in reversed(self._tape.nodes):
             if self._mixes.is_stream(node) and self._mixes.plain(node):
                 bare = self._mixes.bare(node)
                 terms = self._mixes.terms(bare, self._embedding)
-                if bare in self._mixes.found or (len(terms) > 1 and known & {bare, *terms}):
+                if bare in self._mixes.found:
+                    return self._behind_layer(bare)
+                if len(terms) > 1 and known & {bare, *terms}:
                     return bare
         return None
 
-    def _before_projection(self, node: Node) -> Node:
-        """The mix of which a projection alone has made `node`; the node itself where a layer lies between."""
-        reads, each = {mix.node for mix in self._reads}, node
-        while (each := self._mixes.bare(each)) not in reads:
-            slots = [slot for slot, s in enumerate(each.slots) if self._tape.made_from(s, self._embedding)]
-            if len(slots) != 1 or not self._mixes.projects(each, slots[0]):
-                return node
-            each = each.slots[slots[0]]
-        return each
+    def _behind_layer(self, node: Node) -> Node:
+        """What a last layer that no read follows makes of the newest mix, handed to a head without a norm; else the mix."""
+        made = [each for each in self._tape.users if self._tape.made_from(each, node)]
+        streams = [each for each in made if self._mixes.is_stream(each)]
+        newest = max(streams, key=lambda each: each.index, default=node)
+        return self._before_head(self._mixes.bare(newest))
+
+    def _before_head(self, node: Node) -> Node:
+        """The state of which the head alone has made `node`: the newest mix, where no layer lies between."""
+        reads = {mix.node for mix in self._reads}
+        if node in reads or len(self._mixes.terms(node, self._embedding)) > 1:
+            return node
+        before = [each for each in reads if self._tape.made_from(node, each)]
+        newest = max(before, key=lambda each: each.index, default=None)
+        if newest is None:
+            return node
+        lists = {
+            stem(name) for mix in self._reads for s in mix.sources for name in self._parameters(s, reads)
+        }
+        matrices = {name for name, p in self._parameters(node, reads).items() if is_matrix(p)}
+        if not lists & set(map(stem, matrices)) or self._is_projected(node, reads):
+            return self._mixes.carried(newest, node)
+        behind = [each for each in self._tape.ancestors(node) if self._tape.made_from(each, newest)]
+        for each in filter(self._mixes.is_stream, behind):
+            if not lists & set(map(stem, self._parameters(node, {each, *reads}))):
+                return self._mixes.bare(each)
+        return node
+
+    def _is_projected(self, node: Node, reads: set[Node]) -> bool:
+        """Whether a projection alone has made it of a mix."""
+        while (node := self._mixes.bare(node)) not in reads:
+            slots = [slot for slot, s in enumerate(node.slots) if self._tape.made_from(s, self._embedding)]
+            if len(slots) != 1 or not self._mixes.projects(node, slots[0]):
+                return False
+            node = node.slots[slots[0]]
+        return True
 
     def _find_outputs(self) -> list[Node]:
         """What layers add, in order."""
@@ -172,6 +212,8 @@ class _Finding:
         sums += [self._final] if self._final is not None else []
         terms = {term for each in sums for term in self._mixes.terms(each, self._embedding)}
         reads = {mix.node for mix in self._reads}
+        if self._final is not None:
+            reads |= {self._mixes.carried(each, self._final) for each in reads}
         found = [
             t
             for t in terms
@@ -181,7 +223,13 @@ class _Finding:
             and t.value.any()
             and t.func is not None
         ]
-        return sorted((t for t in found if self._tape.made_from(t, self._embedding)), key=lambda t: t.index)
+        outputs, embeddings = [], [self._embedding]
+        for t in sorted(found, key=lambda t: t.index):
+            if any(self._tape.made_from(t, each) for each in embeddings):
+                outputs.append(t)
+            elif any(self._tape.made_from(t, each) for each in self._tape.given):
+                embeddings.append(t)  # a decoder's, which its first layers are made of
+        return outputs
 
     def _is_known(self, source: Node) -> bool:
         """Whether it sums what layers make, and is not made of that for one mix alone, as a projection is."""
@@ -220,9 +268,10 @@ class _Finding:
         made = []
         for index, (output, state) in enumerate(zip(self._outputs, self._states, strict=True), 1):
             everything = self._parameters(output, self._stops - {output})
-            own = self._parameters(output, self._stops - {output} | {state})
+            beyond = {state} - {None}
+            own = self._parameters(output, self._stops - {output} | beyond)
             name = common_name(own) or f"layer {index}"
-            kind = kind_by_name(name.rpartition(".")[2]) or self._kind(name) or "layer"
+            kind = kind_by_name(name.rpartition(".")[2]) or self._kind(name, own) or "layer"
             made.append((name, kind, output, state, tuple(everything.values())))
         blocks = blocks_of([(name, kind) for name, kind, *_ in made])
         return [
@@ -240,13 +289,15 @@ class _Finding:
             )
         ]
 
-    def _kind(self, name: str) -> str | None:
+    def _kind(self, name: str, own: dict[str, nn.Parameter]) -> str | None:
+        """What a module called so is; of one that holds more than the layer, what its `own` parameters say."""
         try:
             module = self._tape.root.get_submodule(name)
         except AttributeError:
             return None
-        inside = " ".join(key for key, _ in module.named_modules())
-        return kind_by_name(type(module).__name__) or kind_by_name(name) or kind_by_name(inside)
+        inside = " ".join(key.removeprefix(name).rpartition(".")[0] for key in own)
+        whole = set(module.parameters()) <= set(own.values())
+        return (whole and kind_by_name(type(module).__name__)) or kind_by_name(name) or kind_by_name(inside)
 
     def _parameters(self, node: Node, stops: set[Node]) -> dict[str, nn.Parameter]:
         """The parameters between `stops` and a node, by name."""
@@ -289,15 +340,19 @@ class _Finding:
                     yield user
                 yield from self._same(user, bare or node)
 
-    def _place(self, node: Node) -> Place | None:
+    def _place(self, node: Node | None) -> Place | None:
         """A state is seen best where it is received."""
+        if node is None:
+            return None
         is_state = node in self._mixes.found or node in self._states
         spot = (self._seen_at(node, before=True) if is_state else None) or self._seen_at(node)
         return self._as_place(spot) if spot is not None else None
 
     # Reads
 
-    def _rows(self, layers: list[LayerSite]) -> tuple[list[Read], list[FoundRead], list[str]]:
+    def _rows(
+        self, layers: list[LayerSite]
+    ) -> tuple[list[Read], list[FoundRead], list[tuple[str, Unreplayable]]]:
         rows, reads, failed = [], [], []
         for label, kind, layer, mix in self._labelled(layers):
             for head in range(mix.heads):
@@ -305,7 +360,7 @@ class _Finding:
                 try:
                     found = self._read(mix, head)
                 except Unreplayable as error:
-                    failed.append(f"{label}{which}: {error}")
+                    failed.append((label + which, error))
                     continue
                 rows.append(Read(label + which, kind, layer, max(1, len(mix.edges))))
                 reads.append(found)
@@ -322,8 +377,13 @@ class _Finding:
             )
             of_layer.setdefault(index, []).append(mix) if index else rest.append(mix)
         alone = 1 not in of_layer and len(of_layer) == len(layers) - 1
-        if alone and self._states[0] is self._embedding and self._receives_embedding():
-            of_layer[1] = [Mix(self._embedding, {}, [])]
+        begins = (
+            alone
+            and self._states[0]
+            and self._mixes.bare(self._states[0]) is self._mixes.bare(self._embedding)
+        )
+        if begins and self._receives_embedding():
+            of_layer[1] = [Mix(self._states[0], {}, [])]
         for site in layers:
             several = of_layer.get(site.layer.index, [])
             for number, mix in enumerate(several, 1):

@@ -73,11 +73,11 @@ def vanished(attempt: Attempt) -> Iterator[Gap]:
 def _after(attempt: Attempt, last: int) -> Iterator[Gap]:
     """What came after step `last`: received but never sealed, or due before a later attempt began."""
     status, reason = attempt.ended
-    how = f" ({reason})" if reason else ""
     if attempt.hidden_from is None:
-        if status != "running" and attempt.received > last:
-            yield Gap(last + 1, attempt.received, f"the recording ended before they were sealed{how}")
+        if status != "running" and attempt.received > last:  # the run's status says how it ended
+            yield Gap(last + 1, attempt.received, "the recording ended before they were sealed")
         return
+    how = f" (it had stopped: {reason})" if reason else ""
     end, due = attempt.hidden_from - 1, attempt.manifest.vectors.next(last)
     if last < end and attempt.received > last:
         yield Gap(last + 1, end, f"the recording ended before they were sealed{how}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from probes.attributed import KEPT, MASS, SHARED
 from probes.found_gates import FoundGates
+from probes.graph import mixed_on_its_way
 from probes.manifest import RunError
 from probes.sites import Place, Sites, put
 
@@ -47,6 +48,8 @@ class Gates:
         self.reached = [read.state is not None for read in found] or [True] * len(self.layout.reads)
         self._sites, self._mass = sites, mass
         self._outputs: dict[int, Tensor] = {}
+        self._ended: Tensor | None = None  # what the last block returned, until the final norm has it
+        self._states: list[Tensor] = []  # of a forward that is watched
         self._turns: Counter = Counter()
         self._found = FoundGates(sites.found, self._mixed) if sites.found is not None else None
 
@@ -63,11 +66,23 @@ class Gates:
             self._forget()
 
     @property
+    def ends_unseen(self) -> bool:
+        """Whether in the latest forward no norm was given what the last block returned."""
+        return self._ended is not None
+
+    def ends_alone(self, target: Tensor) -> bool:
+        """Whether that went into the target, as the graph of a watched forward has it, with no other state mixed into it."""
+        nodes = [each.grad_fn for each in self._states if each.grad_fn is not None]
+        return not mixed_on_its_way(self._ended, nodes, target)
+
+    @property
     def outputs(self) -> dict[int, Tensor]:
         """The sources of the latest forward, by number, as far as they were seen."""
         return self._outputs
 
     def _forget(self, *_) -> None:
+        self._ended = None
+        self._states.clear()
         self._outputs.clear()
         self._turns.clear()
         if self._found is not None:
@@ -97,7 +112,9 @@ class Gates:
             for row, site in enumerate(sites.layers):
                 yield self._at(site.state, lambda x, row=row, given=site.given: self._state(x, row, given))
             last = len(sites.layers)
-            yield self._at(sites.final, lambda x: self._state(x, last, last + 1))
+            yield self._at(sites.final, lambda x: self._leave(x, last))
+            if sites.receiver is not None:
+                yield self._at(sites.receiver, lambda x: self._receive(x, last))
 
     def _output(self, x: Tensor, row: int) -> Tensor:
         if self._sites.reads and x.ndim > 3:
@@ -120,10 +137,26 @@ class Gates:
         sources = [self._outputs[source].view_as(x) for source in range(given)]
         if self.watch is not None:
             self.watch(row, sources, None, x)
+            self._states.append(x)
         if (gates := self._gates(row)) is not None:
             for source, output in enumerate(sources):
                 x = x + _column(gates[..., source] - 1, x) * output
             x = x * _column(_any(gates[..., :given]), x)
+        return x
+
+    def _leave(self, x: Tensor, last: int) -> Tensor:
+        x = self._state(x, last, last + 1)
+        self._ended = None if self._sites.final.is_input else x
+        return x
+
+    def _receive(self, x: Tensor, last: int) -> Tensor:
+        """What the final norm is given should be what the last block returns, if it has the stream's shape: whoever watches
+        is told."""
+        ended = self._ended
+        if ended is not None and x.shape == ended.shape:
+            self._ended = None
+            if self.watch is not None and x is not ended:
+                self.watch(last, [self._outputs[source].view_as(x) for source in range(last + 1)], None, x)
         return x
 
     def _mixed(self, row: int, sources: list[Tensor], weight: list[Tensor], mix: Tensor) -> Tensor:

@@ -19,15 +19,26 @@ class Given:
     mixed: Sequence[Node]
     stops: set[Node]
 
-    def to(self, output: Node) -> Node:
-        """What the layer that makes `output` is given: the newest mix, sum or embedding that it was made from."""
+    def to(self, output: Node) -> Node | None:
+        """What the layer that makes `output` is given: the newest mix, sum or embedding that it was made from. None where
+        it is given more than that, and no plain sum of them."""
         mixed = {self.mixes.carried(each, output) for each in self.mixed if self.tape.made_from(output, each)}
         every = {*mixed, *self.mixed, *self.stops}
         before = (each for each in every if self.tape.made_from(output, each))
         newest = max(before, key=lambda each: each.index)
         if newest in self.outputs and self._goes_past(newest, output):
-            return self._sum_with(newest, output) or newest
-        return newest
+            return self._sum_with(newest, output)
+        return self._received(newest, output)
+
+    def _received(self, state: Node, output: Node) -> Node:
+        """The same values as a layer alone has them, as behind an attention kernel that weighs one source: their gradient
+        is the layer's own."""
+        alike = [each for each in self.tape.ancestors(output) if self._is_copy(each, state)]
+        return next((each for each in reversed(alike) if not self._goes_past(each, output)), state)
+
+    def _is_copy(self, node: Node, state: Node) -> bool:
+        made = self.tape.made_from(node, state) and self.mixes.is_stream(node)
+        return made and self.mixes.bare(node) is self.mixes.bare(state)
 
     def _goes_past(self, state: Node, output: Node) -> bool:
         """Whether a layer is given another source beside `state`, which is then no more than a part of its state."""
@@ -44,7 +55,7 @@ class Given:
 
     def _sum_with(self, newest: Node, output: Node) -> Node | None:
         """The plain sum of `newest` and older sources that a layer receives, where no read mixes them."""
-        known = {self.embedding, *self.outputs}
+        known = {self.embedding, *self.outputs, *self.mixed}
         made = [each for each in self.tape.ancestors(output) if self.tape.made_from(each, newest)]
         for each in sorted(made, key=lambda each: each.index):
             if each is newest or not self.mixes.is_stream(each):

@@ -7,22 +7,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probes.sample import Sample
-
 TOLERANCE = 1e-3
 _ROUNDINGS = 4  # units in the last place
 
 
-def identity_error(sample: Sample, given: Tensor) -> Tensor:
-    """How far each state is from the sum of its first `given` sources, relative to the state, [L+1] on the device.
+def identity_error(states: Tensor, outputs: Tensor, given: Tensor) -> Tensor:
+    """How far each of `states` [L+1, n] is from the sum of its first `given` of `outputs` [L+1, n], relative to the state,
+    [L+1] on the device.
 
     NaN for a state that was not seen, or one of whose sources was not.
     """
-    state, output = sample.state.nan_to_num(), sample.output.nan_to_num()
-    sums = output.cumsum(0)[given - 1]
-    error = (state - sums).norm(dim=1) / state.norm(dim=1)
-    unseen = sample.output[:, 0].isnan().cumsum(0)[given - 1] > 0
-    return error.masked_fill(unseen | sample.state[:, 0].isnan(), torch.nan)
+    known = states.nan_to_num()
+    sums = outputs.nan_to_num().cumsum(0)[given - 1]
+    error = (known - sums).norm(dim=1) / known.norm(dim=1)
+    unseen = outputs[:, 0].isnan().cumsum(0)[given - 1] > 0
+    return error.masked_fill(unseen | states[:, 0].isnan(), torch.nan)
 
 
 def first_broken(errors: np.ndarray, allowed: float) -> int | None:

@@ -7,20 +7,19 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from probes.clock import Clock
 from probes.faults import Faults
-from probes.gradients import NORMS, GradientNorms
+from probes.gradients import NORMS
 from probes.merging import END
 from probes.mirrors import Mirror
 from probes.sampled import SAMPLED_METRICS
 from probes.scalars import Scalars
 from probes.scaling import LossScale
-from probes.taps import Taps
-from probes.together import Done, Found, Said, Together
-from probes.updates import Updates
+from probes.taps import MATRICES
+from probes.together import Found, Handed, Said, Together
 from probes.vocabulary import GRADIENTS
+from probes.watched import Watch
 from probes.writer import RunWriter
 
 Told = Callable[[int, dict, dict, dict], Iterable]
@@ -54,8 +53,8 @@ class Joint:
         """The last step of which no more rows will come from other processes."""
         return self._together.settled
 
-    def put(self, taps: Taps, gradients: GradientNorms, updates: Updates, skipped: Tensor | None) -> None:
-        """Hand this step's sums over, to be merged with those of the others; of `skipped` attempts before it."""
+    def put(self, watch: Watch) -> None:
+        """Hand this step's sums over, to be merged with those of the others."""
         now, scale = self._clock.now, self._scale
         if not self._together.parallel.known:
             untold = RuntimeError("nothing tells what becomes of the gradients of several processes")
@@ -65,7 +64,7 @@ class Joint:
         given = {"skips": now.skips, "scale": scale.value, "vain": vain}
         own = {name: value for name, value in given.items() if value is not None}
         if scale.given or vain is not None:
-            own["skipped"] = torch.zeros(()) if skipped is None else skipped
+            own["skipped"] = torch.zeros(()) if watch.skipped is None else watch.skipped
 
         def done(found: Found | None, own: dict, why: str, said: Said) -> None:
             step = now.attempt - int(own.get("skips", 0))
@@ -85,41 +84,34 @@ class Joint:
             sample = {} if missing & set(SAMPLED_METRICS) else sample
             self._write([*said, *self._told(step, metrics, counts, sample)], step - 1)
 
-        self._hand(now.attempt, taps, gradients, updates, self._faults.now, own, done)
+        wrong = frozenset(self._faults.now)
+        self._together.hand(
+            Handed(now.attempt, watch.mode == MATRICES, watch, done, wrong, own, self._said())
+        )
 
-    def put_last(self, taps: Taps, gradients: GradientNorms, updates: Updates) -> None:
+    def put_last(self, watch: Watch) -> None:
         """What was logged since the last recorded step, where another process than rank 0 knows the loss. Nothing else is taken
         of what was measured since."""
         if not self._together.staged:
             return
-        taps.tally.reset()
-        gradients.reset()
+        watch.forget()
 
         def done(found: Found | None, own: dict, why: str, said: Said) -> None:
             if said:
                 self._write(said, -1)
 
-        self._hand(END, taps, gradients, updates, set(), {}, done)
+        self._together.hand(Handed(END, False, watch, done, said=self._said()))
 
     def close(self, status: str) -> bool:
         """Whether all that was handed over has been merged."""
         return self._together.close(status)
 
-    def _hand(
-        self,
-        number: int,
-        taps: Taps,
-        gradients: GradientNorms,
-        updates: Updates,
-        faults: set[str],
-        own: dict,
-        done: Done,
-    ) -> None:
-        said = []
-        if self._together.speaks:
-            pending = [each for each in self._scalars.take() if each[0] in self._scalars.logged]
-            said = [(name, moment.attempt, value) for name, moment, value in pending]
-        self._together.hand(number, taps, gradients, updates, faults, own, done, said)
+    def _said(self) -> Said:
+        """What was logged here, where this process tells rank 0 of it."""
+        if not self._together.speaks:
+            return []
+        pending = [each for each in self._scalars.take() if each[0] in self._scalars.logged]
+        return [(name, moment.attempt, value) for name, moment, value in pending]
 
     def _write(self, rows: list, complete: int) -> None:
         rows = rows if self._mirror is None else self._mirror.watch(rows)

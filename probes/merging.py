@@ -162,4 +162,5 @@ class Merging:
 def _short(error: Exception) -> str:
     # Gloo begins with the place in its own source.
     text = re.sub(r"^\[[^]]*\] ", "", (str(error) or type(error).__name__).splitlines()[0])
+    text = text.partition(". This is typically")[0]  # it guesses at the cause
     return text if len(text) < 120 else f"{text[:120]}…"

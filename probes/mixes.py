@@ -99,7 +99,7 @@ class Mixes(Walks):
             return None
         if not self.sums:
             return "no state in it is a weighted sum of several sources"
-        return "its streams are scaled, gated or mixed on their way, which is no depth read: see its recovered mixing"
+        return "its streams are summed, scaled, gated or mixed on their way, which is no depth read"
 
     def _carries_on(self, mix: Mix) -> bool:
         """Whether all that is mixed, but the oldest, goes on with what was mixed before."""
@@ -231,6 +231,8 @@ class Mixes(Walks):
         if len(operands) == 1 and node.slots[operands[0][0]].tensor.numel() == node.tensor.numel():
             return [node]  # scaled or dropped out: what is added is this
         found = [term for slot, _ in operands for term in self.terms(node.slots[slot], stop)]
+        if any(each.tensor.numel() > self.size for each in found):
+            return [node]  # cut out of something longer, as padding is off a convolution
         some = [each for each in dict.fromkeys(found) if each.value.any()]
         made = [each for each in some if self.is_stream(each)]
         if len(some) > len(made) == 1 and stop is not None and self.tape.made_from(made[0], stop):

@@ -47,7 +47,8 @@ def recover(
     has more sources than a quarter of the width; a weight or share that rounding could have moved by more than 1e-4 (in
     16 bits: 2e-2), for its source is tiny or the condition bad; a weight that what the sources leave unexplained of the
     state could have moved as far, for it is no mix of them then; the weight of a source that is zero at half of the
-    tokens or more (elsewhere the mean is over the others).
+    tokens or more (elsewhere the mean is over the others). At a token whose state is zero, sources that are not have the
+    weight zero.
     """
     rows, _, width = states.shape
     unseen = np.isnan(outputs).all((1, 2))
@@ -74,11 +75,13 @@ def recover(
     moved *= noise / 4 * np.sqrt(given / width)[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         far, astray = moved / length, other / length  # infinitely far for a source that is zero
+    # Of sources that are not zero a state that is, as where dropout took all weights, surely has nothing.
+    far, astray = (np.where(np.isposinf(length), 0, each) for each in (far, astray))
     places = np.ix_(solved, np.arange(count))
     exists = np.arange(count) < given[:, None]
     blank["mixing_weight"][places] = np.where(exists, _mean(weight, far, limit, astray), np.nan)
     blank["mixing_share"][places] = np.where(exists, _mean(share, moved, limit), np.nan)
-    zero = np.isnan(r2)  # a state that is, as that of a padding token
+    zero = np.isnan(r2)  # a state that is: there is nothing to explain
     told = np.where(zero, 0, r2).sum(0), (~zero).sum(0)
     blank["mixing_r2"][solved] = np.divide(*told, out=np.full(len(given), np.nan), where=told[1] > 0)
     blank["mixing_condition"][solved] = np.median(condition, 0)

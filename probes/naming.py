@@ -42,3 +42,14 @@ def _group(name: str) -> str:
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
     return ".".join(parts[: number + 1])
+
+
+def stem(name: str) -> str:
+    """The list that a parameter belongs to; the outermost module where it belongs to none."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), 1)
+    return ".".join(parts[:number])
+
+
+def is_matrix(p: nn.Parameter) -> bool:
+    return p.ndim > 1 and min(p.shape) > 1

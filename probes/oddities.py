@@ -1,10 +1,11 @@
 """What is odd about a model with found depth reads: things seen in real code that are survived, and named."""
 
 from collections.abc import Callable, Sequence
-from itertools import combinations, pairwise, zip_longest
+from itertools import pairwise, zip_longest
 
 from torch import nn
 
+from probes.columns import agree
 from probes.tape import Node, Tape
 from probes.walks import Mix
 
@@ -31,7 +32,7 @@ def oddities(
     if any(set(a) < set(b) for a, b in pairwise(members) if a):
         notes.append("cumulative sources: a later source sums an earlier one again")
     columns = zip_longest(*([members_of(source) for source in mix.sources] for mix in reads), fillvalue=())
-    if any(not set(a) & set(b) for column in columns for a, b in combinations(filter(None, column), 2)):
+    if not all(map(agree, columns)):
         notes.append("reads of different sources: a column counts places among the sources of its read")
     detached = {
         edge.source

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from probes.manifest import RunError
-from probes.pipeline import Pipeline
+from probes.pipeline import Stage
 
 try:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -64,6 +64,20 @@ def reshard(root: nn.Module) -> None:
             module.reshard()
 
 
+def judge_wrappers(model: object) -> None:
+    """Raises RunError for a model in a wrapper that cannot be followed."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
+        raise RunError(
+            "FullyShardedDataParallel shows no parameter whole, and cannot be recorded: use fully_shard, which followed it."
+        )
+    if any(hasattr(parameter, "_st_info") for module in modules for parameter in module.parameters(False)):
+        raise RunError(
+            "DistributedDataParallel over a model with DTensors makes new parameters in each forward, which neither an "
+            "optimizer nor a recorder can follow: use fully_shard."
+        )
+
+
 def is_parallel(module: nn.Module) -> bool:
     """Whether a module works on DTensors."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
@@ -71,39 +85,30 @@ def is_parallel(module: nn.Module) -> bool:
 
 class Parallel:
     """Of the model of one recording, among `world` processes. `model` is what the user handed over, `root` what is in it;
-    of a `pipeline` it is one stage. `first` is the rank that tells of what all hold that train the same layers."""
+    of a pipeline it is one `stage`. `first` is the rank that tells of what all hold that train the same layers."""
 
-    def __init__(
-        self, model: nn.Module, root: nn.Module, rank: int, world: int, pipeline: Pipeline | None = None
-    ):
+    def __init__(self, model: nn.Module, root: nn.Module, rank: int, world: int, stage: Stage | None = None):
         self.rank, self.world, self.first = rank, world, 0
-        self._pipeline = pipeline
-        self._stages = 1 if pipeline is None else pipeline.count
+        self._stage = stage
+        self._team = 1 if stage is None else stage.processes  # that hold one model together
         self._root = root
         self._tells: dict[tuple, bool] = {}
         self._ddp = _wrapper(model)
         self._fsdp = [module for module in root.modules() if isinstance(module, FSDPModule)]
 
     @classmethod
-    def of(cls, model: nn.Module, root: nn.Module, pipeline: Pipeline | None = None) -> "Parallel | None":
-        """None where nobody else trains. Raises RunError for what cannot be followed."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    def of(cls, model: nn.Module, root: nn.Module, stage: Stage | None = None) -> "Parallel | None":
+        """None where nobody else trains."""
+        if not (dist.is_available() and dist.is_initialized()):
             return None
-        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-            raise RunError(
-                "FullyShardedDataParallel shows no parameter whole, and cannot be recorded: use fully_shard, which followed it."
-            )
-        if any(hasattr(parameter, "_st_info") for parameter in root.parameters()):
-            raise RunError(
-                "DistributedDataParallel over a model with DTensors makes new parameters in each forward, which neither an "
-                "optimizer nor a recorder can follow: use fully_shard."
-            )
-        return cls(model, root, dist.get_rank(), dist.get_world_size(), pipeline)
+        if dist.get_world_size() == 1 and (stage is None or stage.count == 1):
+            return None
+        return cls(model, root, dist.get_rank(), dist.get_world_size(), stage)
 
     @property
     def known(self) -> bool:
         """Whether torch averages the gradients, or none need be: nothing else tells what becomes of them."""
-        alone = self.world == self._stages > 1
+        alone = self._stage is not None and self.world == self._team
         return alone or self._ddp is not None or any(isinstance(p, DTensor) for p in self._root.parameters())
 
     def look(self) -> None:
@@ -119,7 +124,7 @@ class Parallel:
             return max(_data_of(module) for module in self._fsdp)
         if self._ddp is not None:
             return torch.distributed.get_world_size(self._ddp.process_group)
-        return 1 if self.known else self.world // self._stages
+        return 1 if self.known else self.world // self._team
 
     @property
     def divisor(self) -> float:
@@ -129,12 +134,12 @@ class Parallel:
             _state(module).gradient_divide_factor for module in self._fsdp if _state(module) is not None
         ]
         found = next((factor for factor in factors if factor is not None), self.data)
-        return found if self._pipeline is None else found * self._pipeline.factor
+        return found if self._stage is None else found * self._stage.factor
 
     @property
     def copies(self) -> int:
         """How many processes see the same sequence."""
-        return max(self.world // (self.data * self._stages), 1)
+        return max(self.world // (self.data * self._team), 1)
 
     @property
     def holds_back(self) -> bool:
@@ -183,7 +188,7 @@ class Parallel:
             if isinstance(p, DTensor)
         }
         told = [{"shape": list(shape), "names": list(names)} for shape, names in sorted(meshes)]
-        stages = {} if self._pipeline is None else {"stages": self._stages}
+        stages = {} if self._stage is None else {"stages": self._stage.count}
         return {"by": wrappers, "data": self.data, "meshes": told} | stages
 
     def _of_first(self, mesh: DeviceMesh) -> bool:

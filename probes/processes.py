@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -33,7 +33,7 @@ _meetings = 0
 @dataclass(frozen=True)
 class Agreed:
     """What the processes agreed on: the attempt to write, and when it was begun. `group` sums on the host, None where values are
-    not merged. `stages` are those of a pipeline in order, in JSON, and `holds` says which of them each rank has."""
+    not merged. `stages` are those of a pipeline in order, in JSON, and `holds` the numbers of those that each rank has."""
 
     rank: int
     world: int
@@ -42,18 +42,17 @@ class Agreed:
     created: float
     group: object | None
     stages: tuple[dict, ...] = ()
-    holds: tuple[int, ...] = ()
+    holds: tuple[tuple[int, ...], ...] = ()
 
     @property
     def teams(self) -> list[list[int]]:
-        """Ranks that hold the whole model together, a stage each, in the order of their ranks; each by itself where there are
-        no stages."""
+        """Ranks that hold the whole model together, in the order of their ranks; each by itself where there are no stages."""
         if not self.stages:
             return [[rank] for rank in range(self.world)]
-        by_stage = [
-            [rank for rank, held in enumerate(self.holds) if held == s] for s in range(len(self.stages))
+        alike = [
+            [rank for rank, held in enumerate(self.holds) if held == each] for each in sorted(set(self.holds))
         ]
-        return [list(team) for team in zip(*by_stage, strict=True)]
+        return [list(team) for team in zip(*alike, strict=True)]
 
     @property
     def first(self) -> int:
@@ -63,22 +62,27 @@ class Agreed:
     @property
     def speaker(self) -> int:
         """The rank that knows the loss."""
-        return self.holds.index(len(self.stages) - 1) if self.stages else 0
+        last = len(self.stages) - 1
+        return next((rank for rank, held in enumerate(self.holds) if last in held), 0)
 
 
-def meet(ranks: str, model: nn.Module) -> "Meeting | None":
-    """A meeting of all processes, None where this one records by itself. Raises RunError for other words than there are, and
-    for a model that takes all processes where one records."""
+def meet(ranks: str, modules: Sequence[nn.Module]) -> "Meeting | None":
+    """A meeting of all processes, None where this one records by itself. Of a pipeline, `modules` are the stages of this one.
+    Raises RunError for other words than there are, and for a model that takes all processes where one records."""
     if ranks not in (MERGED, LOCAL, ONE):
         raise RunError(
             f"ranks is {ranks!r}: give {MERGED!r} (values of all processes together), {LOCAL!r} (each process its own) or "
             f"{ONE!r} (only this process records)."
         )
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if len(modules) > 1 and ranks != MERGED:
+        raise RunError(
+            f"ranks={ranks!r} records one stage of a pipeline in each process, and this one has {len(modules)}: leave it out."
+        )
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == len(modules) == 1:
         return None
     if ranks == ONE:
         # A forward of it, as to find layers or to follow tokens, would wait for the others for ever.
-        if isinstance(model, nn.Module) and is_parallel(model):
+        if any(isinstance(module, nn.Module) and is_parallel(module) for module in modules):
             raise RunError(
                 f"Of this model each process holds a part, so that one alone cannot record it: call probes.record on every "
                 f"process, with ranks={LOCAL!r} for values of each alone."
@@ -114,10 +118,10 @@ class Meeting:
         schedules: object,
         step: int,
         claim: Callable[[list[dict]], tuple[int, float]],
-        stage: dict | None = None,
+        stages: Sequence[dict] = (),
     ) -> Agreed | None:
         """Rank 0 calls `claim` when all are there and agree, and tells what it gives: attempt and time. None where each
-        process has a path of its own: then each records a run of its own. `stage` is what this one has of a pipeline; `claim`
+        process has a path of its own: then each records a run of its own. `stages` are what this one has of a pipeline; `claim`
         is called with those of all, none where there is no pipeline.
 
         Raises RunError on every process where one does not come, where they do not fit together, or where the
@@ -129,7 +133,7 @@ class Meeting:
             "schedules": _digest(schedules),
             "step": step,
             "values": self.values,
-            "stage": stage,
+            "stages": list(stages),
         }
         self._tell(mine)
         if self.rank == 0:
@@ -160,7 +164,7 @@ class Meeting:
             answer["created"],
             group,
             tuple(answer["stages"]),
-            tuple(answer["holds"]),
+            tuple(map(tuple, answer["holds"])),
         )
 
     def _judge(self, told: list[dict]) -> dict:
@@ -169,16 +173,17 @@ class Meeting:
             if "error" in each:
                 raise RunError(f"{each['error']} (Rank {rank} says so.)" if rank else each["error"])
         paths = [each["path"] for each in told]
-        if len(set(paths)) == self.world:
+        if len(set(paths)) == self.world > 1:
             return {"apart": True}
         for what, sentence in _DIFFERENCES.items():
-            if what == "layout" and (self.values == LOCAL or told[0]["stage"]):
+            if what == "layout" and (self.values == LOCAL or told[0]["stages"]):
                 continue
             odd = [rank for rank, each in enumerate(told) if each[what] != told[0][what]]
             if odd:
                 raise RunError(f"Rank {odd[0]} {sentence}")
-        stages = None if self.values == LOCAL else judge([each["stage"] for each in told])
-        return {"stages": stages or [], "holds": [each["stage"]["index"] for each in told] if stages else []}
+        held = [each["stages"] for each in told]
+        stages = [] if self.values == LOCAL else judge(held)
+        return {"stages": stages, "holds": [[stage["index"] for stage in each] for each in held]}
 
     def _tell(self, what: dict) -> None:
         self._told = True

@@ -26,6 +26,6 @@ def may_read(root: nn.Module, stack: Stack) -> bool:
                 or 1 in p.shape
                 or (p.ndim == 2 and p not in inside and len(p) <= 2 * len(stack.layers) + 4)
             )
-            if slim and p.ndim <= 3 and p.shape[-1] in widths:
+            if slim and p.ndim <= 3 and (p.shape[-1] in widths or p.numel() in widths & {*p.shape}):
                 return True
     return False

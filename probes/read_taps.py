@@ -105,7 +105,7 @@ def _error(
     else:
         parts = torch.stack([_few(source) for source in sources])
         made = (weights.flatten(1)[:, :_TOKENS].unsqueeze(-1).float() * parts).sum(0)
-    dtypes = {weights.dtype, mix.dtype, *(source.dtype for source in sources)}
+    dtypes = {weights.dtype, mix.dtype, state.dtype, *(source.dtype for source in sources)}
     coarsest = max(dtypes, key=lambda each: torch.finfo(each).eps)
     return _apart(made, state), tolerance(coarsest)
 

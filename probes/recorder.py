@@ -4,37 +4,29 @@ import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from probes.backwards import Backwards
 from probes.clock import Clock, Moment
 from probes.edges import EDGE_METRICS
 from probes.ending import Ending, describe, finishing
 from probes.faults import Faults
 from probes.flush import start_copy
 from probes.following import Decode, Following
-from probes.gradients import NORMS, GradientNorms
-from probes.hooks import Hook
 from probes.joint import Joint
 from probes.manifest import Manifest
-from probes.masks import Masks
 from probes.mirrors import Mirror
-from probes.parallel import Parallel
-from probes.pipeline import Pipeline
 from probes.samples import Samples
 from probes.scalars import Scalars
 from probes.scaling import LossScale
 from probes.schedule import Schedule
 from probes.selfcheck import SelfCheck
-from probes.sites import Sites
-from probes.statistics import DEPTH_METRICS
-from probes.tally import ACTIVATIONS
-from probes.taps import MATRICES, OFF, VECTORS, Taps
+from probes.taps import MATRICES, OFF, VECTORS
 from probes.together import Together
-from probes.updates import UPDATE_RATIO, Updates
 from probes.vocabulary import GRADIENTS, METRICS
+from probes.watched import Part, Watch
 from probes.writer import RunWriter
 
 log = logging.getLogger("depthscope")
@@ -45,21 +37,17 @@ class Recorder:
 
     def __init__(
         self,
-        sites: Sites,
+        parts: Sequence[Part],
         writer: RunWriter,
         manifest: Manifest,
         optimizers: list[torch.optim.Optimizer],
         scale: LossScale,
-        masks: Masks,
         faults: Faults,
         seconds: float,
         mirror: Mirror | None,
-        parallel: Parallel | None = None,
         together: Together | None = None,
-        pipeline: Pipeline | None = None,
     ):
-        self._pipeline = pipeline
-        self._mirror, self._parallel = mirror, parallel
+        self._mirror = mirror
         self._following: Following | None = None
         self._writer, self._manifest, self._optimizers = writer, manifest, optimizers
         self._scale, self._faults = scale, faults
@@ -70,7 +58,7 @@ class Recorder:
         self._retry = OFF  # a look was in vain, for the update was skipped on the device
         self._closed = False
         # What is told is of the whole model, of which this process may have one stage.
-        whole = sites if together is None else together.sites
+        whole = parts[0].sites if together is None else together.sites
         self._selfcheck = SelfCheck(whole)
         self._samples = Samples(whole, faults, self._selfcheck)
         self._owed = False  # the writer waits to hear that the recorded step is complete
@@ -83,12 +71,9 @@ class Recorder:
         )
         self._stepped_at = time.perf_counter()
         self._began = self._stepped_at - seconds  # of a clock that nobody sets, as if there had been no pause
-        senders, copies = (1, 1) if together is None else (together.merging.senders, parallel.copies)
-        self._taps = Taps(sites, masks, faults, senders, copies, pipeline)
-        self._skipped: torch.Tensor | None = None  # attempts at this step that the scaler skipped
-        self._sites = sites
-        self._watch_parameters()
-        self._taps.mode = self._mode(manifest.step)
+        senders = 1 if together is None else together.merging.senders
+        self._watch = Watch(parts, faults, scale, self._clock, together is not None, senders)
+        self._watch.mode = self._mode(manifest.step)
         self._hooks = [
             hook
             for optimizer in optimizers
@@ -97,11 +82,6 @@ class Recorder:
                 optimizer.register_step_post_hook(lambda it, *_: self._after_update(it)),
             )
         ]
-        if parallel is not None and not parallel.known:
-            look = Hook(lambda *_: None if torch.compiler.is_compiling() else parallel.look())
-            self._hooks.append(sites.called.register_forward_pre_hook(look))
-        if pipeline is not None:
-            pipeline.watch(self._reduced)
         self._ending = Ending(self.close, early=writer.uploads)
 
     # What a training script calls
@@ -116,10 +96,10 @@ class Recorder:
         """Record the next training step with matrices, whatever the schedule says."""
         if self._closed:
             return
-        if self._taps.seen:
+        if self._watch.seen:
             self._asked = True
         else:
-            self._taps.mode = MATRICES
+            self._watch.mode = MATRICES
 
     def step(self) -> None:
         """An optimizer step is complete. The optimizer's hook calls it; call it yourself without one."""
@@ -127,36 +107,29 @@ class Recorder:
             return
         now = time.perf_counter()
         with self._faults.guard(*METRICS):
-            if self._taps.mode != OFF and (self._taps.seen or self._joint is not None):
+            if self._watch.mode != OFF and (self._watch.seen or self._joint is not None):
                 self._keep_own(now)
                 if not self._optimizers:
-                    self._scale.unknown = self._taps.half and not self._scale.given
+                    self._scale.unknown = self._watch.half and not self._scale.given
                 if self._joint is None:
-                    self._put(self._measured(), self._taps.counts(), self._samples.of(self._taps, self._step))
+                    taps = self._watch.first.taps
+                    self._put(self._measured(), taps.counts(), self._samples.of(taps, self._step))
                 else:  # with data or without: the others wait for the sums of this process
-                    self._joint.put(self._taps, self._gradients, self._updates, self._skipped)
+                    self._joint.put(self._watch)
                     self._put()
                 self._owed = True
             elif self._owed or self._scalars.due(now):
                 self._put()
                 self._owed = False
-        if self._taps.mode != OFF:
-            self._selfcheck.step(self._taps, self._backwards.reached)
-            self._taps.reset()
-            self._taps.follow()
-            self._gradients.reset()
-            self._backwards.reset()
-            if self._gradients.replaced():
-                self._backwards.detach()
-                self._watch_parameters()
+        if self._watch.mode != OFF:
+            self._watch.begin(self._selfcheck)
             self._scale.reset()
             self._faults.reset()
-            self._skipped = None
         self._clock.advance()
         self._stepped_at = now
-        self._taps.seen = False
+        self._watch.advance()
         retry, self._retry = self._retry, OFF
-        self._taps.mode = max(self._mode(self._step), retry)
+        self._watch.mode = max(self._mode(self._step), retry)
         if self._following is not None:
             self._following.begin(self._step)
             if not self._optimizers:
@@ -171,25 +144,22 @@ class Recorder:
 
     def _close(self, status: str, reason: str) -> None:
         self._closed = True
-        if not self._optimizers and self._step == self._manifest.step and self._taps.seen:
+        if not self._optimizers and self._step == self._manifest.step and self._watch.seen:
             log.warning(
                 "depthscope saw no optimizer step, so nothing but logged scalars was recorded: "
                 "pass optimizer= to probes.record, or call recorder.step() after each update."
             )
-        self._taps.detach()
+        self._watch.detach()
         if self._following is not None:
             self._following.detach()
-        self._backwards.detach()
         for hook in self._hooks:
             hook.remove()
-        if self._pipeline is not None:
-            self._pipeline.release()
         self._ending.release()
         try:
             self._put()
             if self._joint is not None:
-                self._taps.mode = OFF
-                self._joint.put_last(self._taps, self._gradients, self._updates)
+                self._watch.mode = OFF
+                self._joint.put_last(self._watch)
         finally:
             if self._joint is not None and not self._joint.close(status):
                 self._writer.lose(self._step, "the other processes did not answer before the end")
@@ -209,15 +179,15 @@ class Recorder:
     @property
     def nbytes(self) -> int:
         """Memory held on the model's device between steps, in bytes."""
-        return self._taps.nbytes + self._updates.nbytes
+        return self._watch.nbytes
 
     # One step
 
     def _follow(self, steps: Schedule, decode: Decode | None) -> None:
         """Take a snapshot of two sequences at each of `steps`."""
-        clock, taps = self._clock, self._taps
+        clock, part = self._clock, self._watch.first.part
         self._following = Following(
-            self._sites, steps, decode, taps.masks, self._faults, self._writer, lambda: clock.now
+            part.sites, steps, decode, part.masks, self._faults, self._writer, lambda: clock.now
         )
         # Where a forward takes all processes, all follow their sequences, and rank 0 alone tells.
         self._following.silent = self._joint is not None and self._writer.rank > 0
@@ -232,64 +202,17 @@ class Recorder:
             self.step()  # the other optimizers stay out of that one
         if self._following is not None:
             self._following.take()
-        if self._taps.mode == OFF or not self._taps.seen:
+        if self._watch.mode == OFF or not self._watch.seen:
             return
         if kwargs.get("closure") is not None or args[1:2] not in ((), (None,)):
             return  # its backward pass is still to come, perhaps the last of several
         with self._faults.guard("clip_factor"):
-            now = self._scale.at_step(optimizer)
-            if self._backwards.counts:
-                self._gradients.take(optimizer, self._scale.value, now)
-        self._backwards.close()
+            self._watch.take(optimizer, self._scale.at_step(optimizer))
+        self._watch.close()
 
     def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
         if self._clock.stepped(optimizer):
             self.step()
-
-    def _watch_parameters(self) -> None:
-        shared = self._parallel if self._joint is not None else None
-        self._gradients, self._updates = GradientNorms(self._sites, shared), Updates(self._sites, shared)
-        self._backwards = Backwards(
-            self._gradients.watched(),
-            lambda: self._taps.mode != OFF,
-            self._restart,
-            self._backward_ended,
-            self._taps.forget_gradients,
-            blind=lambda: self._parallel is not None and self._parallel.holds_back,
-            late=self._parallel is not None,
-        )
-        self._taps.gradients.arrives = self._backwards.arrives
-
-    def _backward_ended(self, counts: bool) -> None:
-        with self._faults.guard(*ACTIVATIONS, *DEPTH_METRICS, *EDGE_METRICS):
-            if not counts:
-                self._taps.drop()
-                return
-            self._taps.commit()
-        if self._pipeline is None:
-            self._measure()
-
-    def _reduced(self) -> None:
-        """The gradients of all micro-batches of a pipeline are complete."""
-        if self._taps.mode != OFF and self._taps.seen and self._backwards.counts:
-            self._measure()
-
-    def _measure(self) -> None:
-        with self._faults.guard(*NORMS):
-            # Parameters change slowly, and reading them all takes as long as reading all gradients.
-            self._gradients.measure(parameters=self._taps.mode == MATRICES)
-            with self._faults.guard(UPDATE_RATIO):
-                self._updates.before(self._clock.now.attempt)
-        with self._faults.guard(*GRADIENTS):
-            if self._gradients.squares is not None:
-                self._scale.at_backward(self._gradients.squares)
-
-    def _restart(self) -> None:
-        with self._faults.guard(*METRICS):
-            self._taps.restart()
-            if self._scale.given:
-                lost = (~self._gradients.finite()).float()
-                self._skipped = lost if self._skipped is None else self._skipped + lost
 
     def _mode(self, step: int) -> int:
         asked, self._asked = self._asked, False
@@ -300,13 +223,13 @@ class Recorder:
     @property
     def _latest(self) -> Moment:
         """The step of the latest training forward."""
-        return self._clock.now if self._taps.seen else self._clock.before
+        return self._clock.now if self._watch.seen else self._clock.before
 
     def _keep_own(self, now: float) -> None:
         """Host-side scalars of a recorded step."""
         scalars = {"step_time": now - self._stepped_at, "wall_time": now - self._began}
         # Taps inside a compiled graph are not timed.
-        scalars["probe_time"] = self._taps.seconds or math.nan
+        scalars["probe_time"] = self._watch.seconds or math.nan
         if self._optimizers:
             scalars["lr"] = self._optimizers[0].param_groups[0]["lr"]
         self._scalars.add(scalars, self._latest)
@@ -314,18 +237,13 @@ class Recorder:
     def _measured(self) -> dict[str, torch.Tensor]:
         """The metrics of this step, gradients unscaled; without those that failed or cannot be known."""
         known = self._scale.known()
-        metrics = self._taps.finish() | self._gradients.finish(self._scale.value)
-        with self._faults.guard(UPDATE_RATIO):
-            metrics |= self._updates.after(self._clock.now.attempt)
-        if self._pipeline is not None:
-            metrics |= {
-                name: x / self._pipeline.factor for name, x in metrics.items() if name.endswith("_grad_rms")
-            }
+        metrics = self._watch.first.measured(self._clock.now.attempt)
         if self._scale.value is not None:
             scaled = {name for name in metrics if name.endswith("_grad_rms")} | set(EDGE_METRICS)
             metrics |= {name: metrics[name] / self._scale.value for name in scaled & set(metrics)}
         if self._scale.given or self._clock.vain() is not None:
-            metrics["skipped"] = torch.zeros(()) if self._skipped is None else self._skipped
+            skipped = self._watch.skipped
+            metrics["skipped"] = torch.zeros(()) if skipped is None else skipped
         left_out = self._scalars.logged | self._faults.now | (set() if known else set(GRADIENTS))
         return {name: value for name, value in metrics.items() if name not in left_out}
 
@@ -338,7 +256,7 @@ class Recorder:
             if not self._joint.keeps_scalars:
                 self._scalars.take()  # what was logged here is not of all
             return
-        now, mode, metrics, counts = self._clock.now, self._taps.mode, metrics or {}, counts or {}
+        now, mode, metrics, counts = self._clock.now, self._watch.mode, metrics or {}, counts or {}
         sampled = sampled or {}
         vain = self._clock.vain()
         pending = self._scalars.take()

@@ -25,8 +25,8 @@ from probes.following import Decode
 from probes.manifest import Manifest, RunError
 from probes.masks import MaskOf, Masks
 from probes.mirrors import Mirror, Send
-from probes.parallel import Parallel
-from probes.pipeline import Pipeline
+from probes.parallel import Parallel, judge_wrappers
+from probes.pipeline import stages_of
 from probes.place import join
 from probes.processes import Meeting, meet
 from probes.provenance import model_config, versions
@@ -36,10 +36,10 @@ from probes.resuming import first_step, seconds_before
 from probes.run import place_of
 from probes.scaling import LossScale
 from probes.schedule import Schedule, Steps, schedule
-from probes.sites import Sites
 from probes.stages import told_of, whole
 from probes.together import Together
 from probes.vocabulary import METRICS, OF_ONE
+from probes.watched import Part
 from probes.wrapped import unwrap_optimizer
 from probes.writer import RunWriter
 
@@ -108,13 +108,15 @@ def record(
     model without recognisable layers or one that has already
     run compiled, a bad interval.
     """
-    pipeline = Pipeline.of(model)
-    if pipeline is not None:
-        model = pipeline.module
-    meeting = meet(ranks, model)
+    stages = stages_of(model)
+    modules = [stage.module for stage in stages] or [model]
+    meeting = meet(ranks, modules)
     with meeting or contextlib.nullcontext():
         vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
-        sites = find_sites(model, stack, layers, norms, staged=pipeline is not None)
+        for module in modules:
+            judge_wrappers(module)
+        each_sites = [find_sites(module, stack, layers, norms, staged=bool(stages)) for module in modules]
+        sites = each_sites[0]
         following = None if tokens_every is None else schedule_of("tokens_every", tokens_every)
         if following is not None and not sites.has_reads:
             raise RunError(
@@ -125,8 +127,12 @@ def record(
         given, (path, upload) = path, _place(path, resume is not False, meeting)
         step = first_step(resume, optimizers, path)
         scale = LossScale(found if scaler is None else scaler)
-        masks = Masks(mask, sites)
-        prepare_compiler(sites.root)
+        parts = [
+            Part(sites, Masks(mask, sites), Parallel.of(module, sites.root, stage), stage)
+            for module, sites, stage in zip(modules, each_sites, stages or [None], strict=True)
+        ]
+        for part in parts:
+            prepare_compiler(part.sites.root)
         try:
             described = model_config(sites.called) | json.loads(
                 json.dumps(dict(config or {}), allow_nan=False)
@@ -136,7 +142,6 @@ def record(
                 f"config must hold plain JSON values (text, numbers, lists, dicts): {error}."
             ) from error
         tags = (tags,) if isinstance(tags, str) else tuple(map(str, tags))
-        parallel = Parallel.of(model, sites.root, pipeline)
         manifest = Manifest(
             sites.layout, created, vectors, matrices, described, tags, versions(sites.root), step=step
         )
@@ -145,24 +150,21 @@ def record(
         # A bool is an int: step 0 is one to resume at, False is not.
         write = functools.partial(RunWriter, path, resume=resume is not False, upload=upload)
         where = str(path) if upload is None else upload.address.shown  # homes of machines differ
-        writer, together = _begin(meeting, where, path, manifest, write, sites, parallel, pipeline)
+        writer, together = _begin(meeting, where, path, manifest, write, parts)
     faults = Faults(strict)
     seconds = seconds_before(path, step)
     if upload is not None and step:
         seconds = max(seconds, seconds_before(place_of(given), step))
     recorder = Recorder(
-        sites,
+        parts,
         writer,
         manifest,
         optimizers,
         scale,
-        masks,
         faults,
         seconds,
         shown,
-        parallel,
         together,
-        pipeline,
     )
     if following is not None:
         recorder._follow(following, decode)
@@ -192,11 +194,10 @@ def _begin(
     path: Path,
     manifest: Manifest,
     write: Callable[..., RunWriter],
-    sites: Sites,
-    parallel: Parallel | None,
-    pipeline: Pipeline | None,
+    parts: Sequence[Part],
 ) -> tuple[RunWriter, Together | None]:
     """The writer of this process, and what sums its values with those of others."""
+    sites, parallel = parts[0].sites, parts[0].parallel
     if parallel is not None:
         alone = dataclasses.replace(manifest, ranks=Ranks(parallel.world, ONE, (), parallel.describe()))
     if meeting is None:
@@ -212,8 +213,9 @@ def _begin(
         return mine[0].attempt, mine[0].created
 
     schedules = [manifest.vectors.to_json(), manifest.matrices.to_json()]
-    stage = told_of(sites, pipeline.index, pipeline.count) if pipeline and meeting.values == MERGED else None
-    agreed = meeting.begin(where, sites.layout, schedules, manifest.step, claim, stage)
+    staged = [part for part in parts if part.stage is not None and meeting.values == MERGED]
+    told = [told_of(part.sites, part.stage) for part in staged]
+    agreed = meeting.begin(where, sites.layout, schedules, manifest.step, claim, told)
     if agreed is None:
         return write(alone), None
     if mine:
@@ -221,8 +223,9 @@ def _begin(
     else:
         own = manifest if agreed.values == LOCAL else None
         writer = write(manifest, place=join(path, agreed.attempt, agreed.rank, agreed.created, own))
-    parallel.first = agreed.first
-    return writer, None if agreed.group is None else Together(agreed, parallel, sites)
+    for part in parts:
+        part.parallel.first = agreed.first
+    return writer, None if agreed.group is None else Together(agreed, parts)
 
 
 def _optimizers(

@@ -14,28 +14,21 @@ from probes.kernels import by_definition, certain
 from probes.tape import Node, Tape
 from probes.walks import Edge, Mix
 
-_DRAWING = {
-    "rand",
-    "randn",
-    "randint",
-    "rand_like",
-    "randn_like",
-    "bernoulli",
-    "multinomial",
-    "normal_",
-    "uniform_",
-}
 _METHODS = {
     method: name
     for name, method in ((name, getattr(torch.Tensor, name)) for name in dir(torch.Tensor))
     if callable(method) and name not in ("__class__", "__new__", "__init__", "__init_subclass__")
 }
 _BETWEEN = 12  # operations, of a norm written out and of casts around it
-_MOST = 400  # operations, beyond which something else than a read was followed
+_MOST = 2000  # operations, beyond which something else than a read was followed
 
 
 class Unreplayable(Exception):
     """The weights cannot be computed from what hooks see; the message says why."""
+
+
+class DrawsNumbers(Unreplayable):
+    """The weights are made of random numbers, which nobody can draw again."""
 
 
 def replay_of(
@@ -61,8 +54,7 @@ def witness_of(tape: Tape, node: Node) -> tuple[Node, Spot] | None:
         return None
     _, witness, spot = min(made, key=lambda each: each[0])
     between = [witness, *(each for each in tape.ancestors(witness) if tape.made_from(each, node))]
-    names = {getattr(each.func, "__name__", "") for each in between}
-    if any(each.opaque for each in between) or any(name in _DRAWING or "dropout" in name for name in names):
+    if any(each.opaque or each.draws for each in between):
         return None
     if len(between) > _BETWEEN:
         return None
@@ -157,8 +149,7 @@ class _Cutting:
             if not computed and (self._spot(node) is not None or node.func is None):
                 found.append(node)
                 continue
-            if getattr(node.func, "__name__", "") in _DRAWING:
-                raise Unreplayable("random numbers are drawn on the way to the weights")
+            _refuse_drawing(node)
             waiting += node.slots
         found.sort(key=lambda node: (self._spot(node) is None, node.index))
         self._inputs = dict.fromkeys(found)
@@ -185,8 +176,9 @@ class _Cutting:
         return self._real[node]
 
     def _called(self, node: Node, slots: list[fx.Node]) -> fx.Node:
-        if "dropout" in getattr(node.func, "__name__", ""):
+        if _drops(node):
             return slots[0]  # the weights before it; no random number may be drawn here
+        _refuse_drawing(node)
         other = self._twin.nodes[node.index]
         if getattr(other.func, "__name__", None) != getattr(node.func, "__name__", None):
             raise Unreplayable("what the forward does depends on its input")
@@ -248,10 +240,10 @@ class _Cutting:
         raise Unreplayable(f"a size of {one} depends on the input in a way that was not understood")
 
     def _like(self) -> fx.Node:
-        """Something whose first axes are items and tokens."""
+        """Something whose first axes are items and tokens: the newest, as older ones may be an encoder's."""
         sizes = self._tape.items, self._tape.tokens
-        for node in self._inputs:
-            if node.tensor.shape[:2] == sizes:
+        for node in reversed(self._inputs):
+            if self._spot(node) is not None and node.tensor.shape[:2] == sizes:
                 return self._real[node]
         raise Unreplayable("no tensor that hooks see tells batch size and length")
 
@@ -292,6 +284,17 @@ class _Cutting:
 
     def _is_edge(self, node: Node, slot: int) -> bool:
         return any(edge.user is node and edge.slot == slot for edge in self._mix.edges)
+
+
+def _drops(node: Node) -> bool:
+    """Whether it is its first operand, but for what was dropped out."""
+    return "dropout" in getattr(node.func, "__name__", "")
+
+
+def _refuse_drawing(node: Node) -> None:
+    """Training would go on with other random numbers, were any drawn here."""
+    if node.draws and not _drops(node):
+        raise DrawsNumbers("random numbers are drawn on the way to the weights")
 
 
 def _within(cast: tuple, func: Callable) -> Callable:

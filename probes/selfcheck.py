@@ -8,7 +8,7 @@ import logging
 import numpy as np
 import torch
 
-from probes.compiled import BEFORE
+from probes.compiled import advice
 from probes.finite import first_place, not_finite
 from probes.identity import first_broken, tolerance_of
 from probes.sites import Sites
@@ -18,13 +18,15 @@ log = logging.getLogger("depthscope")
 
 _EXPLAINED = 0.999  # of a state, below which it is surely no mix of its sources
 
+_LOOK = "`probes.describe(model)` shows where each is seen; `probes.mark` shows a tensor that no module does."
+
 
 class SelfCheck:
     def __init__(self, sites: Sites):
         self._sites, self._layout = sites, sites.layout
         self._name = type(sites.root).__name__
         self._rows_checked = self._identity_checked = self._broken = False
-        self._mixing_checked = False
+        self._mixing_checked = self._final_told = False
         self._finite: int | None = None  # the latest step at which all was
         self._said: set[str] = set()
         self._wrong_reads: set[str] = set()  # labels
@@ -40,7 +42,12 @@ class SelfCheck:
             )
         if not taps.seen:
             self._rows_checked = True
-            self._say(f"depthscope saw no forward of {self._name} in training mode before a step. {BEFORE}")
+            self._say(
+                f"depthscope saw no forward of {self._name} in training mode before a step. {self._advice('Train the very module that was passed, in training mode.')}"
+            )
+        if taps.finals.reason:
+            self._final_told = True
+            self._say(f"depthscope leaves the final state blank: {taps.finals.reason}.")
         if taps.masks.odd:
             self._say("depthscope takes masks of [B, T] only; here every token counts: pass mask=.")
         if taps.misplaced is not None:
@@ -73,6 +80,8 @@ class SelfCheck:
             name: [label for label, n in zip(rows, seen[name], strict=True) if not n]
             for name, rows in labels.items()
         }
+        if self._final_told:
+            blank["hidden_rms"].remove(self._layout.states[-1])
         # As `describe` says.
         computed = {"hidden_rms": self._sites.computed_states, "output_rms": self._sites.computed_outputs}
         for name in ("hidden_rms", "output_rms"):
@@ -88,7 +97,9 @@ class SelfCheck:
                 ]
         if any(blank.values()):
             rows = "; ".join(f"{name}: {', '.join(missing)}" for name, missing in blank.items() if missing)
-            self._say(f"depthscope saw nothing of {rows}. They are blank as long as that is so. {BEFORE}")
+            self._say(
+                f"depthscope saw nothing of {rows}. They are blank as long as that is so. {self._advice(_LOOK)}"
+            )
 
     def finite(self, step: int, values: dict, seen: dict[str, np.ndarray]) -> None:
         """The first layer and step at which values are not finite; runs in the writer's thread."""
@@ -122,7 +133,9 @@ class SelfCheck:
             )
         blank = [read.label for read, error, _ in rows if np.isnan(error)]
         if blank:
-            self._say(f"depthscope saw nothing of the depth weights of {', '.join(blank)}. {BEFORE}")
+            self._say(
+                f"depthscope saw nothing of the depth weights of {', '.join(blank)}. {self._advice(_LOOK)}"
+            )
 
     def identity(self, errors: np.ndarray | None, about: np.ndarray | None) -> None:
         """Where the stream of a plain residual does not add up in a sample of tokens; runs in the writer's thread."""
@@ -162,6 +175,9 @@ class SelfCheck:
             self._say(text)
         else:
             log.info("%s", text)  # a norm of the sum does that
+
+    def _advice(self, otherwise: str) -> str:
+        return advice(self._sites.root, otherwise)
 
     def _say(self, text: str) -> None:
         if text not in self._said:

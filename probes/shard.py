@@ -13,17 +13,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-from probes.careful import is_folder, printable, read_bytes
+from probes.careful import is_folder, open_file, printable, read_at, size_of
 from probes.whole import write_whole
 
 SUFFIX = ".safetensors"
 MOST_BYTES = 1 << 30  # a writer seals far less at once
 MOST_HEADER = 16 << 20
+_AT_ONCE = 64 << 20  # bytes that are read before anything of them is looked at
 _MOST_AXES = 16
+_UNSUMMED = "has no checksum, so depthscope did not write it"
 
 _NAME = re.compile(r"([0-9]{12,16})-([0-9]{12,16})\.safetensors")
 _TYPES = {
@@ -99,7 +102,11 @@ def read_shard(path: Path) -> Shard:
     """A whole shard, checked. Raises ShardError (broken) or FileNotFoundError (gone)."""
     # Not mapped into memory: a file that shrinks meanwhile would kill the process.
     try:
-        data = read_bytes(path, MOST_BYTES)
+        with open_file(path, MOST_BYTES) as file:
+            if size_of(file) > _AT_ONCE:
+                _look(file)
+                file.seek(0)
+            data = file.read(size_of(file))
     except FileNotFoundError:
         raise
     except ValueError as error:
@@ -109,18 +116,32 @@ def read_shard(path: Path) -> Shard:
     return parse_shard(data)
 
 
+def _look(file: BinaryIO) -> None:
+    """Raises ShardError where the header of a shard alone says that it is none: before a gigabyte is read."""
+    try:
+        _, metadata = read_header(file)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _incomplete(error) from error
+    if "crc32" not in metadata:
+        raise ShardError(_UNSUMMED)
+
+
 def parse_shard(data: bytes) -> Shard:
     """A shard from the bytes of its file. Raises ShardError."""
     try:
         tensors, metadata = _parse(data)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ShardError(f"is not a complete safetensors file ({printable(error)})") from error
+        raise _incomplete(error) from error
     claimed = metadata.pop("crc32", None)
     if claimed is None:
-        raise ShardError("has no checksum, so depthscope did not write it")
+        raise ShardError(_UNSUMMED)
     if claimed != checksum(tensors, metadata):
         raise ShardError("does not match its checksum: its content changed after it was written")
     return Shard(tensors, metadata, len(data), claimed)
+
+
+def _incomplete(error: Exception) -> ShardError:
+    return ShardError(f"is not a complete safetensors file ({printable(error)})")
 
 
 def _parse(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -144,6 +165,14 @@ class Place:
     @property
     def size(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(file: BinaryIO) -> tuple[dict[str, Place], dict[str, str]]:
+    """As `parse_header`, of an open file of which nothing else is read."""
+    length = int.from_bytes(read_at(file, 0, 8), "little")
+    if length > MOST_HEADER:
+        raise ValueError("its header is not JSON")
+    return parse_header(read_at(file, 0, 8 + length), size_of(file))
 
 
 def parse_header(data: bytes, size: int) -> tuple[dict[str, Place], dict[str, str]]:

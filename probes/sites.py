@@ -163,6 +163,9 @@ class Sites:
     inner: nn.Module | None = None  # the child that a training step calls instead of the root
     staged: bool = False  # whether they are those of one stage of a pipeline, or of all its stages as one
     named: bool = False  # the user said which modules the layers are
+    # The norm beside the stack, where `final` is what the last block returns: what it is given after that is the final
+    # state, if it has the stream's shape.
+    receiver: Place | None = None
 
     @property
     def called(self) -> nn.Module:

@@ -5,48 +5,20 @@ each holds as many norms as sublayers and the k-th norm feeds the k-th sublayer.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from probes.dataflow import follow, follow_within
 from probes.feeding import feeding
 from probes.flow import Call, Flow, Term
+from probes.layers import kind_of, layers_of, named, place_in, working
 from probes.layout import Layer
-from probes.naming import blocks_of
-from probes.nodes import has_matrix
-from probes.recipes import Recipe
-from probes.sites import LayerSite, Made, Place
-from probes.symbols import Untraceable, reseed, undisturbed
+from probes.sites import LayerSite, Place
+from probes.symbols import Untraceable
 
-_ATTENTION = (
-    "attn",
-    "attention",
-    "ssm",
-    "mamba",
-    "retention",
-    "recurrent",
-    "conv",
-    "delta",
-)
-_MLP = (
-    "mlp",
-    "ffn",
-    "ff",
-    "feed_forward",
-    "feedforward",
-    "moe",
-    "expert",
-    "dense",
-    "fc",
-    "linear",
-    "intermediate",
-)
-
-_UNCALLED = nn.ModuleList | nn.ModuleDict  # they have no forward
-_LISTS = _UNCALLED | nn.Sequential
+UNCALLED = nn.ModuleList | nn.ModuleDict  # they have no forward
+_LISTS = UNCALLED | nn.Sequential
 
 
 @dataclass(frozen=True)
@@ -61,6 +33,7 @@ class Stack:
     change: str = ""
     entry: Place | None = None  # where the embedding is seen, if that is not the first state
     mixes: bool = False  # its blocks mix several streams
+    guessed: bool = False  # nobody has followed what its blocks do with their norms and sublayers
 
     def __str__(self) -> str:
         return f"{self.path!r} ({self.blocks} blocks)"
@@ -78,7 +51,7 @@ def find_stacks(root: nn.Module) -> tuple[list[Stack], list[str]]:
             stack = stack_at(root, path, container)
         except Untraceable as error:
             reasons.append(f"{path} ({error})")
-            if any(isinstance(member, _UNCALLED) for member in container.children()):
+            if any(isinstance(member, UNCALLED) for member in container.children()):
                 done.append(path)  # the lists within are its blocks, not stacks
         else:
             if stack is not None:
@@ -92,10 +65,10 @@ def stack_at(root: nn.Module, path: str, container: nn.Module) -> Stack | None:
     """The stack that a list is; None where its members are no blocks. Untraceable where they might be."""
     members = {f"{path}.{key}" if path else key: _bare(child) for key, child in container.named_children()}
     # What holds no more than rows, as queries are, is no block.
-    if not members or not all(map(_has_wide_matrix, members.values())):
+    if not members or not all(map(has_wide_matrix, members.values())):
         return None
-    if any(isinstance(member, _UNCALLED) for member in members.values()):
-        return _followed_from_above(root, path, members)
+    if any(isinstance(member, UNCALLED) for member in members.values()):
+        return followed_from_above(root, path, members)
     try:
         flows = {name: follow(member) for name, member in members.items()}
     except Untraceable as error:
@@ -107,7 +80,7 @@ def stack_at(root: nn.Module, path: str, container: nn.Module) -> Stack | None:
         return _fed(path, members)
     layers: list[LayerSite] = []
     for block, (name, member) in enumerate(members.items(), 1):
-        layers += _layers(name, member, flows[name], len(layers), lambda term, block=block: block)
+        layers += layers_of(name, member, flows[name], len(layers), lambda term, block=block: block)
     change = next((flow.change for flow in flows.values() if flow.change), "")
     change = change or next((f"changed by {flow.norm.name}" for flow in flows.values() if flow.norm), "")
     last = next(reversed(members))
@@ -118,7 +91,7 @@ def stack_at(root: nn.Module, path: str, container: nn.Module) -> Stack | None:
     return Stack(path, len(members), tuple(layers), final, change, entry)
 
 
-def _followed_from_above(root: nn.Module, path: str, members: dict[str, nn.Module]) -> Stack:
+def followed_from_above(root: nn.Module, path: str, members: dict[str, nn.Module]) -> Stack:
     """A list of lists: nobody calls its members, so the forward of the module that holds it is followed. Untraceable
     where that fails."""
     above = path.rpartition(".")[0]
@@ -132,43 +105,9 @@ def _followed_from_above(root: nn.Module, path: str, members: dict[str, nn.Modul
 
     if not all(map(block_of, flow.terms)):
         raise Untraceable("what is added to the stream around it is not made by its blocks alone")
-    final = _place(above, flow.norm, is_input=True) if flow.norm is not None else None
-    layers = tuple(_layers(above, holder, replace(flow, norm=None), 0, block_of, within=True))
+    final = place_in(above, flow.norm, is_input=True) if flow.norm is not None else None
+    layers = tuple(layers_of(above, holder, replace(flow, norm=None), 0, block_of, within=True))
     return Stack(path, len(members), layers, final, flow.change)
-
-
-def find_sublayers(root: nn.Module) -> Stack:
-    """A list of sublayers without blocks, which the module that holds it adds up. Untraceable, with the reason, where there
-    is none."""
-    reason = "no list in it holds sublayers"
-    for path, container in root.named_modules():
-        members = {f"{path}.{key}" if path else key: child for key, child in container.named_children()}
-        if (
-            not isinstance(container, _UNCALLED)
-            or not members
-            or not all(map(_has_wide_matrix, members.values()))
-        ):
-            continue
-        try:
-            stack = _followed_from_above(root, path, members)
-        except Untraceable as error:
-            reason = f"what is done around {path} was not followed: {error}"
-            continue
-        missing = set(range(1, len(members) + 1)) - {site.layer.block for site in stack.layers}
-        if not missing:
-            return _paired_up(stack)
-        reason = f"{len(missing)} of the {len(members)} members of {path} do not add to one stream"
-    raise Untraceable(reason)
-
-
-def _paired_up(stack: Stack) -> Stack:
-    """Attention and the MLP after it are one transformer block."""
-    blocks = blocks_of([(f"{site.layer.block}", site.layer.kind) for site in stack.layers])
-    layers = tuple(
-        replace(site, layer=replace(site.layer, block=block))
-        for site, block in zip(stack.layers, blocks, strict=True)
-    )
-    return replace(stack, blocks=blocks[-1], layers=layers)
 
 
 def _bare(member: nn.Module) -> nn.Module:
@@ -179,121 +118,6 @@ def _bare(member: nn.Module) -> nn.Module:
             break
         member = children[0]
     return member
-
-
-def _layers(
-    path: str,
-    module: nn.Module,
-    flow: Flow,
-    before: int,
-    block_of: Callable[[Term], int],
-    within: bool = False,
-) -> Iterator[LayerSite]:
-    """The layers of one flow, after `before` earlier ones. `within` a module, the stream is not its argument."""
-    entry = None if within else Place(path, module, is_input=True, keyword=flow.argument)
-    end = None if within or flow.norm else Place(path, module, is_input=False, key=flow.result)
-    last: LayerSite | None = None
-    for index, term in enumerate(flow.terms):
-        state = _place(path, term.state, is_input=True) if term.state else (entry if term.begins else None)
-        output = _place(path, term.tail, is_input=False) if term.tail is not None else None
-        sums = index == 0 or (term.sums and last.output is not None)
-        state_made = _made(path, module, term.state_made) if state is None and not (index and sums) else None
-        after = None
-        if output is None and term.given == index and (state or state_made or sums):
-            is_last = index + 1 == len(flow.terms)
-            after = _place(path, term.after, is_input=True) if term.after else (end if is_last else None)
-        output_made = _made(path, module, term.made) if output is None and after is None else None
-        names = _sublayer(term)
-        layer = Layer(before + index + 1, _kind(names), block_of(term), _named(path, names))
-        modules = tuple(call.module for call in term.calls)
-        last = LayerSite(
-            layer, state, output, after, before + term.given + 1, modules, term.parameters, sums, state_made, output_made
-        )  # fmt: skip
-        yield last
-
-
-def _made(path: str, module: nn.Module, recipe: Recipe | None) -> Made | None:
-    """A recipe of the forward of `module` as one of the model."""
-    if recipe is None:
-        return None
-    leaves = [
-        _place(path, leaf, is_input=False)
-        if isinstance(leaf, Call)
-        else Place(path, module, is_input=True, key=leaf[0], keyword=leaf[1])
-        for leaf in recipe.leaves
-    ]
-    held = [(*name.rpartition("."), part) for name, part in recipe.held]
-    return Made(
-        recipe.run,
-        tuple(leaves),
-        tuple((module.get_submodule(within), key, part) for within, _, key, part in held),
-    )
-
-
-def _place(path: str, call: Call, is_input: bool) -> Place:
-    name = f"{path}.{call.name}" if path else call.name
-    return Place(name, call.module, is_input, call.key, call.keyword)
-
-
-def _sublayer(term: Term) -> list[Call]:
-    """The calls that do a layer's work: those with matrices, downstream of where the state comes in."""
-    names = [call.name for call in term.calls]
-    start = names.index(term.state.name) if term.state is not None else 0
-    return _working(term.calls[start:]) or list(term.calls)
-
-
-def _working(calls: Sequence[Call]) -> list[Call]:
-    """Those with matrices."""
-    return [call for call in calls if has_matrix(call.module)]
-
-
-def _named(path: str, calls: Sequence[Call]) -> str:
-    names = [call.name for call in calls]
-    first = f"{path}.{names[0]}" if path else names[0]
-    return " + ".join([first, *(name.rpartition(".")[2] for name in names[1:])])
-
-
-def kind_by_name(name: str) -> str | None:
-    """ "attention" or "mlp", where a module's name says it."""
-    words = {"attention": _ATTENTION, "mlp": _MLP}
-    return next((kind for kind, parts in words.items() if any(part in name.lower() for part in parts)), None)
-
-
-def _kind(calls: Sequence[Call]) -> str:
-    """ "attention" for a layer that mixes tokens, "mlp" for one that does not: by name where that says it, otherwise by
-    trying; "layer" where neither tells."""
-    by_name = kind_by_name(" ".join(call.name for call in calls))
-    if by_name is not None or len(calls) > 1:
-        return by_name or "layer"
-    return {True: "attention", False: "mlp", None: "layer"}[_mixes_tokens(calls[0].module)]
-
-
-def _mixes_tokens(module: nn.Module) -> bool | None:
-    """Whether one token's output depends on another token; None for a module that needs more than a state."""
-    matrix = next(parameter for parameter in module.parameters() if parameter.ndim > 1)
-    with undisturbed(set(module.modules())):
-        reseed(matrix.device)
-        state = torch.randn(1, 4, matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        other = state.clone()
-        other[:, 0] = torch.randn_like(other[:, 0])  # another one: a norm takes a mere shift away
-        # The same random numbers for both, or dropout would look like a change.
-        try:
-            one, two = (_first(_seeded(module, x)) for x in (state, other))
-            if not one.any():
-                return None  # an output that begins at zero tells nothing
-            # Rows of one product may differ in their last bits by where they stand.
-            return not torch.allclose(one[:, 1:], two[:, 1:], rtol=1e-3, atol=1e-6)
-        except Exception:  # it needs more than a state, in whatever way it says so
-            return None
-
-
-def _seeded(module: nn.Module, x: torch.Tensor) -> object:
-    reseed(x.device)
-    return module.forward(x)
-
-
-def _first(result: object) -> torch.Tensor:
-    return result[0] if isinstance(result, tuple | list) else result
 
 
 # Where a forward cannot be followed
@@ -309,12 +133,12 @@ def _paired(path: str, members: dict[str, nn.Module]) -> Stack | None:
         for norm_name, norm, child_name, child in pairs:
             state = Place(f"{name}.{norm_name}", norm, is_input=True)
             output = Place(f"{name}.{child_name}", child, is_input=False)
-            kind = _kind([Call(child_name, child)])
+            kind = kind_of([Call(child_name, child)])
             index = len(layers) + 1
             layer = Layer(index, kind, block, f"{name}.{child_name}")
             layers.append(LayerSite(layer, state, output, None, index, (child, norm)))
     entry = entry_of(*next(iter(members.items())))
-    return Stack(path, len(members), tuple(layers), None, entry=entry, mixes=entry is not None)
+    return Stack(path, len(members), tuple(layers), None, entry=entry, mixes=entry is not None, guessed=True)
 
 
 def _fed(path: str, members: dict[str, nn.Module]) -> Stack | None:
@@ -326,9 +150,12 @@ def _fed(path: str, members: dict[str, nn.Module]) -> Stack | None:
         return None
     for block, (name, each) in enumerate(feedings.items(), 1):
         for fed in each.layers:
-            index, working = len(layers) + 1, _working(fed.fed)
-            layer = Layer(index, _kind(working), block, _named(name, working))
-            state, output = _place(name, fed.norm, is_input=True), _place(name, fed.fed[-1], is_input=False)
+            index, calls = len(layers) + 1, working(fed.fed)
+            layer = Layer(index, kind_of(calls), block, named(name, calls))
+            state, output = (
+                place_in(name, fed.norm, is_input=True),
+                place_in(name, fed.fed[-1], is_input=False),
+            )
             modules = tuple(call.module for call in (fed.norm, *fed.fed))
             layers.append(LayerSite(layer, state, output, None, index, modules))
     entry = entry_of(*next(iter(members.items())))
@@ -380,7 +207,7 @@ def is_norm(module: nn.Module) -> bool:
     return not list(module.children()) and 1 <= len(parameters) <= 2 and all(p.ndim == 1 for p in parameters)
 
 
-def _has_wide_matrix(module: nn.Module) -> bool:
+def has_wide_matrix(module: nn.Module) -> bool:
     """Whether it holds a matrix of several rows and columns."""
     return any(p.ndim > 1 and min(p.shape) > 1 for p in module.parameters())
 

@@ -14,42 +14,50 @@ from probes.experts import Experts
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.packing import packed, unpack
+from probes.pipeline import Stage, reads_in
 from probes.sites import LayerSite, Sites
 from probes.tally import Tally
 
 
-def told_of(sites: Sites, index: int, count: int) -> dict:
+def told_of(sites: Sites, stage: Stage) -> dict:
     """One stage in JSON, for the other processes. Raises RunError for one whose stream is no plain sum of outputs."""
     if sites.has_reads or sites.is_marked:
-        raise RunError(
-            f"{type(sites.root).__name__} is a stage of a pipeline with depth reads or marks: what crosses to the next stage is "
-            "then a stack of sources and no state, and depthscope merges the stages of plain residual streams alone."
-        )
+        raise reads_in(sites.root)
     layers = [asdict(site.layer) | {"given": site.given} for site in sites.layers]
     experts = [None if each is None else [each.count, each.stacked] for each in sites.experts]
-    return {"index": index, "count": count, "layers": layers, "experts": experts, "change": sites.change}
+    return {
+        "index": stage.index,
+        "count": stage.count,
+        "layers": layers,
+        "experts": experts,
+        "change": sites.change,
+    }
 
 
-def judge(told: Sequence[dict | None]) -> list[dict] | None:
-    """What the processes told, as the stages in order; None where none is one. Raises RunError where they make no pipeline."""
+def judge(told: Sequence[list[dict]]) -> list[dict]:
+    """What the processes told, each of its stages, as all stages in order; none where there are none. Raises RunError where they
+    make no pipeline."""
     if not any(told):
-        return None
+        return []
     if not all(told):
         raise RunError(
             f"Rank {list(map(bool, told)).index(False)} records no stage of a pipeline, and others do: give every process its "
             "schedule."
         )
-    count = told[0]["count"]
-    missing = set(range(count)) - {each["index"] for each in told}
+    count = told[0][0]["count"]
+    stages = {each["index"]: each for held in told for each in held}
+    missing = set(range(count)) - set(stages)
     if missing:
         raise RunError(
             f"No process records stage {min(missing)} of {count}: call probes.record on every process."
         )
+    teams = len({tuple(each["index"] for each in held) for held in told})
     for index in range(count):
-        holders = [each for each in told if each["index"] == index]
-        if len(holders) * count != len(told) or any(each != holders[0] for each in holders):
+        holders = [held for held in told if any(each["index"] == index for each in held)]
+        alike = all(each == stages[index] for held in holders for each in held if each["index"] == index)
+        if len(holders) * teams != len(told) or not alike:
             raise RunError(f"Stage {index} of {count} is not held alike by as many processes as the others.")
-    return [next(each for each in told if each["index"] == index) for index in range(count)]
+    return [stages[index] for index in range(count)]
 
 
 def whole(stages: Sequence[dict], sites: Sites) -> Sites:
@@ -102,6 +110,22 @@ class Span:
         start = 1 if place == "output" and not self.first else 0
         stop = self.layers + (1 if place == "output" or self.last else 0)
         return slice(start, stop), slice(self.before + start, self.before + stop)
+
+
+class Whole:
+    """In place of a `Spread` where a process has all stages, or there are none: everything is in its place."""
+
+    def shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        return shapes
+
+    def vectors(self, flat: np.ndarray, shapes: dict[str, tuple[int, ...]], more: int) -> np.ndarray:
+        return flat
+
+    def matrices(self, flat: np.ndarray) -> np.ndarray:
+        return flat
+
+    def sample(self, flat: np.ndarray) -> np.ndarray:
+        return flat
 
 
 class Spread:

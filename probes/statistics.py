@@ -187,13 +187,14 @@ class Tables:
         device: torch.device,
         experts: int = 0,
         edges: EdgeSums | None = None,
+        layers: int = 0,
     ):
         self.edges = edges
         self.forward = {place: Moments(rows, device) for place, rows in sizes.items()}
         self.backward = {place: RowMoments(rows, device) for place, rows in sizes.items()}
         self.nonfinite = torch.zeros(sizes["state"], dtype=torch.int64, device=device)
         self.depth = DepthSums(sources, device) if sources else None
-        shape = sizes["state"] - 1, experts + 2
+        shape = layers, experts + 2
         self.experts = torch.zeros(shape, dtype=torch.int64, device=device) if experts else None
 
     def forward_tensors(self) -> list[Tensor]:

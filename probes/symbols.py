@@ -3,16 +3,18 @@
 import copy
 import inspect
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 
-from probes.nodes import argument
+from probes.nodes import argument, has_matrix
 
 _TORCHS_OWN = frozenset(vars(nn.Module()))  # parameters, hooks and the like
 _CONTAINERS = list, dict, set, deque, OrderedDict, defaultdict
+_OF_LISTS = {"append", "extend", "insert", "pop"}
 _SPLITTING = {torch.chunk, torch.tensor_split, "chunk", "tensor_split"}
 
 
@@ -36,7 +38,7 @@ class _Symbol(fx.Proxy):
 
     @property
     def shape(self) -> torch.Size:
-        return self.tracer.shape
+        return self.tracer.shape[:2] if self.tracer.tokens and _is_index(self.node) else self.tracer.shape
 
     @property
     def ndim(self) -> int:
@@ -48,14 +50,48 @@ class _Symbol(fx.Proxy):
     def size(self, axis: int | None = None):
         return self.shape if axis is None else self.shape[axis]
 
+    def __getattr__(self, name: str):
+        if name in _OF_LISTS:
+            raise Untraceable("it is given a list")
+        return super().__getattr__(name)
+
+    def __add__(self, other: object):
+        return _with_no_list(other, super().__add__)
+
+    def __radd__(self, other: object):
+        return _with_no_list(other, super().__radd__)
+
+
+def _with_no_list(other: object, add: Callable) -> fx.Proxy:
+    """A list is lengthened by `+`, which is no sum."""
+    if isinstance(other, list | tuple):
+        raise Untraceable("it is given a list")
+    return add(other)
+
+
+def _is_index(node: fx.Node) -> bool:
+    """Whether it is an argument, or made of arguments alone and by no module, as tokens are."""
+    if node.op == "placeholder":
+        return True
+    made = node.op in ("call_function", "call_method") and node.target is not F.embedding
+    return made and all(map(_is_index, node.all_input_nodes))
+
 
 class Recording(fx.Tracer):
     """The record of one forward: `graph`, and by node the module called."""
 
-    def __init__(self, module: nn.Module, opened: set[nn.Module], optional: bool, shape: torch.Size = TOKENS):
-        """`optional` says whether arguments that may be left out (None) are given, `shape` what size tensors claim."""
+    def __init__(
+        self,
+        module: nn.Module,
+        opened: set[nn.Module],
+        optional: bool,
+        shape: torch.Size = TOKENS,
+        tokens: bool = False,
+    ):
+        """`optional` says whether arguments that may be left out (None) are given, `shape` what size tensors claim, `tokens`
+        that arguments are these, [B, T]: then modules with matrices are recorded that are given positions, too."""
         super().__init__()
-        self.shape = shape
+        self.shape, self.tokens = shape, tokens
         self.root = module
         self.graph = fx.Graph(tracer_cls=type(self))
         self.tensor_attrs: dict = {}
@@ -108,7 +144,8 @@ class Recording(fx.Tracer):
         real = nn.Module.__call__
 
         def call(module, *args, **kwargs):
-            if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+            given = any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values()))
+            if given or (self.tokens and module in self.names and has_matrix(module)):
                 return self.call_module(module, module.forward, args, kwargs)
             return real(module, *args, **kwargs)
 

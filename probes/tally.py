@@ -26,7 +26,11 @@ class Tally:
     def __init__(self, sites: Sites, device: torch.device, share: int = 1):
         self.device = device
         self._block_rows = block_rows(sites, device)
-        sizes = {"state": len(sites.layers) + 1, "output": len(sites.layers) + 1}
+        rows = len(sites.layers) + 1
+        # What the final norm is given after the blocks has a row beside that of what leaves them.
+        self._rows, self._receives = rows, sites.receiver is not None
+        states = rows + self._receives
+        sizes = {"state": states, "output": rows}
         if self._block_rows is None:
             sizes["block"] = len(last_layers(sites))
         edges, exists = edge_sources(sites), torch.from_numpy(sites.layout.triangle())
@@ -37,14 +41,16 @@ class Tally:
                 device,
                 most(sites.experts),
                 EdgeSums(edges, exists, device) if edges else None,
+                len(sites.layers),
             )
             for _ in range(2)
         )
         self._loads = Loads(sites.experts, device)
         self._is_sum, self._named = sites.is_plain, len(sites.layers) if sites.named else 0
         self.errors = ReadErrors(sites.depth_sources, device) if sites.found is not None else None
-        rows = len(sites.layers) + 1
-        self.sample = Sample(rows, device, share)
+        self.sample = Sample(states, device, share)
+        self.lost_final = False
+        """Whether the final state is made of what leaves the last transformer block and more, and is seen nowhere."""
         self.split: set[int] = set()
         """States of which this process sees a part of what others see too (sequence parallelism)."""
         self.given = torch.tensor([*(site.given for site in sites.layers), rows], device=device)
@@ -82,7 +88,7 @@ class Tally:
         metrics = {}
         for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
             done = {place: moments.finish() for place, moments in table.items()}
-            metrics[f"hidden_{suffix}"] = done["state"]
+            metrics[f"hidden_{suffix}"] = self._states(done["state"], torch.nan)
             metrics[f"output_{suffix}"] = done["output"]
             metrics[f"output_{suffix}"][0].masked_fill_(self._ran_again(), torch.nan)
             if self._block_rows is None:
@@ -91,10 +97,10 @@ class Tally:
                 place, rows = self._block_rows
                 metrics[f"block_{suffix}"] = done[place][rows]
         if matrices:
-            error = identity_error(self.sample, self.given)
-            metrics["identity_error"] = error.masked_fill(self._mixed_up(), torch.nan)
+            metrics["identity_error"] = self._identity_error()
             count = self._counted.forward["state"].count
-            metrics["nonfinite"] = self._counted.nonfinite.float().where(count > 0, torch.nan)
+            nonfinite = self._counted.nonfinite.float().where(count > 0, torch.nan)
+            metrics["nonfinite"] = self._states(nonfinite, torch.nan)
             if self._counted.experts is not None:
                 metrics |= self._loads.finish(self._counted.experts)[0]
             if self._counted.depth is not None:
@@ -122,14 +128,31 @@ class Tally:
 
     def sampled(self) -> dict[str, Tensor]:
         """The sample, by name."""
-        about = self.sample.about.masked_fill(self._mixed_up(), 0)
-        return {"states": self.sample.state, "outputs": self.sample.output, "about": about}
+        states, outputs, about = self._sampled()
+        return {"states": states, "outputs": outputs, "about": about.masked_fill(self._mixed_up(), 0)}
+
+    def _sampled(self) -> tuple[Tensor, Tensor, Tensor]:
+        sample = self.sample
+        about = torch.stack([self._states(sample.about[0], 0), sample.about[1, : self._rows]])
+        return self._states(sample.state, torch.nan), sample.output[: self._rows], about
+
+    def _states(self, rows: Tensor, blank: float) -> Tensor:
+        """[L+1, ...] of rows of the table of states: the final state is what the final norm was given, if that was as many
+        elements as had left the blocks."""
+        if self.lost_final:
+            rows = rows.clone()
+            rows[self._rows - 1] = blank
+        if not self._receives:
+            return rows
+        left, given = self._counted.forward["state"].count[-2:]
+        final = rows[-1].where(left == given, rows[-2])
+        return torch.cat([rows[:-2], final[None]])
 
     def counts(self, matrices: bool) -> dict[str, Tensor]:
         """How much each row of the metrics of `finish` has seen, by name; zero for a row that saw nothing."""
         counts = {}
         for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
-            counts[f"hidden_{suffix}"] = table["state"].count
+            counts[f"hidden_{suffix}"] = self._states(table["state"].count, 0)
             counts[f"output_{suffix}"] = table["output"].count.clone()
             counts[f"output_{suffix}"][0].masked_fill_(self._ran_again(), 0)
             place, rows = self._block_rows or ("block", slice(None))
@@ -153,9 +176,13 @@ class Tally:
         count = self._counted.edges.count
         if not self._is_sum:
             return count
-        errors = identity_error(self.sample, self.given).masked_fill(self._mixed_up(), torch.nan)
+        errors = self._identity_error()
         known = ~errors.isnan() & ~(errors > tolerance_of(self.sample.about)).any()
         return count.where(known, 0)
+
+    def _identity_error(self) -> Tensor:
+        states, outputs, _ = self._sampled()
+        return identity_error(states, outputs, self.given).masked_fill(self._mixed_up(), torch.nan)
 
     def _mixed_up(self) -> Tensor:
         """Whether the sample has the states of one run and the outputs of another, or states of other layers; bool [] on

@@ -37,6 +37,7 @@ class Node:
     writes: bool = False
     kept: Tensor | None = None  # its values, where something overwrote them later
     opaque: bool = False  # a kernel made it that shows no operation
+    draws: bool = False  # random numbers were drawn for it
     cast: tuple | None = (
         None  # of the autocast region of the model's own that it was made in: device, type, enabled
     )
@@ -117,6 +118,7 @@ class _Running(TorchFunctionMode):
         self._newest: dict[int, Node] = {}
         self.casts: list[tuple] = []  # autocast regions that the forward itself has entered
         self._in_custom = False  # within a registered operator, whose own functions tell nothing more
+        self._draws = False  # whether the operation that has just run took random numbers
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -127,10 +129,12 @@ class _Running(TorchFunctionMode):
             version = args[0]._version
             before = args[0].detach().clone() if id(args[0]) in self._newest else None
         self._in_custom = _is_custom(func)
+        drawn = _drawn_so_far(tensors)
         try:
             result = func(*args, **kwargs)
         finally:
             self._in_custom = False
+        self._draws = not all(map(torch.equal, drawn, _drawn_so_far(tensors)))
         if writes and args[0]._version != version:
             if before is not None:
                 self._newest[id(args[0])].kept = before
@@ -148,6 +152,7 @@ class _Running(TorchFunctionMode):
         args, kwargs = mapped((tuple(args), kwargs), self.node_of, Tensor)
         node = Node(len(self.nodes), tensor, func, args, kwargs, pick, writes, opaque=_is_custom(func))
         node.cast = self.casts[-1] if self.casts else None
+        node.draws = self._draws
         self.nodes.append(node)
         self._newest[id(tensor)] = node
 
@@ -157,6 +162,7 @@ class _Running(TorchFunctionMode):
         for path, tensor in leaves(result) if not self._in_custom else ():
             node = self._newest.get(id(tensor))
             if len(path) < 2 and (node is None or _is_empty(node)):
+                self._draws = False
                 self._add(tensor, apply, args, {}, pick=path[0] if path else None)
                 self.nodes[-1].opaque = True
 
@@ -297,6 +303,14 @@ def leaves(tree: object, path: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
     elif isinstance(tree, dict):
         for key, each in tree.items():
             yield from leaves(each, (*path, key))
+
+
+def _drawn_so_far(tensors: list[Tensor]) -> list[Tensor]:
+    """The states of the generators that an operation on these tensors may draw from."""
+    states = [torch.default_generator.get_state()]
+    for index in {each.device.index for each in tensors if each.is_cuda}:
+        states.append(torch.cuda.default_generators[index].get_state())
+    return states
 
 
 def _is_empty(node: Node) -> bool:

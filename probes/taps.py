@@ -12,6 +12,7 @@ from probes.backwards import in_backward
 from probes.edge_taps import EdgeTaps
 from probes.expert_taps import ExpertTaps
 from probes.faults import Faults
+from probes.final_taps import FinalTaps
 from probes.found_taps import FoundTaps
 from probes.hanging import Hanging
 from probes.hooks import Hook, tap_gradient_in_graph
@@ -19,7 +20,7 @@ from probes.made_taps import MadeTaps
 from probes.marked_taps import MarkedTaps
 from probes.masks import Masks, fitting
 from probes.parallel import is_split
-from probes.pipeline import Pipeline
+from probes.pipeline import Stage
 from probes.rows import reads_after_blocks
 from probes.sampled import SAMPLED_METRICS
 from probes.scaling import half_precision
@@ -45,9 +46,9 @@ class Taps(Hanging):
         faults: Faults | None = None,
         share: int = 1,
         copies: int = 1,
-        pipeline: Pipeline | None = None,
+        stage: Stage | None = None,
     ):
-        self._pipeline = pipeline
+        self._stage = stage
         self._faults = faults or Faults(strict=True)
         super().__init__(self._faults)
         self._mode = OFF
@@ -67,6 +68,7 @@ class Taps(Hanging):
         self._tally_up()
         self._mean_squares: dict[int, tuple[Tensor, Tensor]] = {}
         self._sums = SumTaps(sites, self)
+        self.finals = FinalTaps(sites, self)
         self._marks = MarkedTaps(sites, self)
         self._found = FoundTaps(sites.found, sites.states_of_reads, self) if sites.found is not None else None
         self._made = MadeTaps(sites, self)
@@ -103,12 +105,15 @@ class Taps(Hanging):
 
     def _tally_up(self) -> None:
         """Empty sums where the model is. The names below are guarded by the compiler, which wants few steps to them."""
+        before = getattr(self, "_tally", None)
         self._tally = Tally(self._sites, self._parameter.device, self._share)
+        self._tally.lost_final = before is not None and before.lost_final
         self._device = self._tally.device
         self._autocasts = torch.amp.is_autocast_available(self._device.type)
         live = self._tally.live
         self._forward, self._backward = live.forward, live.backward
         self._nonfinite, self._depth, self.experts = live.nonfinite, live.depth, live.experts
+        self.state_counts = live.forward["state"].count
         self.read_errors = self._tally.errors
         self.edges = live.edges.rows if live.edges is not None else []
         self.edge_taps.follow(self._device)
@@ -186,8 +191,7 @@ class Taps(Hanging):
         self._made.attach()
         for module in sites.outputs:
             self.before(module, lambda args, kwargs, row=module.depth_output - 1: self._output(args[0], row))
-        if sites.final is not None:
-            self.at(sites.final, lambda x: self._state(x, len(sites.layers)))
+        self.finals.attach()
         for row, read in enumerate(sites.reads):
             self.after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], *output))
         if self._found is not None:
@@ -210,8 +214,8 @@ class Taps(Hanging):
         # Validation and generation forwards are not recorded, nor is a recomputation in backward.
         compiling = torch.compiler.is_compiling()
         training = root.training and torch.is_grad_enabled() and (compiling or not in_backward())
-        if self._pipeline is not None:  # it is tried on tensors that hold anything
-            training = training and self._pipeline.running
+        if self._stage is not None:  # it is tried on tensors that hold anything
+            training = training and self._stage.running
         if training:
             self.seen = True
             self.half = self._autocasts and half_precision(self._device.type)
@@ -245,6 +249,8 @@ class Taps(Hanging):
             self._sample.reset()
 
     def _end(self, root: nn.Module, args, output) -> None:
+        if self.live and not torch.compiler.is_compiling():
+            self.eagerly(lambda: self.finals.end(output), "hidden_rms", "block_rms")
         self.live = False
         self.mask = None
         self._forget()
@@ -253,6 +259,7 @@ class Taps(Hanging):
         self._mean_squares.clear()
         self.edge_taps.end()
         self._sums.forget()
+        self.finals.forget()
         self._turns.clear()
         self._marks.forget()
         self._made.forget()
@@ -278,10 +285,8 @@ class Taps(Hanging):
             self.passes.now.mask = None if mask is None else mask != 0
 
     def _state(self, x: Tensor, row: int) -> None:
-        """What layer row+1 receives, or the final state; the first one is the embedding too."""
+        """What layer row+1 receives; the first one is the embedding too."""
         self.tap(x, "state", row)
-        if row == len(self._sites.layers) and self.matrices:
-            self.edge_taps.final(x)
         entered = self._sites.entry is not None and (torch.compiler.is_compiling() or self._embedded)
         if row == 0 and not self._sites.has_reads and not entered:
             # With its position and dropout, where a model has them.
@@ -308,11 +313,20 @@ class Taps(Hanging):
         self.tap(x, "output", row + 1)
         self._sums.output(x, row)
 
-    def tap(self, x: Tensor, place: str, row: int, streams: bool = False, turned: bool = False) -> None:
+    def tap(
+        self,
+        x: Tensor,
+        place: str,
+        row: int,
+        streams: bool = False,
+        turned: bool = False,
+        known: Tensor | None = None,
+    ) -> None:
         if isinstance(x, Tensor):  # the recorder says which rows were never seen
             values = x.detach()[..., 0, :] if streams else x.detach()
-            self.values(values.transpose(0, 1) if turned else values, place, row)
-            self.gradient(x, place, row, streams)
+            self.values(values.transpose(0, 1) if turned else values, place, row, known)
+            self.gradient(x, place, row, streams, known)
+            self.finals.met(x)
 
     def values(self, x: Tensor, place: str, row: int, known: Tensor | None = None) -> None:
         """Add the values of `x`; where `known` (bool []) is false, of no token."""
@@ -321,7 +335,8 @@ class Taps(Hanging):
             self._add_values(x, place, row, mask)
             self._keep(x, place, row, mask)
         elif not self.recomputing:
-            self.passes.now.calls[place, row] += 1
+            if row <= len(self._sites.layers):  # what the final norm is given comes where it may
+                self.passes.now.calls[place, row] += 1
             mask = fitting(self.passes.now.mask, x)
             if mask is None and self.passes.now.mask is not None and place == "state":
                 # It may be that of another stack, or leave out tokens that the model adds.
@@ -344,15 +359,17 @@ class Taps(Hanging):
             if is_split(x, self._given, self._copies):
                 self._tally.split.add(row)
 
-    def gradient(self, x: Tensor, place: str, row: int, streams: bool = False) -> None:
+    def gradient(
+        self, x: Tensor, place: str, row: int, streams: bool = False, known: Tensor | None = None
+    ) -> None:
         sums = self._backward[place].rows[row]
         if torch.compiler.is_compiling():
             if x.requires_grad:
-                tap_gradient_in_graph(x, sums, fitting(self.mask, x), streams)
+                tap_gradient_in_graph(x, sums, _both(fitting(self.mask, x), known, x), streams)
             return
         metrics = self._tally.metrics_of(place, "grad_rms")
         with self._faults.guard(*metrics):
-            mask = fitting(self.passes.now.mask, x)
+            mask = _both(fitting(self.passes.now.mask, x), known, x)
             if not self.recomputing or self.gradients.owes(place, row):
                 self.gradients.tap(x, sums, mask, self.passes, (place, row), metrics, streams)
 

@@ -4,10 +4,12 @@ A step's sums are made of counts and of sums of squares, so those of all process
 """
 
 import contextlib
+import functools
 import json
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,17 +17,14 @@ from torch import Tensor
 
 from probes.edges import EDGE_METRICS
 from probes.flush import start_copy
-from probes.gradients import GradientNorms
 from probes.merging import Merging, Step, Sums
 from probes.packing import packed, together, unpack
-from probes.parallel import Parallel
 from probes.processes import Agreed
-from probes.sites import Sites
-from probes.stages import Span, Spread, whole
+from probes.stages import Span, Spread, Whole, whole
 from probes.tally import Tally
-from probes.taps import MATRICES, Taps
-from probes.updates import Updates, ratio_of
+from probes.updates import ratio_of
 from probes.vocabulary import METRICS
+from probes.watched import Part, Watch
 
 _NAMES = tuple(METRICS)
 _PATIENCE, _HASTE = 60.0, 5.0  # seconds to wait for other processes at the end
@@ -34,26 +33,42 @@ Said = list[tuple[str, int, float]]  # scalars that another process has logged, 
 Done = Callable[[Found | None, Mapping[str, np.ndarray], str, Said], None]
 
 
-class Together:
-    """`hand` over a step on every process. `done(found, own, why, said)` is called, in a thread, when those of all are known:
-    on rank 0 `found` are metrics, counts and sample, as `Tally.finish`, `.counts` and `.sampled` give them, elsewhere and
-    where they cannot be known None; `why` then says the reason. `own` are the values that were given as `own`. `sites` are
-    those of all layers, also where this process has but a stage of them. Where another process `speaks`, its scalars are
-    `said` too."""
+@dataclass(frozen=True)
+class Handed:
+    """Step `number` of this process, with `matrices` or without: what was watched in it, without the metrics that are `wrong`;
+    its `own` values; and the scalars it has `said`, with their steps.
 
-    def __init__(self, agreed: Agreed, parallel: Parallel, sites: Sites):
-        self.parallel = parallel
-        self.sites = whole(agreed.stages, sites) if agreed.stages else sites
+    `done(found, own, why, said)` is called, in a thread, when those of all are known: on rank 0 `found` are metrics, counts and
+    sample, as `Tally.finish`, `.counts` and `.sampled` give them, elsewhere and where they cannot be known None; `why` then says
+    the reason. `own` comes back as it was given. On rank 0 `said` is what another process has."""
+
+    number: int
+    matrices: bool
+    watch: Watch
+    done: Done
+    wrong: frozenset[str] = frozenset()
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+    said: Sequence[tuple[str, int, float | Tensor]] = ()
+
+
+class Together:
+    """`hand` over a step on every process. `sites` are those of all layers, also where this process has but stages of them. The
+    process that `speaks` knows the loss, and is not rank 0."""
+
+    def __init__(self, agreed: Agreed, parts: Sequence[Part]):
+        self.parallel = parts[0].parallel
+        self.sites = whole(agreed.stages, parts[0].sites) if agreed.stages else parts[0].sites
         self._rank, self._world = agreed.rank, agreed.world
         self.staged = bool(agreed.stages)
         self.speaks = self._rank == agreed.speaker > 0
         self.merging = Merging(agreed)
         share = self.merging.senders
-        self._spread = (
-            Spread(sites, self.sites, Span.of(agreed.stages, agreed.holds[self._rank]), share)
-            if self.staged
-            else None
-        )
+        self._spreads: list[Spread | Whole] = [Whole()]
+        if self.staged:
+            spans = [Span.of(agreed.stages, part.stage.index) for part in parts]
+            self._spreads = [
+                Spread(part.sites, self.sites, span, share) for part, span in zip(parts, spans, strict=True)
+            ]
         self._twin = Tally(self.sites, torch.device("cpu"), share) if agreed.rank == 0 else None
         self._elements = self._twin.sample.elements if self._twin is not None else 0
         self._waiting: deque[int] = (
@@ -74,63 +89,53 @@ class Together:
         """The first step of which another process may still say something."""
         return self._done if self.staged else math.inf
 
-    def hand(
-        self,
-        number: int,
-        taps: Taps,
-        gradients: GradientNorms,
-        updates: Updates,
-        faults: set[str],
-        own: dict,
-        done: Done,
-        said: Sequence[tuple[str, int, float | Tensor]] = (),
-    ) -> None:
-        matrices = taps.mode == MATRICES
-        tally = taps.tally
-        tally.passes.settle()
-        wrong = torch.tensor([float(name in faults) for name in _NAMES])
-        sums = gradients.sums() | updates.sums(number)
-        mine = gradients.shapes() | updates.shapes()
-        shapes = mine if self._spread is None else self._spread.shapes(mine)
-        parts = {"vectors": packed([*tally.sums(False), *_present(sums, mine), wrong.to(tally.device)])}
-        if matrices:
-            parts["matrices"] = packed(self._matrices(tally))
-            if self.merging.sends:
-                parts["sample"] = packed(tally.sample.tensors())
+    def hand(self, step: Handed) -> None:
+        watched = list(step.watch)
+        wrong = torch.tensor([float(name in step.wrong) for name in _NAMES])
+        shapes = [each.gradients.shapes() | each.updates.shapes() for each in watched]
+        everything = self._spreads[0].shapes(shapes[0])
+        parts = {}
+        for i, each in enumerate(watched):
+            tally = each.taps.tally
+            tally.passes.settle()
+            sums = each.gradients.sums() | each.updates.sums(step.number)
+            vectors = [*tally.sums(False), *_present(sums, shapes[i]), wrong.to(tally.device)]
+            parts["vectors", i] = packed(vectors)
+            if step.matrices:
+                parts["matrices", i] = packed(self._matrices(tally))
+                if self.merging.sends:
+                    parts["sample", i] = packed(tally.sample.tensors())
         divisor = self.parallel.divisor
-        logged = {("said", i): x for i, (_, _, x) in enumerate(said) if isinstance(x, Tensor)}
-        known = {("own", name): value for name, value in own.items()} | logged
+        logged = {("said", i): x for i, (_, _, x) in enumerate(step.said) if isinstance(x, Tensor)}
+        known = {("own", name): value for name, value in step.own.items()} | logged
         fetch = start_copy(parts | known, torch.float64)
-        values: dict = {}
+        own: dict = {}
 
         def fetched() -> Sums:
-            values.update(fetch())
-            if self._spread is not None:
-                values["vectors"] = self._spread.vectors(values["vectors"], mine, len(_NAMES))
-                for name in ("matrices", "sample"):
-                    if name in values:
-                        values[name] = getattr(self._spread, name)(values[name])
+            values = fetch()
+            own.update({name: values["own", name] for name in step.own})
+            sums = self._in_place(values, shapes)
             if self.speaks:
                 rows = [
-                    (name, step, float(values.get(("said", i), x))) for i, (name, step, x) in enumerate(said)
+                    (name, number, float(values.get(("said", i), x)))
+                    for i, (name, number, x) in enumerate(step.said)
                 ]
-                values["said"] = np.frombuffer(json.dumps(rows).encode(), np.uint8).copy()
-            return values
+                sums["said"] = np.frombuffer(json.dumps(rows).encode(), np.uint8).copy()
+            return sums
 
         def then(sums: Sums | None, why: str) -> None:
-            own = {each[1]: value for each, value in values.items() if each[0] == "own"}
             try:
                 if self._rank or sums is None:
-                    done(None, own, why, [])
+                    step.done(None, own, why, [])
                 else:
-                    found = self._made(sums, shapes, matrices, tally, gradients, divisor, own.get("scale"))
-                    done(found, own, "", json.loads(bytes(sums.get("said", b"")) or b"[]"))
+                    found = self._made(sums, step, everything, divisor, own.get("scale"))
+                    step.done(found, own, "", json.loads(bytes(sums.get("said", b"")) or b"[]"))
             finally:
                 self._done = self._waiting.popleft()
 
         nbytes = sum(8 * part.numel() for part in parts.values())
-        self._waiting.append(number)
-        self.merging.hand(Step(number, matrices, fetched, then, nbytes))
+        self._waiting.append(step.number)
+        self.merging.hand(Step(step.number, step.matrices, fetched, then, nbytes))
 
     def close(self, status: str) -> bool:
         """Whether all that was handed over has been summed."""
@@ -143,6 +148,21 @@ class Together:
         told = nonfinite.double() * torch.tensor(shares, dtype=torch.float64).to(nonfinite.device)
         return [told, *depth, *(self._slots(error) for error in _errors(tally))]
 
+    def _in_place(self, values: Mapping, shapes: Sequence[dict[str, tuple[int, ...]]]) -> Sums:
+        """What was packed of each part, on the host, together in the places of the whole model."""
+        each = list(enumerate(self._spreads))
+        sums = {
+            "vectors": sum(spread.vectors(values["vectors", i], shapes[i], len(_NAMES)) for i, spread in each)
+        }
+        if ("matrices", 0) in values:
+            sums["matrices"] = sum(spread.matrices(values["matrices", i]) for i, spread in each)
+        if ("sample", 0) in values:
+            # NaN where a part has no rows.
+            sums["sample"] = functools.reduce(
+                np.fmax, [spread.sample(values["sample", i]) for i, spread in each]
+            )
+        return sums
+
     def _slots(self, mine: Tensor) -> Tensor:
         """A place for each process's own, for what does not add up."""
         slots = mine.new_zeros(self._world, *mine.shape)
@@ -154,21 +174,20 @@ class Together:
     def _made(
         self,
         sums: Sums,
+        step: Handed,
         shapes: dict[str, tuple[int, ...]],
-        matrices: bool,
-        live: Tally,
-        gradients: GradientNorms,
         divisor: float,
         scale: np.ndarray | None,
     ) -> Found:
-        twin = self._twin
+        twin, live = self._twin, [each.taps.tally for each in step.watch]
         twin.reset()
-        twin.passes.repeated = live.passes.repeated
+        twin.passes.repeated = set().union(*(each.passes.repeated for each in live))
+        twin.lost_final = any(each.lost_final for each in live)
         norms = {name: torch.zeros(1 + int(np.prod(shape))) for name, shape in shapes.items()}
         wrong = torch.zeros(len(_NAMES))
         unpack(sums["vectors"], [*twin.sums(False), *norms.values(), wrong])
         self.faults = {name for name, times in zip(_NAMES, wrong.tolist(), strict=True) if times}
-        if matrices:
+        if step.matrices:
             slots = [self._slots(error) for error in _errors(twin)]
             unpack(sums["matrices"], [*twin.sums(True), *slots])
             for error, slot in zip(_errors(twin), slots, strict=True):
@@ -177,11 +196,11 @@ class Together:
             merged = together(sums["samples"], rows, self._elements)
             twin.sample.state, twin.sample.output, twin.sample.about = map(torch.from_numpy, merged)
         scale = None if scale is None else torch.tensor(float(scale))
-        metrics, counts = twin.finish(matrices), twin.counts(matrices)
+        metrics, counts = twin.finish(step.matrices), twin.counts(step.matrices)
         for name in metrics:
             if name.endswith("_grad_rms") or name in EDGE_METRICS:
                 metrics[name] = metrics[name] / (divisor if scale is None else divisor * scale)
-            if name in EDGE_METRICS and not live.split:
+            if name in EDGE_METRICS and not any(each.split for each in live):
                 metrics[name] = metrics[name] / self.parallel.copies  # a sum over tokens, each seen so often
         found = {
             name: part[1:].reshape(shape)
@@ -189,8 +208,8 @@ class Together:
             if part[0]
         }
         updated = {name: found.pop(name) for name in ("moved", "size") if name in found}
-        metrics |= gradients.finished(found, scale, staged=self.staged) | ratio_of(updated)
-        return metrics, counts, twin.sampled() if matrices else {}
+        metrics |= step.watch.first.gradients.finished(found, scale, staged=self.staged) | ratio_of(updated)
+        return metrics, counts, twin.sampled() if step.matrices else {}
 
 
 def _present(sums: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:

@@ -10,7 +10,6 @@ from probes.tape import Node, Tape
 
 _TOLERANCE = 2e-2  # operations that cast to bfloat16 are linear to 4e-3
 _MIXING_CHANNELS = {
-    "linear",
     "softmax",
     "layer_norm",
     "rms_norm",
@@ -18,8 +17,8 @@ _MIXING_CHANNELS = {
     "silu",
     "gelu",
     "relu",
-    "conv1d",
 }
+_MIXING_AXIS = {"linear": -1, "conv1d": -2}  # these mix what stands along one axis
 
 
 class Trials:
@@ -53,7 +52,8 @@ class Trials:
         return self._linear[key]
 
     def _find_linear(self, node: Node, axis: int) -> list[tuple[int, int]] | None:
-        if node.func is None or getattr(node.func, "__name__", "") in _MIXING_CHANNELS:
+        name = getattr(node.func, "__name__", "")
+        if node.func is None or name in _MIXING_CHANNELS or axis - node.value.ndim == _MIXING_AXIS.get(name):
             return None
         from_end = axis - node.value.ndim
         candidates = {

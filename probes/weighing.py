@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 from probes.tape import Node
-from probes.walks import Edge, Mix, Walks
+from probes.walks import Edge, Mix, Walks, same_values
 
 
 @dataclass
@@ -173,12 +173,18 @@ def _cut(walks: Walks, mix: Mix, group: _Together) -> Mix | None:
             break
         carrying = [s for s, _ in mix.steps[node] if (node, s) in edges or node.slots[s] in mix.steps]
         above |= len(carrying) > 1 or node in mix.passed or bool(walks.weighs(node, mix.steps[node]))
+        above |= len(carrying) == 1 and _scales(node, node.slots[carrying[0]])
         node = ways.pop()
         if above and walks.is_stream(node):
             head, above = node, False
     if above or not walks.is_stream(head):
         return None
     return _below(walks, mix, head, leads, edges)
+
+
+def _scales(node: Node, child: Node) -> bool:
+    """Whether something that is no weight, a constant or dropout, changes the size of what was weighed."""
+    return node.tensor.shape == child.tensor.shape and not same_values(node, child)
 
 
 def _below(

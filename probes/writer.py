@@ -119,7 +119,7 @@ class RunWriter:
 
     def lose(self, step: int, cause: str) -> None:
         """Nothing of step `step` can be written, because of `cause`."""
-        self._lost.add(step, cause)
+        self._lost.add([step], cause)
 
     @property
     def dropped(self) -> int:
@@ -134,14 +134,32 @@ class RunWriter:
                 yield from fetch()
             except Exception as error:
                 self._warn("fetch", f"depthscope could not take a step's numbers from the device: {error}.")
-                self._lost.add(_step(complete), f"its numbers could not be taken from the device ({error})")
+                self._lost.add([_step(complete)], f"its numbers could not be taken from the device ({error})")
             self._complete = max(self._complete, complete() if callable(complete) else complete)
 
         if self._queue.qsize() < _QUEUE:
             self._queue.put(take)
             return True
-        self._lost.add(_step(complete), "the writer could not keep up")
+        self._lost.add([_step(complete)], "the writer could not keep up")
         return False
+
+    def save(self, act: Callable[[], object]) -> str:
+        """Write a file beside the shards, from within a `fetch`; why the disk refused, empty where it did not. Other errors
+        of `act` are raised."""
+        failed = []
+
+        def attempt() -> None:
+            try:
+                act()
+            except OSError:
+                raise
+            except Exception as error:
+                failed.append(error)
+
+        done = self._disk.do(attempt)
+        if failed:
+            raise failed[0]
+        return "" if done else self._disk.refused
 
     def close(self, status: str, reason: str = "") -> None:
         """Seal everything handed over and mark the end. Waits for the thread, but not for ever."""
@@ -163,7 +181,12 @@ class RunWriter:
         if self._open:
             self._shed(len(self._open))
         end = {"time": time.time(), **self._end, "step": self._last_step, **self._told()}
-        self._disk.do(lambda: write_json(self._place.folder / files.END, end))
+        marked = self._disk.do(lambda: write_json(self._place.folder / files.END, end))
+        said = [f"not recorded: {lost}"] if (lost := str(self._lost)) else []
+        if not marked and not self._disk.gone:
+            said.append("its end could not be marked, so that it will be shown as stopped")
+        if said:
+            self._warn("end", f"The run at {self.path} has ended; {'; and '.join(said)}.")
         if not self._disk.refused:
             self._behind.work(lambda: True)
 
@@ -221,16 +244,14 @@ class RunWriter:
         self._open.sort(key=itemgetter(1))
         last = self._open[count - 1][1]
         steps = [step for _, step, _ in self._open if step <= last]
-        self._lost.add(
-            steps[0], self._disk.refused or "the writer could not keep up", until=last, rows=len(steps)
-        )
+        self._lost.add(steps, self._disk.refused or "the writer could not keep up", rows=len(steps))
         self._open = self._open[len(steps) :]
         self._bytes = sum(_size(value) for _, _, value in self._open)
 
     def _seal(self, complete: int | None) -> None:
         """Write the open rows up to step `complete` (None: all) as shards; keep them if the disk refuses."""
-        if self._disk.gone:
-            self._open = []
+        if self._disk.gone and self._open:
+            self._shed(len(self._open))
         ready = [row for row in self._open if complete is None or row[1] <= complete]
         later = [row for row in self._open if complete is not None and row[1] > complete]
         ready.sort(key=itemgetter(1))

@@ -74,10 +74,7 @@ class Shadow:
         if (trouble := self._trouble) is None:
             return ""
         since, why = trouble
-        return (
-            f"{self._store.address.shown} has not answered since {since:%H:%M:%S} UTC ({why}). What was fetched before is "
-            "shown as it was then; depthscope keeps asking."
-        )
+        return f"{self._store.address.shown} has not answered since {since:%H:%M:%S} UTC ({why})."
 
     # What is there
 

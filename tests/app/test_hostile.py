@@ -25,6 +25,9 @@ from tests.app import made
 from tests.app.test_pages import PAGES, opened, said
 from tests.probes import hostile
 
+# Nothing of it in the server's log: numpy's complaints about numbers that it cannot divide or sum.
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
 LONG = "n" * 250
 WORDS = (
     "\u202egnp.exe", "\u2066\u2069\u200b\ufeff", "\x1b[2J\x07\x00", "a\nb\r\nc\td", "{{7*7}} ${7*7} %s %n", "☃" * 3000,

@@ -260,6 +260,9 @@ WRONG = {
         ("The model does not run on the example: TypeError", lambda: dit(example={"y": X})),
         ("The model does not run on the example: RuntimeError", lambda: dit(example=(X, X))),
         ("model must be the module itself", lambda: convert(torch.compile(DiT()), "full")),
+        ("model must be the module itself, not under DataParallel", lambda: convert(nn.DataParallel(DiT()))),
+        ("model must not be a Sequential", lambda: convert(nn.Sequential(DiT()), "full", example=X)),
+        ("model must have values", lambda: convert(DiT().to("meta"), "full")),
         ("No transformer blocks were found in ReLU", lambda: convert(nn.ReLU(), "full", example=X)),
     ],
     revert: [

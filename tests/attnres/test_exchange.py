@@ -1,13 +1,15 @@
 """After a conversion: modules exchanged, adapters put in, blocks left out. Right, or one sentence; never in silence."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import attnres
+from tests.attnres.blocks import WIDTH, Block, Stack, example, stack
+from tests.attnres.converted import compiled, prepared
 from tests.attnres.families import logits_of
-from tests.attnres.test_convert import compiled, prepared
-from tests.attnres.test_refusals import WIDTH, Block, Stack, example, stack
 
 pytest.importorskip("transformers")
 
@@ -60,6 +62,35 @@ def converted(residual="full", size=None, blocks=3):
         for read in model.attnres.reads:
             read.query.normal_()
     return model
+
+
+class Kept(nn.Module):
+    """What PEFT's `modules_to_save` puts in the place of a module: the frozen one, and a copy that is trained and used."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.original, self.trained = module.requires_grad_(False), copy.deepcopy(module).requires_grad_()
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.trained, name)
+
+
+def test_a_copy_of_the_reads_in_their_place_is_what_reads():
+    _, _, model, inputs = prepared("Llama")
+    before = logits_of(model(**inputs))
+    model.attnres = Kept(model.attnres)
+    assert sum(1 for _ in model.attnres.trained.modules()) < 20
+    loss = logits_of(model(**inputs)).square().mean()
+    loss.backward()
+    assert all(read.query.grad.any() for read in model.attnres.trained.reads[1:])
+    with torch.no_grad():
+        model.attnres.trained.reads[3].query.zero_()
+    assert not torch.equal(logits_of(model(**inputs)), before)
+    attnres.revert(model)
+    assert not any("attnres" in name for name in model.state_dict())
 
 
 def test_an_adapter_in_the_place_of_a_sublayer_counts_where_the_block_adds_up_by_itself():
@@ -163,11 +194,11 @@ class Skipping(Block):
         return x + self.extra(x) if self.adds else x
 
 
-@pytest.mark.parametrize(("index", "name"), [(0, "first"), (1, "second")])
+@pytest.mark.parametrize(("left_out", "name"), [((0,), "first"), ((1,), "second"), ((0, 1), "first")])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_layer_left_out_of_a_pass_is_refused_by_name(size, index, name):
+def test_a_layer_left_out_of_a_pass_is_refused_by_name(size, left_out, name):
     model = attnres.convert(stack(Skipping, Skipping, Skipping), "block", size, example=example())
-    model.blocks[1].left_out = (index,)
+    model.blocks[1].left_out = left_out
     with pytest.raises(RuntimeError, match=rf"^blocks\.1\.{name} did not run in its place [^\n]*\.$"):
         model(example())
     model.blocks[1].left_out = ()

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import attnres
+from tests.attnres.blocks import WIDTH, Block, example, stack, zero_query_deviation
 from tests.attnres.families import SIZES, token_inputs
-from tests.attnres.test_refusals import WIDTH, Block, example, stack, zero_query_deviation
 
 pytest.importorskip("transformers")
 

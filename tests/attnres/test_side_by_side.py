@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import attnres
-from tests.attnres.test_refusals import Block, example, stack
+from tests.attnres.blocks import Block, example, stack
 
 
 def converted(residual="full", size=None):

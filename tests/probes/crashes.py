@@ -275,7 +275,7 @@ def troubled(name: str, place: Path) -> None:
     manifest.HEARTBEAT_SECONDS = 0.1
     trouble = TROUBLES[name](place)
     model = decoder("full", blocks=1)
-    optimizer = adam(model)
+    optimizer, while_training = adam(model), 0
     if trouble.run is None:
         train(model, optimizer, STEPS)
     else:
@@ -288,10 +288,12 @@ def troubled(name: str, place: Path) -> None:
             wait_for(lambda: any("WARNING" in sentence for sentence in heard.sentences), 100)
             trouble.heal()
             train(model, optimizer, 20, 40, after=log)
+            while_training = len(heard.sentences)
     weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     if trouble.run is not None and trouble.run != place / "run":
         shutil.copytree(trouble.run, place / "run")
-    print(json.dumps({"name": name, "weights": weights, "said": heard.sentences}), flush=True)
+    said, ended = heard.sentences[:while_training], heard.sentences[while_training:]
+    print(json.dumps({"name": name, "weights": weights, "said": said, "ended": ended}), flush=True)
 
 
 def trouble(folder: Path) -> None:

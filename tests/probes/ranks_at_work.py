@@ -15,23 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
 
 import probes
-from tests.probes import ranks_failing as _  # noqa: F401  its scenes are played
-from tests.probes import ranks_stages
+from tests.probes import ranks_failing, ranks_stages, ranks_uneven  # noqa: F401  their scenes are played
 from tests.probes.foreign import Foreign
 from tests.probes.models import decoder, loss_of
 from tests.probes.ranks_scenes import PLAYED, free_port, play
+from tests.probes.ranks_spread import SPREAD
 
 STEPS, CLIP = 3, 0.25
 
@@ -61,143 +51,15 @@ def loss(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Te
     return loss_of(model(tokens), tokens)
 
 
-# How a model is spread: each gives the model, and how many data-parallel parts the batch has
-
-
-def ddp(model):
-    return nn.parallel.DistributedDataParallel(model), dist.get_world_size()
-
-
-def inner(model):
-    """Wrapped, but the recorder is shown what is inside."""
-    return ddp(model)
-
-
-def fsdp(model):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return _sharded(model, mesh), mesh.size()
-
-
-def one_group(model):
-    """All parameters in one FSDP group."""
-    return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),))), dist.get_world_size()
-
-
-def tp(model):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-    return _sliced(model, mesh), 1
-
-
-def sp(model):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-    return _sequence_sliced(model, mesh), 1
-
-
-def fsdp_tp(model):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    return _sharded(_sliced(model, mesh["tp"]), mesh["dp"]), 2
-
-
-def fsdp_sp(model):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    return _sharded(_sequence_sliced(model, mesh["tp"]), mesh["dp"]), 2
-
-
-def hsdp(model):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
-    return _sharded(model, mesh), 4
-
-
-def _sharded(model, mesh):
-    core = getattr(model, "inner", model)
-    for block in core.blocks:  # layer by layer, for a block takes a stream, in which FSDP finds no tensors
-        fully_shard(block.attention, mesh=mesh)
-        fully_shard(block.mlp, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-_SLICES = {
-    **{f"attention.{name}": ColwiseParallel for name in ("query", "key", "value")},
-    "attention.output": RowwiseParallel,
-    "mlp.gate": ColwiseParallel,
-    "mlp.up": ColwiseParallel,
-    "mlp.output": RowwiseParallel,
-}
-
-
-def _sliced(model, mesh):
-    for block in getattr(model, "inner", model).blocks:
-        parallelize_module(block, mesh, {name: slices() for name, slices in _SLICES.items()})
-        _fewer_heads(block.attention, mesh.size())
-    return model
-
-
-def _sequence_sliced(model, mesh):
-    for block in model.blocks:
-        plan = {name: slices() for name, slices in _SLICES.items()}
-        for layer, more in (("attention", (None,)), ("mlp", ())):
-            plan[f"{layer}_norm"] = SequenceParallel()
-            plan[layer] = PrepareModuleInput(
-                input_layouts=(Shard(1), *more), desired_input_layouts=(Replicate(), *more)
-            )
-            plan[f"{layer}.output"] = RowwiseParallel(output_layouts=Shard(1))
-        parallelize_module(block, mesh, plan)
-        _fewer_heads(block.attention, mesh.size())
-    ends = {
-        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-        "final_norm": SequenceParallel(),
-        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
-    }
-    return parallelize_module(model, mesh, ends)
-
-
-def _fewer_heads(attention, parts: int) -> None:
-    attention.heads //= parts
-    attention.kv_heads //= parts
-
-
-def views(model):
-    """Gradients are views of buckets, and the graph is always one."""
-    return nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True, static_graph=True
-    ), dist.get_world_size()
-
-
-def unused(model):
-    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), dist.get_world_size()
-
-
-def compiled_ddp(model):
-    # What inductor makes of the graphs is not the question, and takes minutes.
-    return torch.compile(
-        nn.parallel.DistributedDataParallel(model), backend="aot_eager"
-    ), dist.get_world_size()
-
-
-def compiled_fsdp(model):
-    for block in model.blocks:
-        block.attention.compile()
-        block.mlp.compile()
-    return fsdp(model)
-
-
-SPREAD = {
-    each.__name__: each
-    for each in (
-        *(ddp, inner, views, unused, fsdp, one_group, tp, sp, fsdp_tp, fsdp_sp, hsdp),
-        *(compiled_ddp, compiled_fsdp),
-    )
-}
-
-
 def made(case: str) -> nn.Module:
-    if "experts" in case:
+    if "experts" in case or "plain" in case:
         return ranks_stages.made(case)
     if "found" in case:
         return Foreign("list", width=8)
     kind = "prenorm" if "sp" in case.split("-")[0].split("_") else "full"
     heads = 4 if "4" in case else 2
-    blocks = 1 if "compiled" in case else 2
+    kind = "block of 2" if "block" in case else kind
+    blocks = 1 if "compiled" in case or "inductor" in case else 2
     model = decoder(kind, blocks=blocks, heads=heads, kv_heads=heads)
     if "inf" in case:
         with torch.no_grad():
@@ -213,15 +75,28 @@ def train(
     """`parts` are the data-parallel parts of the batch that this process sees."""
     micro_batches = 2 if "accumulate" in case else 1
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if "scaled" in case else None
     with probes.record(
-        recorded, path, optimizer=optimizer, every=1, matrices_every=2, strict=True, **options
+        recorded,
+        path,
+        optimizer=optimizer,
+        scaler=scaler,
+        every=1,
+        matrices_every=2,
+        strict=True,
+        **options,
     ) as recorder:
         for step in range(STEPS):
             for micro in range(micro_batches):
                 with _without_sync(model, micro == micro_batches - 1):
-                    _total(case, model, step, parts, world, micro, micro_batches).backward()
-            ranks_stages.clip(model)
-            optimizer.step()
+                    total = _total(case, model, step, parts, world, micro, micro_batches)
+                    (total if scaler is None else scaler.scale(total)).backward()
+            ranks_stages.clip(model.parameters())
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
             optimizer.zero_grad()
             recorder.log(loss=1.0 + rank)
 
@@ -254,7 +129,7 @@ def _without_sync(model, last: bool):
 
 
 def is_staged(case: str) -> bool:
-    return case.startswith(("gpipe", "1f1b"))
+    return case.startswith((*ranks_stages.ONE_STAGE, *ranks_stages.TWO_STAGES))
 
 
 def work(rank: int, world: int, port: int, folder: Path, cases: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Pipelines whose stages are recorded as one model: cases of `ranks_at_work`, and the same training by one process."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -7,7 +8,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleLoopedBFS,
+)
 
 import probes
 from tests.probes.models import loss_of, sgd
@@ -73,20 +80,20 @@ def made(case: str) -> Model:
     return model
 
 
-def cut(model: Model, index: int) -> Model:
-    """Stage `index` of two, the first of one block, the second of three."""
+def cut(model: Model, index: int, count: int = 2) -> Model:
+    """Stage `index`: of two the first has one block and the second three, of four each has one."""
     for i in range(BLOCKS):
-        if (i > 0) != index:
+        if min(i, count - 1) != index:
             del model.blocks[str(i)]
-    if index:
+    if index > 0:
         model.embedding = None
-    else:
+    if index < count - 1:
         model.norm = model.head = None
     return model
 
 
-def clip(model: nn.Module) -> None:
-    for parameter in model.parameters():
+def clip(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
         if parameter.grad is not None:  # of an expert that no token chose
             parameter.grad.mul_(CLIP)
 
@@ -111,27 +118,48 @@ def fsdp(model, index, mesh):
     return fully_shard(model, mesh=mesh["data"])
 
 
+ONE_STAGE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+TWO_STAGES = {"interleaved": ScheduleInterleaved1F1B, "looped": ScheduleLoopedBFS}
+
+
 def run_stages(case: str, path: Path) -> None:
-    """`gpipe` or `1f1b`, and then how the replicas of a stage are held together."""
+    """The schedule of two processes, with one stage in each or two, and then how the replicas of a stage are held together."""
     kind, beside = case.split("-")[:2]
-    world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "stage"))
-    index, replica = mesh["stage"].get_local_rank(), mesh["data"].get_local_rank()
-    model = {"plain": plain, "ddp": ddp, "fsdp": fsdp}[beside](cut(made(case), index), index, mesh)
-    optimizer = sgd(model)
-    stage = PipelineStage(model, index, 2, torch.device("cpu"), group=mesh["stage"].get_group())
-    schedule = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[kind](stage, MICRO, loss_fn=loss_of)
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "stage"))
+    place, replica = mesh["stage"].get_local_rank(), mesh["data"].get_local_rank()
+    wrap, group = {"plain": plain, "ddp": ddp, "fsdp": fsdp}[beside], mesh["stage"].get_group()
+    count = 4 if kind in TWO_STAGES else 2
+    stages = [
+        PipelineStage(wrap(cut(made(case), index, count), index, mesh), index, count, torch.device("cpu"), group=group)
+        for index in range(place, count, 2)
+    ]  # fmt: skip
+    schedule = scheduled(kind, stages)
+    optimizers = [sgd(stage.submod) for stage in stages]
     with probes.record(
-        schedule, path, optimizer=optimizer, every=2, matrices_every=2, strict=True
+        schedule, path, optimizer=optimizers, every=2, matrices_every=2, strict=True
     ) as recorder:
         for step in range(STEPS):
-            batch, losses = tokens(step, replica), []
-            schedule.step(*([] if index else [batch]), target=batch if index else None, losses=losses)
-            clip(model)
-            optimizer.step()
-            optimizer.zero_grad()
-            if index and not replica:
-                recorder.log(loss=torch.stack(losses).mean(), stage=index)
+            losses = trained(schedule, optimizers, tokens(step, replica), place == 0, place == 1)
+            if place and not replica:
+                recorder.log(loss=torch.stack(losses).mean(), stage=1)
+
+
+def scheduled(kind: str, stages: list[PipelineStage]):
+    if kind in ONE_STAGE:
+        return ONE_STAGE[kind](stages[0], MICRO, loss_fn=loss_of)
+    return TWO_STAGES[kind](stages, MICRO, loss_fn=loss_of)
+
+
+def trained(schedule, optimizers, batch: torch.Tensor, first: bool, last: bool) -> list[torch.Tensor]:
+    """The losses of one step, by a process that has the first stage, or the last, or both."""
+    losses: list[torch.Tensor] = []
+    schedule.step(*([batch] if first else []), target=batch if last else None, losses=losses)
+    for optimizer in optimizers:
+        clip(p for group in optimizer.param_groups for p in group["params"])
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
 
 
 def run_alone(case: str, path: Path, replicas: int) -> None:
@@ -146,7 +174,7 @@ def run_alone(case: str, path: Path, replicas: int) -> None:
                 batch = torch.cat(parts)
                 losses.append(loss_of(model(batch), batch))
                 (losses[-1] / MICRO).backward()
-            clip(model)
+            clip(model.parameters())
             optimizer.step()
             optimizer.zero_grad()
             if replicas == 1:

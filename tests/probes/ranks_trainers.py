@@ -1,15 +1,18 @@
 """Training scripts of others' making, for torchrun: `torchrun --nproc-per-node 2 -m tests.probes.ranks_trainers FOLDER`.
 
-Hugging Face's Trainer records at FOLDER/trainer, Accelerate at FOLDER/accelerate, Lightning at FOLDER/lightning; the same on
-one process without torchrun.
+Hugging Face's Trainer records at FOLDER/trainer, Accelerate at FOLDER/accelerate, Lightning at FOLDER/lightning, and loops over a
+model of Hugging Face's at FOLDER/sharded and FOLDER/sliced; the same on one process without torchrun.
 """
 
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import probes
@@ -93,9 +96,37 @@ def trained_by_lightning(folder: Path, world: int) -> None:
     trainer.fit(Module(), torch.utils.data.DataLoader(mine, batch_size=None))
 
 
+def trained_by_a_loop(folder: Path, how: str, world: int) -> None:
+    """A model of Hugging Face's under `fully_shard`, or sliced by its own plan."""
+    model = llama()
+    if world > 1 and how == "sliced":
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+        if dist.get_rank() == 0:
+            model.save_pretrained(folder / "llama")
+        dist.barrier()
+        model = LlamaForCausalLM.from_pretrained(folder / "llama", tp_plan="auto", device_mesh=mesh).train()
+    elif world > 1:
+        for module in (*model.model.layers, model):
+            fully_shard(module)
+    parts, part = (world, dist.get_rank()) if world > 1 and how == "sharded" else (1, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with probes.record(
+        model, folder / how, optimizer=optimizer, every=1, matrices_every=1, strict=True
+    ) as recorder:
+        for batch in texts().chunk(STEPS):
+            mine = batch.chunk(parts)[part]
+            loss = model(input_ids=mine, labels=mine).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.log(loss=loss)
+
+
 if __name__ == "__main__":
     folder, world = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     trained_by_hugging_face(folder, world)
     trained_by_accelerate(folder)
     trained_by_lightning(folder, world)
+    for how in ("sharded", "sliced"):
+        trained_by_a_loop(folder, how, world)

@@ -366,6 +366,8 @@ def test_hostile_files_are_refused(run):
             ({"without.layers.weight": np.ones(3, np.float32)}, about),
             ({"without.layers.count": np.arange(3), "without.layers.random": np.ones(3, np.float32)}, about),
             ({}, json.dumps({"value": "1.0", "sequences": "many"})),
+            ({}, json.dumps({"value": 10**400})),
+            ({}, json.dumps({"value": "1.0", "created": 10**400})),
             ({}, "[" * 100_000),
             ({}, ""),
         )
@@ -374,8 +376,8 @@ def test_hostile_files_are_refused(run):
         write_shard(folder / name, tensors, {"format": "2", "step": "5", "about": told})
     write_shard(folder / f"{6:012d}-{1:012x}.safetensors", {}, {"format": "2", "step": "5", "about": about})
     opened = probes.open_run(run)
-    assert opened.attributions() == [] and len(opened.attribution_problems) == 8
-    assert len(checking.check(run).defects) == 8
+    assert opened.attributions() == [] and len(opened.attribution_problems) == 10
+    assert len(checking.check(run).defects) == 10
 
 
 def test_the_docs_way_to_read_it(run, monkeypatch, capsys):

@@ -9,8 +9,9 @@ import torch
 import probes
 from probes.foreign import foreign_sites
 from probes.symbols import Untraceable
+from tests.probes.foreign_families import rms
 from tests.probes.foreign_sources import SOURCES, FallingBack, Gated
-from tests.probes.foreign_streams import NO_READS
+from tests.probes.foreign_streams import NO_READS, Highway
 from tests.probes.foreign_weights import WEIGHTS, Heads, WithNull
 from tests.probes.hyper import Hyper
 from tests.probes.models import sgd
@@ -62,8 +63,24 @@ def test_hyper_connections_say_why_they_have_no_depth_weights():
 
 @pytest.mark.parametrize("model", NO_READS)
 def test_streams_that_are_carried_on_with_weights_are_no_reads(model):
-    with pytest.raises(Untraceable, match="scaled, gated or mixed on their way"):
+    with pytest.raises(Untraceable, match="scaled, gated or mixed on their way") as refused:
         foreign_sites(NO_READS[model]())
+    assert "recovered" not in str(refused.value)  # nothing of it is recorded then
+
+
+class TwoAtOnce(Highway):
+    """A plain residual in the model's own forward, of layers side by side."""
+
+    def stream(self, x):
+        for i in range(0, len(self.sublayers) - 1, 2):
+            read = rms(x)
+            x = x + self.sublayers[i](read) + self.sublayers[i + 1](read)
+        return x
+
+
+def test_a_plain_residual_is_no_read():
+    with pytest.raises(Untraceable, match="no state in it is a weighted sum of several sources"):
+        foreign_sites(TwoAtOnce())
 
 
 def test_a_gate_is_named_and_the_state_is_what_the_layer_receives(tmp_path):

@@ -115,7 +115,9 @@ def test_trouble_with_the_disk_changes_no_weight_and_is_said_once(name, troubles
         pytest.skip("this process may not mount, or not become another user")
     assert told[name]["weights"] == told["unprobed"]["weights"]
     warnings = [sentence for sentence in told[name]["said"] if sentence.startswith("WARNING")]
-    assert len(warnings) == 1
+    assert len(warnings) == 1, "while it trains"
+    # When it has ended, what nobody will find is told once more, to the step.
+    ended = [sentence for sentence in told[name]["ended"] if sentence.startswith("WARNING")]
     place = folder / name / "run"
     found = plain_reader.read(place)
     steps = [step for step, _ in found["loss"]]
@@ -125,19 +127,27 @@ def test_trouble_with_the_disk_changes_no_weight_and_is_said_once(name, troubles
     if name == "lasting":
         # Nothing could be written any more, not even that; the run says that it has no sign of life.
         assert missing and missing == set(range(max(steps) + 1, STEPS))
+        lost = f"{len(missing)} steps, from {min(missing)} to {max(missing)}"
+        assert (
+            len(ended) == 1
+            and f"not recorded: {lost} (the run could not be written (File too large))" in ended[0]
+        )
+        assert "its end could not be marked" in ended[0]
         return
     assert run.status == "finished" and steps[-1] == STEPS - 1
     # The gap is told, to the step.
     assert missing == {step for gap in run.gaps for step in range(gap.first, gap.last + 1)}
+    assert bool(ended) == (name == "forgetful")
     if name == "deleted":
         assert missing and "was deleted while it was recorded. It is made anew" in warnings[0]
         assert all("gone from the folder" in problem for problem in run.problems)
     elif name == "forgetful":
         causes = {gap.cause for gap in run.gaps}
         assert (
-            causes <= {"run could not be written (File too large)", "the writer could not keep up"}
+            causes <= {"the run could not be written (File too large)", "the writer could not keep up"}
             and missing
         )
+        assert len(ended) == 1 and sum(map(int, re.findall(r"(\d+) steps?,", ended[0]))) == len(missing)
     else:
         assert not missing and "Training goes on; recording does too when the place is back" in warnings[0]
         assert re.search("INFO: depthscope writes to .* again", "\n".join(told[name]["said"]))

@@ -1,6 +1,7 @@
 """Broken files, and trouble with the disk while recording: said once, and it costs little."""
 
 import json
+import re
 import time
 
 import numpy as np
@@ -189,9 +190,30 @@ def test_a_disk_that_stays_full_still_lets_training_end(tmp_path, monkeypatch, c
         monkeypatch.setattr(writer_module, "write_json", refuse)
         monkeypatch.setattr(writer_module, "beat", refuse)
         train(model, optimizer, 3)
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert "No space left on device" in message
+    begun, ended = [record.getMessage() for record in caplog.records]
+    assert "Training goes on" in begun
+    why = "not recorded: 3 steps, from 0 to 2 (the run could not be written (No space left on device))"
+    assert f"{why}; and its end could not be marked, so that it will be shown as stopped." in ended
     assert probes.open_run(tmp_path / "run").metrics == []
+
+
+def test_a_token_snapshot_on_a_full_disk_is_one_warning_and_told(tmp_path, monkeypatch, caplog):
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    model = decoder("full", blocks=1)
+    optimizer = sgd(model)
+    with probes.record(model, tmp_path / "run", optimizer=optimizer, every=1, tokens_every=2):
+        monkeypatch.setattr("probes.tokens.write_shard", refuse)
+        train(model, optimizer, 3)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "No space left on device" in message and "Training goes on" in message
+    run = probes.open_run(tmp_path / "run")
+    assert run.steps("hidden_rms").tolist() == [0, 1, 2] and not len(run.token_steps)
+    told = json.loads((tmp_path / "run" / files.END).read_text())["missing"]
+    assert told == {
+        "token_depth_weight": {"step": 0, "cause": "the run could not be written (No space left on device)"}
+    }
 
 
 def test_a_writer_that_cannot_keep_up_drops_and_counts(tmp_path, monkeypatch):
@@ -246,5 +268,6 @@ def test_a_place_that_another_run_has_taken_is_left_alone(tmp_path, caplog, hast
         theirs = {file: file.read_bytes() for file in path.rglob("*.*")}
         train(model, optimizer, 3, start=2)
     assert {file: file.read_bytes() for file in path.rglob("*.*")} == theirs
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert f"records no more at {path}: another run was begun at {path}. Training goes on." in message
+    begun, ended = [record.getMessage() for record in caplog.records]
+    assert f"records no more at {path}: another run was begun at {path}. Training goes on." in begun
+    assert re.search(rf"not recorded: \d steps, from \d to 4 \(another run was begun at {path}\)\.$", ended)

@@ -19,12 +19,13 @@ from tests.probes.ranks_played import assert_alike, play, told
 
 SHORT = [
     *("ddp", "inner", "fsdp-masked-accumulate", "one_group-accumulate", "tp", "sp"),
-    *("views", "unused-found", "one_group-experts", "1f1b-plain-experts"),
+    *("views", "unused-found", "one_group-experts", "1f1b-plain-experts", "interleaved-plain-experts"),
+    *("checkpointed_fsdp-accumulate", "offloaded-scaled"),
 ]
 BROKEN = ["ddp-inf", "tp-inf", "sp-inf", "gpipe-plain-inf"]
 SCENES = [
     *("nothing", "asked", "refused", "stages", "resumed", "joined", "counted", "saved", "half", "unknown"),
-    *("local-ddp", "one", "raises", "slow", "homeless", "gone", "dead"),
+    *("local-ddp", "one", "raises", "slow", "homeless", "gone", "blank", "joins", "older", "dead"),
 ]
 
 
@@ -42,7 +43,7 @@ def test_every_metric_is_that_of_one_process_on_the_same_batch(case, two):
 def test_no_metric_is_forgotten(two):
     """Each metric of the vocabulary is of one process alone, or among those that the cases above have compared."""
     compared = {name for case in SHORT for name in probes.open_run(two / case).metrics}
-    assert set(METRICS) - compared == set(OF_ONE) - {"loss", "lr", "wall_time", "step_time", "probe_time"}
+    assert set(METRICS) - compared == {"tokens", "val_loss"} and {"tokens", "val_loss"} < set(OF_ONE)
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -117,6 +118,30 @@ def test_a_batch_without_sequences_adds_nothing(two):
     run = probes.open_run(two / "nothing")
     assert run.steps("hidden_rms").tolist() == [0, 1, 2] and not run.problems
     assert np.isfinite(run["hidden_rms"]).all() and np.isfinite(run["mixing_share"][:, -1]).all()
+
+
+def test_a_mask_that_hides_all_of_one_process_adds_nothing(two):
+    run = probes.open_run(two / "blank")
+    assert run.steps("hidden_rms").tolist() == [0, 1, 2] and not run.problems
+    assert all(np.isfinite(run[name]).all() for name in ("hidden_rms", "output_grad_rms", "grad_norm"))
+    # Step 1 is of rank 0's tokens alone, as recorded beside it where rank 1 has no sequence at all.
+    nothing = probes.open_run(two / "nothing")
+    np.testing.assert_allclose(run["hidden_rms"][1], nothing["hidden_rms"][1], rtol=1e-5)
+
+
+def test_a_process_with_fewer_batches_ends_what_is_of_all(two):
+    run = probes.open_run(two / "joins")
+    first, second = told(two, "joins")
+    assert first == second, "the same parameters, after five steps and after three"
+    assert run.steps("grad_norm").tolist() == [0, 1, 2] and run.steps("lr").tolist() == [0, 1, 2, 3, 4]
+    assert run.status == "finished" and run.ranks[1] == ("finished", "")
+    assert run.problems[0].startswith("Steps 3 to 4 are missing: another process is gone")
+
+
+def test_wrappers_that_hide_their_parameters_are_refused(two):
+    seen, _ = told(two, "older")
+    assert "FullyShardedDataParallel shows no parameter whole" in seen["fsdp"]
+    assert "DistributedDataParallel over a model with DTensors" in seen["sliced"]
 
 
 def test_a_step_that_one_process_alone_wants_is_let_go(two):

@@ -24,9 +24,11 @@ LONG = [
     "fsdp_sp",
     "1f1b-ddp",
     "gpipe-fsdp-experts",
+    "interleaved-fsdp-experts",
+    "looped-fsdp",
     "ddp-experts",
 ]
-COMPILED = ["compiled_ddp", "compiled_fsdp"]
+COMPILED = ["compiled_ddp", "compiled_fsdp", "inductor_ddp", "over_fsdp-plain"]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def test_compiled_models_over_processes(case, tmp_path):
 
 
 def test_trainers_of_others_under_torchrun(tmp_path):
-    """Hugging Face's Trainer, Accelerate and Lightning: two processes record what one does."""
+    """Hugging Face's Trainer, its models, Accelerate and Lightning: two processes record what one does."""
     for library in ("transformers", "accelerate", "lightning"):
         pytest.importorskip(library)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -55,9 +57,10 @@ def test_trainers_of_others_under_torchrun(tmp_path):
         command = [sys.executable, *how, *script]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=HANGS)
         assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("trainer", "accelerate", "lightning"):
+    ways = {way: ["DistributedDataParallel"] for way in ("trainer", "accelerate", "lightning")}
+    for name, by in (ways | {"sharded": ["fully_shard"], "sliced": []}).items():
         run, alone = (probes.open_run(tmp_path / world / name) for world in "21")
-        assert run.manifest.ranks.parallel["by"] == ["DistributedDataParallel"]
+        assert run.manifest.ranks.parallel["by"] == by
         assert run.metrics == alone.metrics and run.ranks[1] == ("finished", "") and not run.problems
         assert run.steps("hidden_rms").tolist() == [0, 1, 2]
         for metric in set(run.manifest.ranks.merged) & set(run.metrics):

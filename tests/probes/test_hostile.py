@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -101,6 +102,23 @@ def test_a_shard_larger_than_any_is_not_read(run):
         file.truncate(1 << 40)  # sparse: it takes no room on the disk
     (problem,) = probes.open_run(run).problems
     assert "is larger than the 1024 MiB that belong there" in problem
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+def test_a_large_file_that_is_no_shard_by_its_header_is_not_read(run, extra):
+    size = 900 << 20
+    header = {"loss": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    with open(shards(run)[0], "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + size + extra)  # sparse: it takes no room on the disk
+    tracemalloc.start()
+    try:
+        (problem,) = probes.open_run(run).problems
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+    assert ("holds more than its header says" if extra else "has no checksum") in problem
 
 
 def test_a_header_larger_than_any_is_not_parsed(run):

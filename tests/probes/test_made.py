@@ -205,6 +205,7 @@ def test_what_cannot_be_computed_is_blank_and_named(block, tmp_path, caplog):
     else:
         assert seen.tolist() == [True, False, True, False, True]
         assert "saw nothing of hidden_rms: into layer 2 (MLP)" in caplog.text and "not seen" in told
+        assert "probes.mark" in caplog.text and "compiled" not in caplog.text  # nothing is
 
 
 class Inline(nn.Module):

@@ -69,6 +69,20 @@ def test_a_token_whose_state_is_zero_costs_nothing_else():
     np.testing.assert_allclose(found["mixing_r2"], 1, atol=1e-6)
 
 
+def test_a_token_without_any_weight_counts_in_the_mean():
+    """As where dropout on the weights has taken all of one token's."""
+    v = sources(3, 32)
+    weight = np.array([[1.0, 0, 0], [0.5, 2, 0], [2, 0.5, 1]])
+    tokens = v.shape[1]
+    h = np.einsum("ls,std->ltd", weight, v).astype(np.float32)
+    h[1, 0] = h[2, :2] = 0
+    found = recover(h, v, *in_float32(3))["mixing_weight"]
+    share = np.array([1, 1 - 1 / tokens, 1 - 2 / tokens])
+    np.testing.assert_allclose(
+        found[np.tri(3, dtype=bool)], (share[:, None] * weight)[np.tri(3, dtype=bool)], atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("size", [1e-3, 1e-2, 0.1, 1.0])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_something_else_in_a_state_never_makes_a_weight_wrong(size, dtype, tolerance):

@@ -324,6 +324,10 @@ def test_a_lost_connection_leaves_what_was_fetched(tmp_path, bucket, at_once, mo
             with pytest.raises(RunError, match="s3://bucket/never-seen has not answered since"):
                 reading("s3://bucket/never-seen")
         assert [path.name for path in find_runs(remote.local("s3://bucket/cut"))] == ["block", "full"]
+        # A command that ends does not promise to keep asking, and takes nothing for damage that it could not fetch.
+        done = CliRunner().invoke(main, ["check", "s3://bucket/cut"])
+        assert done.exit_code == 1 and done.output.count("\n") == 1
+        assert "s3://bucket/cut has not answered since" in done.output and "keeps asking" not in done.output
     finally:
         bucket.port.open()
     wait_for(lambda: run.refresh() or not shadow_of(run).trouble)

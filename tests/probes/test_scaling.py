@@ -118,9 +118,9 @@ def test_a_look_in_vain_is_made_up_for(tmp_path):
     optimizer, scaler = adam(model, fused=True), torch.amp.GradScaler("cpu", init_scale=1024.0)
     with probes.record(model, tmp_path / "run", optimizer=optimizer, every=50) as recorder:
         step(model, optimizer, scaler, 0, spoil=True)
-        wait_for(lambda: recorder._retry or recorder._taps.mode)
+        wait_for(lambda: recorder._retry or recorder._watch.mode)
         first = 1
-        if not recorder._taps.mode:  # the host has known too late for this one
+        if not recorder._watch.mode:  # the host has known too late for this one
             step(model, optimizer, scaler, 1)
             first = 2
         expected = {first - 1: expected_of(model, batches(first, SIZES)) | {"clip_factor": 1}}

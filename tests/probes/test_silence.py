@@ -250,7 +250,7 @@ def test_a_forward_that_fails_leaves_nothing_behind(tmp_path):
             train(model, optimizer, 1)
         handle.remove()
         model.eval()(batches(0)[0])
-        assert not recorder._taps._mean_squares
+        assert not recorder._watch.first.taps._mean_squares
 
 
 # Copies of the model
@@ -268,7 +268,7 @@ def test_copies_and_pickles_are_not_recorded(kind, tmp_path):
         pickled = pickle.loads(pickle.dumps(model))
         for other in (twin, loaded, pickled):
             train(other, sgd(other), 2)
-            assert not recorder._taps.seen
+            assert not recorder._watch.seen
         train(model, optimizer, 1)
     assert b"recorder" not in saved.getvalue() and b"writer" not in saved.getvalue()
     run = probes.open_run(tmp_path / "run")

@@ -20,10 +20,10 @@ WIDTH = 8
 class Attention(nn.Module):
     """Single-head causal attention."""
 
-    def __init__(self):
+    def __init__(self, width: int = WIDTH):
         super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.proj = nn.Linear(WIDTH, WIDTH)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(0.0)
 
     def forward(self, x):
@@ -34,12 +34,12 @@ class Attention(nn.Module):
 class GPTBlock(nn.Module):
     """Children in GPT-2's order and names."""
 
-    def __init__(self):
+    def __init__(self, width: int = WIDTH):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(WIDTH)
-        self.attn = Attention()
-        self.ln_2 = nn.LayerNorm(WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH))
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 16), nn.GELU(), nn.Linear(16, width))
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))

@@ -96,11 +96,12 @@ def test_a_list_of_sublayers_is_a_plain_residual(tmp_path):
     assert "identity     holds" in str(probes.describe(Sublayers(), tokens))
 
 
-def test_states_before_norms_that_are_functions_are_blank_and_named(tmp_path, caplog):
-    run = recorded(NormedByFunction(), tmp_path / "run")
-    assert np.isfinite(run["output_rms"][0, 1:]).all()
-    assert np.isnan(run["hidden_rms"][0]).tolist() == [True] * 4 + [False]
-    assert "saw nothing of hidden_rms: into layer 1" in caplog.text
+def test_states_before_norms_that_are_functions_are_summed(tmp_path):
+    run = recorded(NormedByFunction(), tmp_path / "run", strict=True)
+    assert_recovers(run, np.tri(5))
+    assert all(
+        np.isfinite(run[name][0]).all() for name in ("hidden_rms", "hidden_grad_rms", "output_grad_rms")
+    )
 
 
 def test_a_sum_that_is_not_followed_says_why():

@@ -253,6 +253,15 @@ def test_two_writers_on_one_run_are_refused(bucket, monkeypatch, tmp_path):
     assert [attempt.step for attempt in probes.open_run(url).attempts] == [0, 2]
 
 
+def test_a_bucket_that_is_not_there_is_named(bucket, caplog):
+    recorder, steps, _ = recording("s3://nowhere/runs/a")
+    steps(0, 2)
+    recorder.close()
+    begun, ended = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "(there is no s3://nowhere to write into: make it, or give another address)" in begun
+    assert "are not uploaded" in ended
+
+
 def test_of_two_that_began_offline_the_first_to_arrive_has_the_place(bucket, monkeypatch, tmp_path, caplog):
     url = "s3://bucket/runs/first"
     bucket.port.close()
