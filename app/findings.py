@@ -40,7 +40,7 @@ def side_by_side(frame: pd.DataFrame, name: str) -> str:
 
 
 def composition(frame: pd.DataFrame, name: str) -> str:
-    """Which source makes up most of the final state, run by run."""
+    """Which source is the largest part of the final state, run by run."""
     parts = [(run, part.dropna(subset=["value"])) for run, part in by_run(frame)]
     tops = [(run, part.loc[part["value"].idxmax()]) for run, part in parts if len(part)]
     if not tops:
@@ -48,7 +48,7 @@ def composition(frame: pd.DataFrame, name: str) -> str:
     told = words.joined(
         f"{words.the(str(top['place']))} in {run} ({words.percent(top['value'])})" for run, top in tops
     )
-    return f"Most of the final state {_when(frame)} is {told}"
+    return f"The largest part of the final state {_when(frame)} is {told}"
 
 
 def doubling(frame: pd.DataFrame) -> str:

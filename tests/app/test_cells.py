@@ -92,7 +92,7 @@ def test_the_share_compares_a_plain_residual_with_attnres(recovered):
 
 def test_dilution_shows_what_the_final_state_is_made_of(recovered):
     at = opened(recovered, "pages_/dilution.py", runs=["prenorm", "full"])
-    assert not at.exception and "Most of the final state at step 12 is" in said(at)
+    assert not at.exception and "The largest part of the final state at step 12 is" in said(at)
     frame = next(rows[0] for spec, rows in plotted(at) if "Share of the final state" in str(spec))
     for name in ("prenorm", "full"):
         shown = frame.loc[frame["run"] == name, "value"].to_numpy()
@@ -131,6 +131,12 @@ def test_states_of_more_sources_than_can_be_told_apart_are_not_claimed():
     assert "It cannot be told of the 49 sources of prenorm-24" in said(at) and "nan" not in said(at)
     titles = [data["alt"] for data in mounted(at, "depthscope_chart")]
     assert titles and not any("share of the final state" in title.lower() for title in titles)
+
+
+def test_a_baseline_too_deep_to_be_solved_is_no_less_a_plain_sum():
+    told = said(opened(SAMPLE_RUNS / "deep-prenorm", "pages_/attribution.py"))
+    assert "**The final read: layer 4 (MLP) has the largest effect**" in told
+    assert "A plain residual gives every source weight one" in told
 
 
 def test_rounding_is_no_difference():
