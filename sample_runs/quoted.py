@@ -192,7 +192,18 @@ def _number(value: float) -> str:
 
 def twins(runs: Runs) -> Iterator[str]:
     """PreNorm and Block of 24 transformer blocks."""
-    return iter(())
+    told = {}
+    for name in ("prenorm-24", "block-24"):
+        state, output = runs.last(name, "hidden_rms"), runs.last(name, "output_rms")
+        layers = len(state) - 1
+        added = np.median((output[1:] / state[:-1])[layers // 2 :])
+        gradient = runs.last(name, "output_grad_rms")[1:]
+        told[name] = runs.last(name, "val_loss"), added, state[-1], gradient.max() / gradient.min()
+    (loss, added, state, gradient), block = told["prenorm-24"], told["block-24"]
+    yield f"PreNorm ends {loss - block[0]:.2f} behind Block"
+    yield f"adds {100 * added:.0f} % of the size of the state it reads, in Block {100 * block[1]:.0f} %"
+    yield f"the final state is {state:.1f} against {block[2]:.1f}"
+    yield f"the largest output gradient is {gradient:.0f} times the smallest, against {block[3]:.1f}"
 
 
 def experts(runs: Runs) -> Iterator[str]:

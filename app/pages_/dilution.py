@@ -59,7 +59,7 @@ def _growth(shown: list[room.Shown], step: int | None) -> None:
     st.subheader("How fast does it grow with depth?", anchor=False)
     frame = pd.concat(parts, ignore_index=True)
     lines = fits.fitted(frame)
-    left, right = st.columns(2, gap="medium", vertical_alignment="bottom")
+    left, right = st.columns(2, gap="medium", vertical_alignment="bottom" if len(lines) else "top")
     with left:
         if len(lines):
             chart = growth(frame, lines, HIDDEN, room.colours(have), fits.finding(lines, HIDDEN))
@@ -108,7 +108,8 @@ def _composition(shown: list[room.Shown], step: int | None) -> None:
     have = [one for one in have if one not in blank]
     if not have:
         return
-    left, right = st.columns(2, gap="medium", vertical_alignment="bottom")
+    drawn = any(frames.profile(one.run, one.name, FINAL_SHARE, step)["value"].notna().any() for one in have)
+    left, right = st.columns(2, gap="medium", vertical_alignment="bottom" if drawn else "top")
     with left:
         over_depth.profiles(have, FINAL_SHARE, step, "linear", findings.composition)
     with right:
