@@ -21,8 +21,10 @@ def profiles(
     scale: str,
     finding: Callable[[pd.DataFrame, str], str],
     fill: dict | None = None,
+    everywhere: bool = True,
 ) -> None:
-    """One line a run at its last recorded step up to `step`; says which step where it is another one."""
+    """One line a run at its last recorded step up to `step`; says which step where it is another one. What not every layer
+    has (`everywhere`) may be blank without a word."""
     have = room.recorded(shown, name)
     parts = {one: frames.profile(one.run, one.name, name, step) for one in have} if step is not None else {}
     parts = {one: part for one, part in parts.items() if len(part)}
@@ -39,7 +41,7 @@ def profiles(
     hidden = (
         int((~(frame["value"] > 0)).sum()) if scale == "log" else int((~np.isfinite(frame["value"])).sum())
     )
-    if hidden:
+    if hidden and everywhere:
         note += f" {hidden} blank{'s' if hidden > 1 else ''}: not finite" + (
             ", or zero on this scale." if scale == "log" else "."
         )
