@@ -49,7 +49,8 @@ class Run:
         if not (self.path / files.MANIFEST).exists() and (trouble := elsewhere.trouble(self.path)):
             raise RunError(trouble)
         self.manifest = _manifest(self.path, files.MANIFEST, rank)
-        self.attempts: list[Attempt] = [Attempt(self.path, 0, self.manifest, rank)]
+        self._begun = Manifest.read(self.path).created if rank else self.manifest.created
+        self.attempts: list[Attempt] = [Attempt(self.path, 0, self.manifest, rank, self._begun)]
         self._left_out: dict[int, str] = {}
         self._series: dict[str, Series] = {}
         self._whole: dict[str, np.ndarray] = {}
@@ -275,8 +276,9 @@ class Run:
         known = {attempt.number for attempt in self.attempts}
         begun = []
         for number in claimed(self.path):
-            if number in known or number in self._left_out:
+            if number in known:
                 continue
+            self._left_out.pop(number, None)  # it may have been half there, as while it was copied
             folder = attempt_folder(self.path, number)
             if not is_folder(folder):
                 self._left_out[number] = f"{folder.name} is left out: it is not a folder."
@@ -291,7 +293,7 @@ class Run:
             if other := difference(self.layout, manifest.layout):
                 self._left_out[number] = f"Attempt {number} is left out: it is of another model, for {other}."
                 continue
-            begun.append(Attempt(self.path, number, manifest, self.rank))
+            begun.append(Attempt(self.path, number, manifest, self.rank, self._begun))
         self.attempts = sorted([*self.attempts, *begun], key=lambda attempt: attempt.number)
         hide(self.attempts)
         return bool(begun)
