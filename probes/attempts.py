@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from probes import elsewhere
-from probes.careful import legible, printable
+from probes.careful import legible, printable, stamp
 from probes.digest import FOLDER, Digest, DigestError
 from probes.layout import Layout
 from probes.life import Life
@@ -155,7 +155,7 @@ class Attempt:
         for at, name in enumerate(unread):
             if at % _TOGETHER == 0:
                 elsewhere.soon(folder / each for each in unread[at : at + _TOGETHER])
-            stamp = _stamp(folder / name)
+            seen = stamp(folder / name)
             try:
                 shard = read_shard(folder / name)
                 rows = self.rows(name, shard, layout)
@@ -166,7 +166,7 @@ class Attempt:
                 continue
             except ShardError as error:
                 new |= name not in self.broken
-                self._break(name, error, stamp)
+                self._break(name, error, seen)
                 continue
             self.broken.pop(name, None)
             number = None if shard.number < 0 else shard.number
@@ -191,7 +191,7 @@ class Attempt:
         unseen = [
             path
             for path in paths
-            if path not in self._looked_at or (path in self.doubts and self.doubts[path][1] != _stamp(path))
+            if path not in self._looked_at or (path in self.doubts and self.doubts[path][1] != stamp(path))
         ]
         if not unseen:
             return False
@@ -239,15 +239,15 @@ class Attempt:
         return ""
 
     def _doubt(self, digest: Path, why: object) -> None:
-        self.doubts[digest] = str(why), _stamp(digest)
+        self.doubts[digest] = str(why), stamp(digest)
 
     @property
     def doubted(self) -> Iterator[str]:
         """A sentence on the run's own digests that do not do."""
         own = {
             path: why
-            for path, (why, stamp) in list(self.doubts.items())
-            if path.parent == self.shards / FOLDER and stamp == _stamp(path)
+            for path, (why, seen) in list(self.doubts.items())
+            if path.parent == self.shards / FOLDER and seen == stamp(path)
         }
         if own:
             path, why = next(iter(own.items()))
@@ -259,19 +259,19 @@ class Attempt:
 
     def _direct(self, name: str, wanted: str) -> Part | None:
         """Rows of a metric in a shard whose digest does not do; None where it cannot be read either."""
-        stamp = _stamp(self.shards / name)
+        seen = stamp(self.shards / name)
         try:
             return self.rows(name, read_shard(self.shards / name), self._layout).get(wanted)
         except FileNotFoundError:
             return None
         except ShardError as error:
-            self._break(name, error, stamp)
+            self._break(name, error, seen)
             return None
 
-    def _break(self, name: str, error: ShardError, stamp: object) -> None:
+    def _break(self, name: str, error: ShardError, seen: object) -> None:
         self.sealed.pop(name, None)
         self.broken[name] = *shard_steps(name), str(error)
-        self._broken[name] = stamp
+        self._broken[name] = seen
         if isinstance(error, UnreadableShard):
             self.unreadable.add(name)
 
@@ -280,7 +280,7 @@ class Attempt:
         return (
             name not in self.broken
             or name in self.unreadable
-            or self._broken[name] != _stamp(self.shards / name)
+            or self._broken[name] != stamp(self.shards / name)
         )
 
     def rows(self, name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
@@ -293,15 +293,6 @@ class Attempt:
             if shard.metadata.get(what, str(number)) != str(number):
                 raise ShardError(f"is of {what} {printable(shard.metadata[what], 20)}, and was put here")
         return rows_of(name, shard, layout)
-
-
-def _stamp(path: Path) -> object:
-    """Changes when a file is replaced."""
-    try:
-        about = os.lstat(path)
-    except OSError:
-        return None
-    return about.st_ino, about.st_mtime_ns, about.st_size
 
 
 def hide(attempts: list[Attempt]) -> None:

@@ -133,6 +133,8 @@ def test_a_sound_run(run, tmp_path):
 def test_no_run(tmp_path):
     code, output = said(tmp_path)
     assert code == 1 and f"There is no run at or below {tmp_path}: give a run's folder." in output
+    (tmp_path / "scratch").symlink_to(tmp_path, target_is_directory=True)
+    assert f"{tmp_path / 'scratch'} is a link, and links are not followed" in said(tmp_path)[1]
 
 
 def spoil_number(run: Path) -> None:
@@ -272,6 +274,16 @@ def test_a_shard_that_was_half_there_is_read_when_it_is_whole(run):
     shard.write_bytes(whole)
     assert opened.refresh() and not opened.problems
     assert opened.steps("hidden_rms").tolist() == [0, 1, 2, 3]
+
+
+def test_an_attempt_that_was_half_there_is_read_when_it_is_whole(run):
+    manifest = run / "attempt-00001" / files.ATTEMPT
+    whole = manifest.read_bytes()
+    replaced(manifest, whole[: len(whole) // 2])
+    opened = probes.open_run(run)
+    assert "An attempt is left out" in opened.problems[0] and not opened.refresh()
+    replaced(manifest, whole)
+    assert opened.refresh() and not opened.problems and len(opened.attempts) == 2
 
 
 def test_shards_of_another_run_are_not_taken_for_its_own(run, tmp_path):
