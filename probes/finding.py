@@ -12,6 +12,7 @@ from probes.inline import find_inline, find_sublayers
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.names import matching
+from probes.parallel import is_parallel
 from probes.pipeline import reads_in
 from probes.queries import may_read
 from probes.sites import LayerSite, Place, Sites, unwrap
@@ -141,7 +142,9 @@ def _only_stack(root: nn.Module, staged: bool, example: object) -> Stack | Sites
                 except Untraceable as another:
                     reasons += f" As for {what}: {another}."
             raise RunError(f"{error} {reasons}") from None
-    if not own and (found.guessed or may_read(root, found)):
+    # Modules that split sequences cannot be run on any number of tokens: one process would wait for what never comes.
+    spread = any(map(is_parallel, root.modules()))
+    if not own and not spread and (found.guessed or may_read(root, found)):
         with suppress(Untraceable):
             sites = foreign_sites(root, example)
             # What reads several streams is no depth read; it may look like one for some of the layers.
