@@ -18,7 +18,10 @@ from probes.sites import LayerSite, Place, Sites, unwrap
 from probes.stacks import Stack, find_stacks, is_norm, is_read, stack_at
 from probes.symbols import Untraceable
 
-_BY_HAND = "name the modules yourself: layers=[patterns of sublayers], norms=[patterns of each layer's norm and the final norm]"
+_BY_HAND = (
+    "name the modules yourself: layers=[patterns of sublayers], norms=[patterns of each layer's norm and the final norm]; "
+    "where norms are functions, mark states and outputs with probes.mark and give layers= their number"
+)
 
 
 def find_sites(
