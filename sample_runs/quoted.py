@@ -66,9 +66,9 @@ def passages(runs: Runs) -> Iterator[str]:
 
 def table(runs: Runs) -> Iterator[str]:
     """The end of each row of the table of runs."""
-    for plan in plans("cpu"):
-        if "unhealthy" in plan.tags:
-            continue
+    for name in [plan.name for plan in plans("cpu") if "unhealthy" not in plan.tags]:
+        device = runs[name].config["training"]["device"]
+        plan = next(plan for plan in plans(device) if plan.name == name)
         value = runs.last(plan.name, "val_loss")
         steps = plan.training.steps
         at = (
