@@ -247,7 +247,10 @@ def _peak(frame: pd.DataFrame, unit: str) -> str:
     if known.empty:
         return "nothing was attributed"
     top = known.loc[known["value"].abs().idxmax()]
-    return f"most changes without {words.the(top['from'])} in {words.the(top['read'])}, by {top['value']:+.2g} {unit}"
+    return (
+        f"the largest effect has {words.the(top['from'])} in {words.the(top['read'])}: "
+        f"{top['value']:+.2g} {unit} without it"
+    )
 
 
 def _layers(one: room.Shown, found: Attribution) -> None:
@@ -349,6 +352,6 @@ def _over_training(one: room.Shown, found: Attribution) -> None:
 
 room.enter(
     "Does the weight say what matters?",
-    "A bright cell says where the weight goes; only taking it away says what it does.",
+    "The weight says where a layer reads; only taking a source away says what that does to the loss.",
     body,
 )

@@ -34,7 +34,9 @@ def test_a_loss_is_matched_by_the_first_step_that_came_as_low(tmp_path):
     assert at[found.second] <= losses[30] < at[found.second - 1]
     latest = match.pair(fast, slow, "loss", None, None, NAMES)
     assert latest.second == 40 and at[latest.first] <= losses[40] < at[latest.first - 1]
-    assert match.pair(fast, slow, "loss", 40, None, NAMES).told.startswith("b never came to training loss")
+    assert match.pair(fast, slow, "loss", 40, None, NAMES).told.startswith(
+        "b never came to a mean training loss of "
+    )
 
 
 def test_a_spike_does_not_undo_a_loss(tmp_path):
