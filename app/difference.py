@@ -215,7 +215,9 @@ def finding(frame: pd.DataFrame, name: str, names: tuple[str, str]) -> str:
         else (f"{words.factor(times)} as large", "as")
     )
     more, less = (names[1], names[0]) if most["value"] > 0 else names
-    where = str(most["place"]) if metric(name).axes != STATE else str(most["place"]).removeprefix("into ")
+    where = words.the(
+        str(most["place"]).removeprefix("into ") if metric(name).axes == STATE else str(most["place"])
+    )
     return f"{noun[:1].upper()}{noun[1:]} differs most at {where}: {told} in {more} {than} in {less}"
 
 

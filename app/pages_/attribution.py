@@ -15,7 +15,7 @@ from probes.attributed import EDGES, GRADIENT, INTEGRATED, KEPT, LAYERS, MASS, M
 LIVE = "live"
 PLAIN = "A plain residual gives every source weight one: there is no routing to compare the attribution with, edge by edge."
 HOW = (
-    "has no attribution yet: `depthscope attribute RUN --checkpoint FILE --data FILE` measures it for a saved model and "
+    "no attribution yet: `depthscope attribute RUN --checkpoint FILE --data FILE` measures it for a saved model and "
     "writes it into the run."
 )
 MEANING = (
@@ -52,7 +52,8 @@ def body(shown: list[room.Shown]) -> None:
     if able:
         _look(able)
     if lacking:
-        st.info(f"**{words.joined(lacking)}** {HOW}", icon=":material/info:")
+        verb = "has" if len(lacking) == 1 else "have"
+        st.info(f"**{words.joined(lacking)}** {verb} {HOW}", icon=":material/info:")
     room.explain([causes.LIVE, "depth_weight", "mixing_share"], MEANING + _methods())
 
 

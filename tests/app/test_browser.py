@@ -116,7 +116,7 @@ def test_a_growing_run_grows_on_screen(serve, watched, tmp_path):
 
 PICTURE = "document.querySelector('.depthscope-chart canvas').toDataURL()"
 TICKS = "[...document.querySelectorAll('.role-axis-label text')].map(t => t.textContent).slice(0, 4)"
-LIVE = "Number(document.body.innerText.match(/live, step ([\\d,]+)/)?.[1].replace(/,/g, ''))"
+LIVE = "Number(document.body.innerText.match(/running, step ([\\d,]+)/)?.[1].replace(/,/g, ''))"
 
 
 def test_zooming_into_a_long_run_shows_more_of_its_steps(serve, watched, tmp_path):

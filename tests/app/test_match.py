@@ -62,7 +62,7 @@ def test_ratios_are_those_of_matched_rows_and_relative_depths(tmp_path):
     last = grid[grid["step"] == 3]
     assert last["value"].tolist() == pytest.approx([1, 0, 3])
     told = difference.finding(grid, "hidden_rms", NAMES)
-    assert told == "Hidden-state RMS differs most at final state: 8.0× as large in b as in a"
+    assert told == "Hidden-state RMS differs most at the final state: 8.0× as large in b as in a"
 
 
 def test_the_page_overlays_matched_profiles(folder):
