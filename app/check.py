@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from app.places import Place, opened, shown
+from app.places import Place, nothing_in, opened
 
 
 @click.command()
@@ -33,7 +33,7 @@ def check(folders: tuple[str | Path, ...], mend: bool) -> None:
         folder = opened(place)
         paths = find_runs(folder)
         if not paths:
-            raise click.ClickException(f"There is no run at or below {shown(folder)}: give a run's folder.")
+            raise click.ClickException(nothing_in(folder))
         for path in paths:
             found = checking.check(path)
             if trouble := elsewhere.trouble(path):  # what could not be fetched is no defect of the run

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from app import words
-from app.places import Here
+from app.places import Here, nothing_in
 
 ELSEWHERE = (
     "compact writes beside the shards, on this machine: run it where the run lies and copy the digests, or do without: a "
@@ -31,7 +31,7 @@ def compact(folders: tuple[Path, ...]) -> None:
     for folder in folders:
         paths = find_runs(folder)
         if not paths:
-            raise click.ClickException(f"There is no run at or below {folder}: give a run's folder.")
+            raise click.ClickException(nothing_in(folder))
         for path in paths:
             made, gone = [], []
             try:

@@ -1,5 +1,6 @@
 """Folders as a command line names them: of this machine, or by an address like s3://bucket/runs. Importing this is quick."""
 
+import os
 from pathlib import Path
 
 import click
@@ -42,6 +43,28 @@ def opened(place: str | Path) -> Path:
     if not folder.is_dir() and (trouble := remote.troubles()):
         raise click.ClickException(trouble[-1])
     return folder
+
+
+def nothing_in(folder: Path) -> str:
+    """The sentence on a folder that holds no run."""
+    return f"There is no run at or below {shown(folder)}: give a run's folder." + (
+        f" {led}" if (led := led_away(folder)) else ""
+    )
+
+
+def led_away(folder: Path) -> str:
+    """A sentence where something in a folder is a link: runs may well lie where it leads. Empty where nothing is."""
+    try:
+        links = sorted(entry.name for entry in os.scandir(folder) if entry.is_symlink())
+    except OSError:
+        return ""
+    if not links:
+        return ""
+    from probes.careful import printable
+
+    return (
+        f"{printable(folder / links[0])} is a link, and links are not followed: give the folder it leads to."
+    )
 
 
 def shown(folder: Path) -> str:

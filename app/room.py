@@ -12,6 +12,7 @@ from app import draw, explained, menu, notices, opener, pick, words
 from app.charts import palette
 from app.derived import has, metric
 from app.opener import Entry
+from app.places import led_away
 from app.snapshot import Snapshot
 from probes import RunError, elsewhere, remote
 
@@ -203,6 +204,8 @@ def _welcome(entries: Sequence[Entry]) -> None:
         st.warning(
             f"There is no folder {words.joined(map(words.plain, missing))}.", icon=":material/warning:"
         )
+    for sentence in filter(None, map(led_away, places)):
+        st.warning(words.plain(sentence), icon=":material/warning:")
     where = words.joined((f"`{elsewhere.shown(place)}`" for place in places), "or") or "`runs`"
     folder = elsewhere.shown(places[0]) if places else "runs"
     st.subheader("No run is here yet", anchor=False)

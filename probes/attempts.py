@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from probes import elsewhere
-from probes.careful import legible, printable
+from probes.careful import legible, printable, stamp
 from probes.digest import FOLDER, Digest, DigestError
 from probes.layout import Layout
 from probes.life import Life
@@ -39,11 +39,12 @@ class Attempt:
     """One recording of a run, from `step` on: its state, and the rows it sealed, those hidden by later ones too.
 
     `number` counts from 0; the rows are those of one `rank`, which as a rule is 0 and stands for all. `hidden_from` is the
-    step at which a later attempt began, None if none did.
+    step at which a later attempt began, None if none did. `begun` is when the run was created, where `manifest` is not its own.
     """
 
-    def __init__(self, run: Path, number: int, manifest: Manifest, rank: int = 0):
+    def __init__(self, run: Path, number: int, manifest: Manifest, rank: int = 0, begun: float | None = None):
         self.number, self.manifest, self.rank = number, manifest, rank
+        self.begun = manifest.created if begun is None else begun
         self.folder = attempt_folder(run, number)
         self.shards = rank_folder(self.folder, rank)
         self.step = manifest.step
@@ -58,6 +59,7 @@ class Attempt:
         self.sealed: dict[str, tuple[int | None, int, int]] = {}  # sound shards: number, first and last step
         self.sums: dict[str, str] = {}  # checksums of those that were only checked
         self.broken: dict[str, tuple[int, int, str]] = {}  # first and last step, and what is wrong
+        self._broken: dict[str, object] = {}  # which files these were: one that is still copied changes
         self.unreadable: set[str] = set()  # those of them that may be sound
         self.quarantined: dict[str, tuple[int, int]] = {}
         self.told: dict = {}  # what it said last
@@ -146,14 +148,14 @@ class Attempt:
         names, new = shard_names(folder), False
         for place in (folder / FOLDER, digests) if room is not None else ():
             new |= place is not None and self.rely(names, place, layout)
-        unread = [
-            name
-            for name in names
-            if name not in self.sealed and (name not in self.broken or name in self.unreadable)
-        ]
+        for name in self.broken.keys() - set(names):  # put aside, say
+            del self.broken[name]
+            new = True
+        unread = [name for name in names if name not in self.sealed and self._readable(name)]
         for at, name in enumerate(unread):
             if at % _TOGETHER == 0:
                 elsewhere.soon(folder / each for each in unread[at : at + _TOGETHER])
+            seen = stamp(folder / name)
             try:
                 shard = read_shard(folder / name)
                 rows = self.rows(name, shard, layout)
@@ -164,7 +166,7 @@ class Attempt:
                 continue
             except ShardError as error:
                 new |= name not in self.broken
-                self._break(name, error)
+                self._break(name, error, seen)
                 continue
             self.broken.pop(name, None)
             number = None if shard.number < 0 else shard.number
@@ -189,7 +191,7 @@ class Attempt:
         unseen = [
             path
             for path in paths
-            if path not in self._looked_at or (path in self.doubts and self.doubts[path][1] != _stamp(path))
+            if path not in self._looked_at or (path in self.doubts and self.doubts[path][1] != stamp(path))
         ]
         if not unseen:
             return False
@@ -237,15 +239,15 @@ class Attempt:
         return ""
 
     def _doubt(self, digest: Path, why: object) -> None:
-        self.doubts[digest] = str(why), _stamp(digest)
+        self.doubts[digest] = str(why), stamp(digest)
 
     @property
     def doubted(self) -> Iterator[str]:
         """A sentence on the run's own digests that do not do."""
         own = {
             path: why
-            for path, (why, stamp) in list(self.doubts.items())
-            if path.parent == self.shards / FOLDER and stamp == _stamp(path)
+            for path, (why, seen) in list(self.doubts.items())
+            if path.parent == self.shards / FOLDER and seen == stamp(path)
         }
         if own:
             path, why = next(iter(own.items()))
@@ -257,36 +259,40 @@ class Attempt:
 
     def _direct(self, name: str, wanted: str) -> Part | None:
         """Rows of a metric in a shard whose digest does not do; None where it cannot be read either."""
+        seen = stamp(self.shards / name)
         try:
             return self.rows(name, read_shard(self.shards / name), self._layout).get(wanted)
         except FileNotFoundError:
             return None
         except ShardError as error:
-            self._break(name, error)
+            self._break(name, error, seen)
             return None
 
-    def _break(self, name: str, error: ShardError) -> None:
+    def _break(self, name: str, error: ShardError, seen: object) -> None:
         self.sealed.pop(name, None)
         self.broken[name] = *shard_steps(name), str(error)
+        self._broken[name] = seen
         if isinstance(error, UnreadableShard):
-            self.unreadable.add(name)  # it may be read the next time
+            self.unreadable.add(name)
+
+    def _readable(self, name: str) -> bool:
+        """Whether a shard may be sound now: it was not looked at, could not be read, or is another file than the broken one."""
+        return (
+            name not in self.broken
+            or name in self.unreadable
+            or self._broken[name] != stamp(self.shards / name)
+        )
 
     def rows(self, name: str, shard: Shard, layout: Layout) -> dict[str, Part]:
         """The rows in a shard of this name, by metric. Raises ShardError when it does not belong here."""
+        # Of format 1, and of the first shards of format 2, nobody knows which run they are of.
+        if shard.metadata.get("run", run_mark(self.begun)) != run_mark(self.begun):
+            raise ShardError("is of another run, and was put here")
         place = {"rank": self.rank, "attempt": self.number}
         for what, number in place.items():
             if shard.metadata.get(what, str(number)) != str(number):
                 raise ShardError(f"is of {what} {printable(shard.metadata[what], 20)}, and was put here")
         return rows_of(name, shard, layout)
-
-
-def _stamp(path: Path) -> object:
-    """Changes when a file is replaced."""
-    try:
-        about = os.lstat(path)
-    except OSError:
-        return None
-    return about.st_ino, about.st_mtime_ns, about.st_size
 
 
 def hide(attempts: list[Attempt]) -> None:
@@ -295,6 +301,11 @@ def hide(attempts: list[Attempt]) -> None:
     for attempt in reversed(attempts):
         attempt.hidden_from = limit
         limit = attempt.step if limit is None else min(limit, attempt.step)
+
+
+def run_mark(created: float) -> str:
+    """What a shard says of the run it is of: when that was `created`, in the digits of run.json."""
+    return repr(float(created))
 
 
 def attempt_folder(run: Path, number: int) -> Path:

@@ -60,6 +60,15 @@ def open_file(path: Path, most: int) -> BinaryIO:
         raise
 
 
+def stamp(path: Path) -> object:
+    """Changes when a file is replaced, or grows; None where there is none."""
+    try:
+        about = os.lstat(path)
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns, about.st_size
+
+
 def is_folder(path: Path) -> bool:
     """Whether `path` is a folder itself, not a link to one."""
     try:

@@ -84,7 +84,7 @@ def check(path: Path) -> Checked:
             if other := difference(first.layout, begun.layout):
                 found.defects.append(Defect(folder, f"{folder.name} is of another model: {other}."))
             else:
-                found.attempts.append(Attempt(path, number, begun))
+                found.attempts.append(Attempt(path, number, begun, begun=first.created))
     hide(found.attempts)
     for attempt in found.attempts:
         _attempt(found, attempt)
@@ -186,7 +186,7 @@ def _rank(found: Checked, attempt: Attempt, rank: int) -> None:
     if os.path.lexists(folder / RANK):
         manifest = _manifest(found, folder, RANK)
     if manifest is not None:
-        found.others.append(Attempt(found.path, attempt.number, manifest, rank))
+        found.others.append(Attempt(found.path, attempt.number, manifest, rank, attempt.begun))
         _attempt(found, found.others[-1])
 
 

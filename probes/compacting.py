@@ -18,6 +18,7 @@ from probes.careful import is_folder, read_bytes
 from probes.digest import FOLDER, Covered, Digest, DigestError, Piece, write_digest
 from probes.layout import Layout
 from probes.manifest import Manifest
+from probes.place import Place
 from probes.shard import (
     MOST_BYTES,
     ShardError,
@@ -151,8 +152,8 @@ def fitting(attempt: Attempt, folder: Path) -> Iterator[Digest]:
 class Behind:
     """The digest of a run while it is written: made when what was sealed since fills a file, by who has nothing else to do."""
 
-    def __init__(self, run: Path, number: int, manifest: Manifest, rank: int = 0):
-        self._run, self._number, self._manifest, self._rank = run, number, manifest, rank
+    def __init__(self, place: Place, manifest: Manifest):
+        self._place, self._manifest = place, manifest
         self._bytes = self._rows = 0
 
     def sealed(self, rows: Sequence[tuple[str, int, np.ndarray]]) -> None:
@@ -174,7 +175,8 @@ class Behind:
                 raise _Enough
 
         try:
-            attempt = Attempt(self._run, self._number, self._manifest, self._rank)
+            place = self._place
+            attempt = Attempt(place.run, place.number, self._manifest, place.rank, place.created)
             if shutil.disk_usage(attempt.shards).free < _ROOM:
                 return
             for _ in compact(attempt, self._manifest.layout, attempt.shards / FOLDER, False, rested):
@@ -182,7 +184,7 @@ class Behind:
         except _Enough:
             self._bytes, self._rows = before
         except Exception as error:
-            log.debug("depthscope made no digest of %s: %s", self._run, error)
+            log.debug("depthscope made no digest of %s: %s", self._place.run, error)
 
 
 class _Enough(Exception):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from probes import manifest as files
 from probes.attempts import attempt_folder, claimed
+from probes.careful import stamp
 from probes.jsonfile import MOST_BYTES, read_json, write_json
 from probes.layout import difference
 from probes.life import beat, beating
@@ -45,13 +46,13 @@ class Place:
         OSError when the disk refuses.
         """
         manifest = self.run / files.MANIFEST
-        if _stamp(manifest) != self._stamp:
+        if stamp(manifest) != self._stamp:
             there = read_json(manifest, MOST_BYTES)
             if there is not None and there.get("created") != self.created:
                 raise RunError(f"another run was begun at {self.run}")
         lost = [path for path in self._about if not path.exists()]
         if not lost and self.shards.is_dir():
-            self._stamp = _stamp(manifest)
+            self._stamp = stamp(manifest)
             return False
         if os.stat(_there(self.run)).st_dev != self._device:
             raise FileNotFoundError(f"{self.run} is gone, and its disk with it")
@@ -145,15 +146,6 @@ def _unborn(path: Path) -> bool:
 def _there(path: Path) -> Path:
     """The nearest folder above that is there, or the path itself."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-
-
-def _stamp(path: Path) -> object:
-    """Changes when a file is replaced."""
-    try:
-        about = os.stat(path)
-    except OSError:
-        return None
-    return about.st_ino, about.st_mtime_ns, about.st_size
 
 
 def _recorded(run: Path, folder: Path) -> str:

@@ -12,7 +12,7 @@ from probes import compacting, elsewhere
 from probes import manifest as files
 from probes.attempts import Attempt, attempt_folder, claimed, hide, row_shape
 from probes.attributed import Attribution, attribution_names, read_attribution
-from probes.careful import is_folder, printable, visible
+from probes.careful import is_folder, printable, stamp, visible
 from probes.gaps import Gap, gaps_of
 from probes.layout import Layout, difference
 from probes.manifest import Manifest, RunError
@@ -49,8 +49,9 @@ class Run:
         if not (self.path / files.MANIFEST).exists() and (trouble := elsewhere.trouble(self.path)):
             raise RunError(trouble)
         self.manifest = _manifest(self.path, files.MANIFEST, rank)
-        self.attempts: list[Attempt] = [Attempt(self.path, 0, self.manifest, rank)]
-        self._left_out: dict[int, str] = {}
+        self._begun = Manifest.read(self.path).created if rank else self.manifest.created
+        self.attempts: list[Attempt] = [Attempt(self.path, 0, self.manifest, rank, self._begun)]
+        self._left_out: dict[int, tuple[str, object]] = {}  # why, and which files said so
         self._series: dict[str, Series] = {}
         self._whole: dict[str, np.ndarray] = {}
         self.kept: dict = {}  # what others made of its rows; emptied when there are more
@@ -138,7 +139,7 @@ class Run:
         that do not do."""
         ranks = self.attempts[-1].ranks.problems(self.status)
         doubted = [sentence for attempt in self.attempts for sentence in attempt.doubted]
-        found = [*self._left_out.values(), *ranks, *doubted, *map(str, self.gaps)]
+        found = [*(why for why, _ in self._left_out.values()), *ranks, *doubted, *map(str, self.gaps)]
         more = len(found) - _MOST_PROBLEMS
         return found[:_MOST_PROBLEMS] + (
             [f"And {more} more like these: run depthscope check."] if more > 0 else []
@@ -275,23 +276,27 @@ class Run:
         known = {attempt.number for attempt in self.attempts}
         begun = []
         for number in claimed(self.path):
-            if number in known or number in self._left_out:
-                continue
             folder = attempt_folder(self.path, number)
+            # What is left out may have been half there, as while it was begun or copied.
+            seen = stamp(folder), stamp(folder / files.ATTEMPT), stamp(rank_folder(folder, self.rank) / RANK)
+            if number in known or self._left_out.get(number, ("", None))[1] == seen:
+                continue
+            self._left_out.pop(number, None)
+            why = ""
             if not is_folder(folder):
-                self._left_out[number] = f"{folder.name} is left out: it is not a folder."
-                continue
-            if not (folder / files.ATTEMPT).exists():
-                continue  # not begun yet
-            try:
-                manifest = _manifest(folder, files.ATTEMPT, self.rank)
-            except RunError as error:
-                self._left_out[number] = f"An attempt is left out. {error}"
-                continue
-            if other := difference(self.layout, manifest.layout):
-                self._left_out[number] = f"Attempt {number} is left out: it is of another model, for {other}."
-                continue
-            begun.append(Attempt(self.path, number, manifest, self.rank))
+                why = f"{folder.name} is left out: it is not a folder."
+            elif (folder / files.ATTEMPT).exists():  # else it has not begun yet
+                try:
+                    manifest = _manifest(folder, files.ATTEMPT, self.rank)
+                except RunError as error:
+                    why = f"An attempt is left out. {error}"
+                else:
+                    if other := difference(self.layout, manifest.layout):
+                        why = f"Attempt {number} is left out: it is of another model, for {other}."
+                    else:
+                        begun.append(Attempt(self.path, number, manifest, self.rank, self._begun))
+            if why:
+                self._left_out[number] = why, seen
         self.attempts = sorted([*self.attempts, *begun], key=lambda attempt: attempt.number)
         hide(self.attempts)
         return bool(begun)

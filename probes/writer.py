@@ -18,7 +18,7 @@ import numpy as np
 
 from probes import manifest as files
 from probes import place as places
-from probes.attempts import row_shape
+from probes.attempts import row_shape, run_mark
 from probes.compacting import Behind
 from probes.disk import Disk
 from probes.jsonfile import write_json
@@ -82,7 +82,7 @@ class RunWriter:
         self._upload = upload
         self._beat_seconds = BEAT_SECONDS if self._place.rank else files.HEARTBEAT_SECONDS
         self._disk = Disk(self._place)
-        self._behind = Behind(path, self._place.number, manifest, self._place.rank)
+        self._behind = Behind(self._place, manifest)
         self._started = self._beaten = time.monotonic()
         self._seal_at = self._started + SEAL_SECONDS
         self._thread = threading.Thread(target=self._work, name=f"depthscope writer {path.name}", daemon=True)
@@ -259,11 +259,12 @@ class RunWriter:
             steps = [step for _, step, _ in piece]
             target = self._place.shards / shard_name(steps[0], steps[-1])
             about = {
+                "format": str(FORMAT_VERSION),
+                "run": run_mark(self._place.created),
                 "rank": str(self._place.rank),
                 "attempt": str(self._place.number),
                 "shard": str(self._shards),
             }
-            about["format"] = str(FORMAT_VERSION)
 
             def seal(target=target, piece=piece, about=about) -> None:
                 self._place.admit()

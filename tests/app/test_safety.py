@@ -125,7 +125,8 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
     made.run(tmp_path / "secret", "full", blocks=2, steps=1)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "link").symlink_to(tmp_path / "secret", target_is_directory=True)
-    assert "No run is here yet" in said(opened(tmp_path / "runs"))
+    shown = said(opened(tmp_path / "runs"))
+    assert "No run is here yet" in shown and "link is a link, and links are not followed" in shown
 
 
 def test_looking_writes_nothing_into_a_run(folder):

@@ -81,6 +81,8 @@ def read(run: Path) -> dict[str, list[tuple[int, list[float]]]]:
         for path in shards(folder):
             shard = Shard(path.read_bytes())
             assert shard.sound, path
+            if (of := shard.metadata.get("run")) is not None:
+                assert float(of) == small_file(run / "run.json")["created"], path
             for name, (shape, numbers) in shard.tensors.items():
                 if name.endswith(".step"):
                     continue

@@ -133,6 +133,8 @@ def test_a_sound_run(run, tmp_path):
 def test_no_run(tmp_path):
     code, output = said(tmp_path)
     assert code == 1 and f"There is no run at or below {tmp_path}: give a run's folder." in output
+    (tmp_path / "scratch").symlink_to(tmp_path, target_is_directory=True)
+    assert f"{tmp_path / 'scratch'} is a link, and links are not followed" in said(tmp_path)[1]
 
 
 def spoil_number(run: Path) -> None:
@@ -260,6 +262,48 @@ def test_a_shard_that_can_be_read_again_is(run, monkeypatch):
     monkeypatch.undo()
     assert opened.refresh() and not opened.problems
     assert opened.steps("hidden_rms").tolist() == [0, 1, 2, 3]
+
+
+def test_a_shard_that_was_half_there_is_read_when_it_is_whole(run):
+    # As a folder looks while somebody copies it from a cluster.
+    shard = shards(run)[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    opened = probes.open_run(run)
+    assert len(opened.problems) == 1 and not opened.refresh()
+    shard.write_bytes(whole)
+    assert opened.refresh() and not opened.problems
+    assert opened.steps("hidden_rms").tolist() == [0, 1, 2, 3]
+
+
+def test_an_attempt_that_was_half_there_is_read_when_it_is_whole(run):
+    manifest = run / "attempt-00001" / files.ATTEMPT
+    whole = manifest.read_bytes()
+    replaced(manifest, whole[: len(whole) // 2])
+    opened = probes.open_run(run)
+    assert "An attempt is left out" in opened.problems[0] and not opened.refresh()
+    replaced(manifest, whole)
+    assert opened.refresh() and not opened.problems and len(opened.attempts) == 2
+
+
+def test_shards_of_another_run_are_not_taken_for_its_own(run, tmp_path):
+    """Two folders of the same model, copied into one: no value of the other run is shown."""
+    model, other = decoder("full", blocks=1), tmp_path / "other"
+    optimizer = sgd(model)
+    with probes.record(model, other, optimizer=optimizer, every=1, resume=7):
+        train(model, optimizer, 2, 7)
+    with probes.record(model, other, optimizer=optimizer, every=1, resume=9):
+        train(model, optimizer, 1, 9)
+    strange = [
+        path.relative_to(other) for folder in (other, other / "attempt-00001") for path in shards(folder)
+    ]
+    for path in strange:
+        shutil.copy(other / path, run / path)
+    opened = probes.open_run(run)
+    assert opened.steps("hidden_rms").tolist() == [0, 1, 2, 3]
+    assert [gap.first for gap in opened.gaps] == [9] and "another run" in opened.problems[0]
+    assert said(run, "--repair")[1].count("is of another run, and was put here") == 2
+    assert said(run)[0] == 0 and all((run / "quarantine" / path).exists() for path in strange)
 
 
 def test_a_live_run_is_checked_without_harm(tmp_path, hasty):
