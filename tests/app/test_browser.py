@@ -55,7 +55,7 @@ def test_a_narrow_window_cuts_nothing_off(static, watched, name):
     watched.wait_for_selector("[data-testid=stExpander]", timeout=30_000)
     watched.wait_for_selector(CHART)
     groups = watched.locator(".stMainBlockContainer [role=radiogroup]")
-    assert groups.count()
+    groups.first.wait_for()
     for at in range(groups.count()):
         assert groups.nth(at).evaluate("group => group.scrollWidth <= group.clientWidth + 1")
     # Side by side each would have half of the room.

@@ -140,3 +140,12 @@ def test_other_depths_are_aligned(tmp_path):
     assert not at.exception
     _, (frame,) = plotted(at)[0]
     assert frame["depth"].min() == 0 and frame["depth"].max() == 1
+
+
+def test_the_table_of_one_run_names_its_two_steps(folder):
+    run = open_run(folder / "full")
+    table = difference.table(run, run, match.Pair(200, 0, ""), ("full", "full"))
+    assert list(table) == ["Measure", "full, step 200", "full, step 0", "Difference", "Ratio"]
+    assert table.iloc[0].tolist() == ["Step", "200", "0", "-200", "–"]
+    same = difference.table(run, run, match.Pair(200, 200, ""), ("full", "full"))
+    assert list(same)[1:3] == ["full, step 200", "full, step 200 (again)"]
