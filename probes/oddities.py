@@ -75,7 +75,7 @@ def oddities(
         and not isinstance(module, nn.ModuleList | nn.ModuleDict)
     ]
     if silent:
-        notes.append(f"never called, only what is in it: {', '.join(silent[:4])}")
+        notes.append(f"never called themselves, only the modules in them: {', '.join(silent[:4])}")
     if any(mix.law is not None and mix.law.gain is not None for mix in reads):
         notes.append("reads fused with the norm after them: the states are those behind it")
     if any(mix.normalised for mix in reads):
