@@ -142,9 +142,8 @@ def _only_stack(root: nn.Module, staged: bool, example: object) -> Stack | Sites
                 except Untraceable as another:
                     reasons += f" As for {what}: {another}."
             raise RunError(f"{error} {reasons}") from None
-    # Modules that split sequences cannot be run on any number of tokens: one process would wait for what never comes.
-    spread = any(map(is_parallel, root.modules()))
-    if not own and not spread and (found.guessed or may_read(root, found)):
+    # A forward of a model that is spread over processes takes all of them, and is for those that need it.
+    if not own and ((found.guessed and not is_parallel(root)) or may_read(root, found)):
         with suppress(Untraceable):
             sites = foreign_sites(root, example)
             # What reads several streams is no depth read; it may look like one for some of the layers.

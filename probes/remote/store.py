@@ -80,7 +80,7 @@ class Store:
             raise Unreachable(address.hide(_why(error))) from None
         self._root = self._root.rstrip("/")
         self._one_by_one = None if getattr(self._files, "async_impl", False) else threading.RLock()
-        if address.protocol == "memory":
+        if address.protocol in ("memory", *_SSH):
             self._one_by_one = None
 
     @property
@@ -91,7 +91,8 @@ class Store:
     @property
     def key(self) -> str:
         """The same for all addresses in one place, and of no other; nothing can be learned from it."""
-        host = self.address.shown.split("://")[1].split("/")[0] if self._one_by_one else ""
+        hosted = self._one_by_one is not None or self.address.protocol in _SSH
+        host = self.address.shown.split("://")[1].split("/")[0] if hosted else ""
         endpoint = [
             str(getattr(self._files, "endpoint_url", "") or ""),
             *(os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")),
@@ -206,19 +207,18 @@ class Store:
 
     def _do(self, act):
         try:
+            if self.address.protocol in _SSH:
+                with self._files.session():
+                    return act()
             if self._one_by_one is None:
                 return act()
             with self._one_by_one:
-                if self.address.protocol in _SSH:
-                    self._files.revive()
                 return act()
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{self.address.shown} has no such file") from None
         except FileExistsError:
             raise
         except Exception as error:
-            if self.address.protocol in _SSH and not isinstance(error, PermissionError):
-                self._files.drop()
             raise Unreachable(self.address.hide(_why(error))) from None
 
 
