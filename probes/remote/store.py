@@ -16,9 +16,8 @@ PACKAGES = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "ssh": "paramiko",
     "sftp": "paramiko", "az": "adlfs", "abfs": "adlfs", "smb": "smbprotocol", "http": "aiohttp", "https": "aiohttp",
 }  # fmt: skip
-_SSH = ("sftp", "ssh")
 # Where a file that is being written could be seen half; the others show it when it is whole.
-_IN_PLACE = (*_SSH, "ftp", "smb", "hdfs", "arrow_hdfs", "webhdfs")
+_IN_PLACE = ("ftp", "smb", "hdfs", "arrow_hdfs", "webhdfs")
 # A connection that is gone is to be noticed before somebody wonders.
 _PATIENCE = {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 1}}
 _STAMPS = (
@@ -56,16 +55,18 @@ class Store:
             raise RunError(
                 f'{address.shown} needs fsspec: pip install "depthscope[remote]"{_driver(address.protocol)}.'
             ) from None
-        options = {}
-        if address.protocol in ("s3", "s3a") and "config_kwargs" not in fsspec.config.conf.get("s3", {}):
-            options["config_kwargs"] = _PATIENCE
         try:
-            if address.protocol in _SSH:
+            if address.protocol in ("sftp", "ssh"):
                 from probes.remote.ssh import Machine
 
                 self._files, self._root = Machine.at(address.url)
             else:
-                self._files, self._root = url_to_fs(address.url, **options)
+                s3 = address.protocol in ("s3", "s3a") and "config_kwargs" not in fsspec.config.conf.get(
+                    "s3", {}
+                )
+                self._files, self._root = url_to_fs(
+                    address.url, **({"config_kwargs": _PATIENCE} if s3 else {})
+                )
         except ImportError:
             package = PACKAGES.get(address.protocol)
             raise RunError(
@@ -79,6 +80,9 @@ class Store:
         except Exception as error:  # some connect at once
             raise Unreachable(address.hide(_why(error))) from None
         self._root = self._root.rstrip("/")
+        # Of a driver that holds one connection: to make it again before it is used, and to let it go after a failure.
+        self._revive = getattr(self._files, "revive", lambda: None)
+        self._drop = getattr(self._files, "drop", lambda: None)
         self._one_by_one = None if getattr(self._files, "async_impl", False) else threading.RLock()
         if address.protocol == "memory":
             self._one_by_one = None
@@ -166,17 +170,9 @@ class Store:
             if new and self._files.exists(place):
                 raise FileExistsError(place)
             folder, _, name = place.rpartition("/")
-            if self.address.protocol not in _SSH:
-                self._files.makedirs(folder, exist_ok=True)
+            self._files.makedirs(folder, exist_ok=True)
             aside = f"{folder}/.{name}.tmp-{platform.node()}-{os.getpid()}"
             self._files.pipe_file(aside, content)
-            if self.address.protocol in _SSH:
-                try:
-                    (self._files.settle if new else self._files.replace)(aside, place)
-                except FileExistsError:
-                    self._files.rm_file(aside)
-                    raise
-                return
             if self._files.exists(place):
                 self._files.rm_file(place)  # not all of them replace
             self._files.mv(aside, place)
@@ -209,16 +205,15 @@ class Store:
             if self._one_by_one is None:
                 return act()
             with self._one_by_one:
-                if self.address.protocol in _SSH:
-                    self._files.revive()
+                self._revive()
                 return act()
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{self.address.shown} has no such file") from None
         except FileExistsError:
             raise
         except Exception as error:
-            if self.address.protocol in _SSH and not isinstance(error, PermissionError):
-                self._files.drop()
+            if not isinstance(error, PermissionError):
+                self._drop()
             raise Unreachable(self.address.hide(_why(error))) from None
 
 
