@@ -4,23 +4,19 @@ Two processes: the training (reniced, so that the page stays quick) and the dash
 and says how to come back.
 """
 
-import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
-import urllib.request
-import webbrowser
 from datetime import datetime
 from pathlib import Path
 
 import click
 
 from app.places import Here
-from app.server import HOST, free
+from app.server import HOST, free, open_browser
 
 ELSEWHERE = "The demo records on this machine: give --runs a folder here."
 SAMPLE_RUNS = Path(__file__).resolve().parent.parent / "sample_runs"
@@ -152,7 +148,7 @@ def _supervise(
     server = subprocess.Popen(dashboard, env=here, stdout=subprocess.DEVNULL)
     click.echo(f"Dashboard: {url}  (Ctrl-C ends everything)", err=True)
     if browser:
-        threading.Thread(target=_open_when_up, args=(url,), daemon=True).start()
+        open_browser(port)
     try:
         failed = _wait(trainer, server)
         if failed:
@@ -198,11 +194,3 @@ def _end(*processes: subprocess.Popen) -> None:
 
 def _renice() -> None:
     os.nice(10)
-
-
-def _open_when_up(url: str) -> None:
-    for _ in range(100):
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/_stcore/health", timeout=1):
-            webbrowser.open(url)
-            return
-        time.sleep(0.2)

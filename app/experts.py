@@ -21,7 +21,7 @@ def section(shown: Sequence[room.Shown], step: int) -> None:
     st.subheader("Do the experts share the work?", anchor=False)
     left, right = st.columns(2, gap="medium", vertical_alignment="bottom")
     with left:
-        over_depth.profiles(have, BALANCE, step, "linear", evenness)
+        over_depth.profiles(have, BALANCE, step, "linear", evenness, everywhere=False)
     for place, one in enumerate(have):
         with right if place % 2 == 0 else left:
             frame = cells(one.run, step)

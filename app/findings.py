@@ -40,7 +40,7 @@ def side_by_side(frame: pd.DataFrame, name: str) -> str:
 
 
 def composition(frame: pd.DataFrame, name: str) -> str:
-    """Which source makes up most of the final state, run by run."""
+    """Which source is the largest part of the final state, run by run."""
     parts = [(run, part.dropna(subset=["value"])) for run, part in by_run(frame)]
     tops = [(run, part.loc[part["value"].idxmax()]) for run, part in parts if len(part)]
     if not tops:
@@ -48,7 +48,7 @@ def composition(frame: pd.DataFrame, name: str) -> str:
     told = words.joined(
         f"{words.the(str(top['place']))} in {run} ({words.percent(top['value'])})" for run, top in tops
     )
-    return f"Most of the final state {_when(frame)} is {told}"
+    return f"The largest part of the final state {_when(frame)} is {told}"
 
 
 def doubling(frame: pd.DataFrame) -> str:
@@ -187,9 +187,9 @@ def recovered(cells: pd.DataFrame, label: str) -> str:
     weight, when = cells["mixing_weight"], _when(cells)
     low, high = float(weight.min()), float(weight.max())
     if low >= 0.98 and high <= 1.02:
-        return (
-            f"{label} {when}: every source has weight {weight.mean():.2f} in every state, as in a plain sum"
-        )
+        solved, states = cells["read"].nunique(), len(cells["read"].cat.categories)
+        where = "every state" if solved == states else f"the {solved} of {states} states that could be solved"
+        return f"{label} {when}: every source has weight {weight.mean():.2f} in {where}, as in a plain sum"
     return f"{label} {when}: recovered weights from {low:.2f} to {high:.2f}"
 
 

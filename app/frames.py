@@ -234,10 +234,12 @@ def over_training(run: Run, name: str) -> pd.DataFrame:
     before_gap = np.flatnonzero(np.diff(segment))
     until[before_gap] = bins.last[before_gap] + spacing
     depths, labels = zip(*places(run.layout, metric(name).axes), strict=True)
+    # A browser reads no integers of 64 bits as numbers.
+    kind = np.int32 if until[-1] < 1 << 31 else np.float64
     return pd.DataFrame(
         {
-            "step": np.repeat(first.astype(np.int32), len(depths)),
-            "until": np.repeat(until.astype(np.int32), len(depths)),
+            "step": np.repeat(first.astype(kind), len(depths)),
+            "until": np.repeat(until.astype(kind), len(depths)),
             "depth": np.tile(np.array(depths, np.int16), len(first)),
             "value": grid.ravel().astype(np.float32),
             "place": pd.Categorical.from_codes(np.tile(np.arange(len(depths)), len(first)), list(labels)),

@@ -21,13 +21,14 @@ def profiles(
     scale: str,
     finding: Callable[[pd.DataFrame, str], str],
     fill: dict | None = None,
+    everywhere: bool = True,
 ) -> None:
-    """One line a run at its last recorded step up to `step`; says which step where it is another one."""
+    """One line a run at its last recorded step up to `step`; says which step where it is another one. What not every layer
+    has (`everywhere`) may be blank without a word."""
     have = room.recorded(shown, name)
     parts = {one: frames.profile(one.run, one.name, name, step) for one in have} if step is not None else {}
     parts = {one: part for one, part in parts.items() if len(part)}
-    _not_finite([one for one, part in parts.items() if not part["value"].notna().any()], name, step)
-    parts = {one: part for one, part in parts.items() if part["value"].notna().any()}
+    parts = finite(parts, name, step)
     if not parts:
         return
     frame = pd.concat(parts.values(), ignore_index=True)
@@ -40,12 +41,21 @@ def profiles(
     hidden = (
         int((~(frame["value"] > 0)).sum()) if scale == "log" else int((~np.isfinite(frame["value"])).sum())
     )
-    if hidden:
+    if hidden and everywhere:
         note += f" {hidden} blank{'s' if hidden > 1 else ''}: not finite" + (
             ", or zero on this scale." if scale == "log" else "."
         )
     if note.strip():
         st.caption(words.plain(note.strip()))
+
+
+def finite(
+    parts: dict[room.Shown, pd.DataFrame], name: str, step: int | None
+) -> dict[room.Shown, pd.DataFrame]:
+    """The profiles that hold a finite value; of the others it is said that they hold none."""
+    there = {one: part for one, part in parts.items() if part["value"].notna().any()}
+    _not_finite([one for one in parts if one not in there], name, step)
+    return there
 
 
 def _not_finite(lost: list[room.Shown], name: str, step: int) -> None:

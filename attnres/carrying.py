@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from attnres.depth import Depth
 from attnres.plans import Plan, plans_of, this_thread
-from attnres.watching import WatchedBlock, first_tensor, with_first
+from attnres.trying import first_tensor, with_first
+from attnres.watching import WatchedBlock
 
 LOST = (
     "{} was given a state without its sources. Either it runs under reentrant checkpointing (use "

@@ -49,19 +49,8 @@ def convert(
     """
     check_is("model", model, nn.Module)
     _check_bare(model)
-    if hasattr(model, NAME):
-        raise ValueError(f"The model has {NAME!r} already: revert it before you convert it again.")
-    if any(isinstance(hook, Enter) for part in model.modules() for hook in part._forward_pre_hooks.values()):
-        raise ValueError(
-            f"The model was converted already, by {_converted_part(model) or 'a module that holds it'}: revert that before you "
-            "convert it again."
-        )
-    if residual not in ("full", "block"):
-        raise ValueError(f'residual must be "full" or "block", not {residual!r}.')
-    if residual == "full" and layers_per_block is not None:
-        raise ValueError('layers_per_block is for residual "block" only, not for "full".')
-    if residual == "block":
-        check_count("layers_per_block", layers_per_block)
+    _check_unconverted(model)
+    _check_residual(residual, layers_per_block)
     if weights is not None and not isinstance(weights, str | Path):
         raise ValueError(f"weights must be a folder that save_pretrained made, not {weights!r}.")
     saved = saved_reads(Path(weights)) if weights is not None else {}
@@ -69,18 +58,7 @@ def convert(
         eps = saved[EPS].view(torch.float64).item() if EPS in saved else 1e-6
     check_not_negative("eps", eps)
     args, kwargs = _inputs(model, example)
-    try:
-        blocks = watch(model, args, kwargs)
-    except ConversionError:
-        raise
-    # Whatever somebody's model raises on an input that is not for it.
-    except Exception as error:
-        if example is None:
-            what = "its own dummy_inputs: pass an example, an input to try it on"
-        else:
-            reason = str(error).strip().partition("\n")[0]
-            what = f"the example: {type(error).__name__}: {reason}"
-        raise ValueError(f"The model does not run on {what}.") from error
+    blocks = _watched(model, args, kwargs, example is None)
     layers = sum(len(block.layers) for block in blocks)
     if residual == "block" and layers_per_block > layers:
         raise ValueError(
@@ -151,6 +129,40 @@ def _check_bare(model: nn.Module) -> None:
             "model must have values in all its weights to be tried, and some are on the meta device: load or initialise them, "
             "then convert it."
         )
+
+
+def _check_unconverted(model: nn.Module) -> None:
+    if hasattr(model, NAME):
+        raise ValueError(f"The model has {NAME!r} already: revert it before you convert it again.")
+    if any(isinstance(hook, Enter) for part in model.modules() for hook in part._forward_pre_hooks.values()):
+        raise ValueError(
+            f"The model was converted already, by {_converted_part(model) or 'a module that holds it'}: revert that before you "
+            "convert it again."
+        )
+
+
+def _check_residual(residual: object, layers_per_block: object) -> None:
+    if residual not in ("full", "block"):
+        raise ValueError(f'residual must be "full" or "block", not {residual!r}.')
+    if residual == "full" and layers_per_block is not None:
+        raise ValueError('layers_per_block is for residual "block" only, not for "full".')
+    if residual == "block":
+        check_count("layers_per_block", layers_per_block)
+
+
+def _watched(model: nn.Module, args: tuple, kwargs: dict, is_own: bool) -> list[WatchedBlock]:
+    """The blocks; ValueError where the model does not run on the example, or, `is_own`, on what it brings itself."""
+    try:
+        return watch(model, args, kwargs)
+    except ConversionError:
+        raise
+    # Whatever somebody's model raises on an input that is not for it.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        what = "its own dummy_inputs: pass an example, an input to try it on"
+        if not is_own:
+            what = f"the example: {type(error).__name__}: {reason}"
+        raise ValueError(f"The model does not run on {what}.") from error
 
 
 def _inputs(model: nn.Module, example: Mapping | tuple | Tensor | None) -> tuple[tuple, dict]:

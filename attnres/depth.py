@@ -43,9 +43,8 @@ class AttentiveDepth:
     @classmethod
     def open(cls, model: nn.Module) -> "AttentiveDepth":
         """That of a pass of a converted model, whose reads may be others than the last time: PEFT trains a copy of them."""
-        reads = getattr(model, NAME).reads
-        queries = torch.stack([read.effective_query() for read in reads])
-        return cls(reads, queries, torch.is_grad_enabled())
+        residual = getattr(model, NAME)
+        return cls(residual.reads, residual.queries(), torch.is_grad_enabled())
 
     def commit(self, sources: Sequence[Tensor], written: int) -> "AttentiveDepth":
         logits = self.logits

@@ -57,7 +57,9 @@ def _logit(source: Tensor, query: Tensor, norm: nn.Module, mixed: torch.dtype) -
 
 
 def _eps(norm: nn.RMSNorm, source: Tensor) -> float:
-    return torch.finfo(source.dtype).eps if norm.eps is None else norm.eps
+    # Torch's own where there is none: that of the dtype it computes in, not of the source's.
+    wide = torch.promote_types(source.dtype, torch.float32)
+    return torch.finfo(wide).eps if norm.eps is None else norm.eps
 
 
 def _check(sources: Sequence[Tensor], proj: nn.Linear, norm: nn.Module) -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from attnres.watching import SEQUENTIAL, ConversionError, WatchedBlock, first_tensor, run_watched, with_first
+from attnres.trying import first_tensor, run_watched, with_first
+from attnres.watching import SEQUENTIAL, ConversionError, WatchedBlock
 
 PARALLEL = "{} and {} run side by side, as in a parallel block: {}"
 REPLACED = (

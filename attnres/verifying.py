@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from attnres.carrying import attach, depth_outputs
 from attnres.plans import plans_of
-from attnres.watching import ConversionError, WatchedBlock, run_watched
+from attnres.trying import run_watched
+from attnres.watching import ConversionError, WatchedBlock
 
 INSIDE = (
     "{} where a depth block ends inside a transformer block, and only there: something is done to an output after its last "

@@ -5,14 +5,14 @@ output does not change when its input doubles. All that runs after it, up to the
 layer's *tail* is the last child in it, whose output joins the stream.
 """
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+
+from attnres.norms import is_adaptive_norm, is_norm
+from attnres.trying import first_tensor, run_watched
 
 SEQUENTIAL = (
     "only blocks whose layers run one after the other can be converted. Build the model with such blocks, if its "
@@ -67,13 +67,13 @@ class _Call:
     module: nn.Module
     given: Tensor | None
     made: Tensor | None
+    is_given_state: bool
+    """Whether no other child made what it was given: then the block's own code did, or was given it."""
     is_norm: bool
 
     def __post_init__(self):
         # A block may add to a tensor in place, which then is another value.
-        self.given_version, self.made_version = (
-            None if x is None else x._version for x in (self.given, self.made)
-        )
+        self.made_version = None if self.made is None else self.made._version
 
 
 @dataclass
@@ -85,60 +85,6 @@ class _Visit:
     calls: list[_Call] = field(default_factory=list)
     made: Tensor | None = None
     runs: bool = True
-
-
-def first_tensor(value: object) -> Tensor | None:
-    """The tensor that a module hands on: its output, or the first of several."""
-    value = value[0] if isinstance(value, tuple | list) and value else value
-    return value if isinstance(value, Tensor) else None
-
-
-def with_first(output: Tensor | tuple | list, tensor: Tensor) -> Tensor | tuple | list:
-    """The output of a module with another first tensor."""
-    if not isinstance(output, tuple | list):
-        return tensor
-    # A named tuple takes its fields one by one.
-    return getattr(output, "_make", type(output))((tensor, *output[1:]))
-
-
-@contextmanager
-def forked_random_numbers(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Draws on the CPU and on the devices of these tensors leave their generators as they were."""
-    devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([], device_type="cpu"))
-        for device in devices:
-            stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
-        yield
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Passes in training mode that leave no trace: random numbers, buffers and modes are as before."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    with forked_random_numbers(tensors), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        # On the CPU, where layers are dropped; elsewhere one pass draws what the others do as it is.
-        torch.default_generator.manual_seed(0)
-        model.train()
-        try:
-            yield
-        finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
-            for module, mode in modes.items():
-                module.training = mode
-
-
-def run_watched(model: nn.Module, args: tuple, kwargs: dict, handles: Sequence[RemovableHandle]) -> None:
-    """One forward pass without a trace, after which its hooks are gone."""
-    try:
-        with undisturbed(model):
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def watch(model: nn.Module, args: tuple, kwargs: dict) -> list[WatchedBlock]:
@@ -275,11 +221,14 @@ def _watch_member(member: nn.Module, visits: list[_Visit]) -> Iterator[torch.uti
             if visits and visits[-1].runs:
                 _, given = _state(args, kwargs)
                 made = first_tensor(output)
-                earlier = visits[-1].calls
-                is_norm = _is_norm(module, args, kwargs, made) or (
-                    not _is_made_by(earlier, given) and _is_adaptive_norm(module, args, kwargs, made)
+                calls = visits[-1].calls
+                is_given_state = given is not None and not any(
+                    given is call.made and given._version == call.made_version for call in calls
                 )
-                earlier.append(_Call(name, module, given, made, is_norm))
+                norm = is_norm(module, args, kwargs, made) or (
+                    is_given_state and is_adaptive_norm(module, args, kwargs, made)
+                )
+                calls.append(_Call(name, module, given, made, is_given_state, norm))
 
         yield child.register_forward_hook(called, with_kwargs=True)
     yield member.register_forward_hook(leave)
@@ -293,63 +242,6 @@ def _state(args: tuple, kwargs: dict) -> tuple[str | None, Tensor | None]:
         if isinstance(value, Tensor) and value.is_floating_point():
             return keyword, value
     return None, None
-
-
-def _is_norm(module: nn.Module, args: tuple, kwargs: dict, made: Tensor | None) -> bool:
-    """Whether twice the input gives the same output: true for norms, and for nothing else that has only vectors."""
-    if not _keeps(args, made) or any(parameter.ndim > 1 for parameter in module.parameters()):
-        return False
-    large = _large(args[0])
-    with suppress(RuntimeError):
-        one, two = _tried(module, [large, 2 * large], args, kwargs)
-        # Dropout and activations differ by far more; constants are not norms.
-        return bool((one - two).norm() <= 1e-3 * one.norm()) and bool(one.norm() > 0)
-    return False
-
-
-def _is_adaptive_norm(module: nn.Module, args: tuple, kwargs: dict, made: Tensor | None) -> bool:
-    """Whether it is a norm with matrices, that make scale and shift of a condition and do not mix the state's channels.
-
-    So two channels that change places change no others. Called with plain values only: a cache of keys and values would
-    keep what it is shown.
-    """
-    plain = (Tensor, int, float, str, torch.dtype, type(None))
-    if not _keeps(args, made) or not all(isinstance(x, plain) for x in (*args, *kwargs.values())):
-        return False
-    large = _large(args[0])
-    exchanged = large.clone()
-    exchanged[..., :2] = large[..., :2].flip(-1)
-    with suppress(RuntimeError):
-        one, two, other = _tried(module, [large, 2 * large, exchanged], args, kwargs)
-        same, change = 1e-3 * one.norm(), one - other
-        moved, mixed = change[..., :2].norm(), change[..., 2:].norm()
-        return bool((one - two).norm() <= same) and bool(mixed <= same) and bool(moved > mixed)
-    return False
-
-
-def _tried(module: nn.Module, states: list[Tensor], args: tuple, kwargs: dict) -> Iterator[Tensor]:
-    """What the module makes of each of these in place of its first argument, with the same random numbers."""
-    for x in states:
-        with forked_random_numbers([x]):
-            yield first_tensor(module.forward(x, *args[1:], **kwargs))
-
-
-def _keeps(args: tuple, made: Tensor | None) -> bool:
-    """Whether numbers came in first, and as many in the same shape came out."""
-    if not args or not isinstance(args[0], Tensor) or made is None:
-        return False
-    return args[0].is_floating_point() and made.shape == args[0].shape
-
-
-def _large(x: Tensor) -> Tensor:
-    """x far above any eps, and far below the largest float16; by a power of two, so that no dtype rounds."""
-    size = x.float().square().mean().sqrt().log2().nan_to_num(0, 0, 0).round().item()
-    return x * 2.0 ** (6 - size)
-
-
-def _is_made_by(calls: Iterable[_Call], x: Tensor | None) -> bool:
-    """Whether x is what one of these calls made, and not added to since."""
-    return any(x is not None and x is call.made and x._version == call.made_version for call in calls)
 
 
 def _is_stack(members: list[nn.Module], visits: dict[nn.Module, list[_Visit]]) -> bool:
@@ -388,12 +280,7 @@ def _block(
 def _reads_state(visit: _Visit, index: int) -> bool:
     """Whether this call is a norm of the state, not of some child's output, as in a sandwich of norms."""
     call = visit.calls[index]
-    if not call.is_norm or call.given.shape != visit.given.shape:
-        return False
-    return not any(
-        call.given is earlier.made and call.given_version == earlier.made_version
-        for earlier in visit.calls[:index]
-    )
+    return call.is_norm and call.is_given_state and call.given.shape == visit.given.shape
 
 
 def _begins_with_identity(visit: _Visit) -> bool:

@@ -4,7 +4,7 @@ Medians, of made-up runs or of those in FOLDER: from the command to the first ch
 warm server until its first chart, and turning to it by its link in an open dashboard; a frame of playback while the slider is
 dragged, with 24, 64 and 200 layers; and, for a run that grows, the time from a sealed shard to its step on screen.
 
-It takes about five minutes. `--smoke` takes one, and proves nothing. Long runs: benchmarks/reader.py.
+It takes about ten minutes. `--smoke` takes two, and proves nothing. Long runs: benchmarks/reader.py.
 """
 
 import argparse

@@ -5,7 +5,7 @@ give it again until it says that all is there. No part begins that would not be 
 and left behind. What is worth keeping is packed into DIR/gpu.zip, without checkpoints, after every stretch.
 
     python -m benchmarks.gpu --plan                  # what there is to do, and how long it should take on an H200
-    python -m benchmarks.gpu --smoke --out DIR       # every part, tiny: on a CPU too, where it takes some minutes
+    python -m benchmarks.gpu --smoke                 # every part, tiny, in DIR/smoke: on a CPU too, in some minutes
     python -m benchmarks.gpu --place DIR/gpu.zip     # runs into sample_runs/, tables into benchmarks/results/
     python -m benchmarks.gpu --from DIR/gpu.zip …    # go on in an empty DIR, on another machine say
 
@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 try:
+    from benchmarks import provenance
     from benchmarks.packing import DONE, LOGS, PACKED, ROOT, pack, place, unpacked
     from benchmarks.parts import RUNS, Part, parts
 except ImportError as error:
@@ -73,6 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit(
             f"{', '.join(missing)} is missing: install it, or bring its wheel with --wheels (see --help)."
         )
+    if options.commit:
+        os.environ[provenance.COMMIT] = options.commit
+    if provenance.commit().startswith("unknown"):
+        print("git does not tell the commit here, and results should name it: say it with --commit.")
     if options.retry:
         for part in every:
             if told(part, options.out).get("code"):
@@ -83,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     with contextlib.suppress(KeyboardInterrupt):
         stretch(every, options)
-    pack(options.out)
+    pack(options.out, options.smoke)
     return summary(every, options)
 
 
@@ -100,6 +105,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, default=3, help="recordings and attributions side by side")
     parser.add_argument("--text", type=Path, help="what to learn (default: Python's own library)")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="packages to use besides")
+    parser.add_argument("--commit", help="of these files, where there is no git to tell")
     parser.add_argument("--retry", action="store_true", help="try again what failed")
     parser.add_argument("--from", dest="resume", type=Path, metavar="FILE", help="what was packed elsewhere")
     parser.add_argument("--plan", action="store_true", help="say what there is to do, and stop")
@@ -110,12 +116,16 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         "--smoke", action="store_true", help="every part, tiny; proves nothing but that it runs"
     )
     options = parser.parse_args(arguments)
-    options.out, options.text = options.out.resolve(), options.text and options.text.resolve()
+    # Apart, so that nobody takes a tiny part for a real one that is done.
+    options.out = options.out.resolve() / ("smoke" if options.smoke else "")
+    options.text = options.text and options.text.resolve()
     options.device = options.device or ("cpu" if options.smoke and not has_gpu() else "cuda")
     return options
 
 
 def has_gpu() -> bool:
+    if not there("torch"):
+        return False
     import torch
 
     return torch.cuda.is_available()

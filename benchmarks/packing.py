@@ -11,11 +11,12 @@ from benchmarks.parts import RESULTS, RUNS
 ROOT = Path(__file__).resolve().parent.parent
 DONE, LOGS, PACKED = "done", "logs", "gpu.zip"
 PLACES = {RUNS: ROOT / "sample_runs", RESULTS: ROOT / "benchmarks" / "results"}
+SMOKE = b"smoke"
 MOST = 20e6
 """Bytes of runs that belong into a repository."""
 
 
-def pack(out: Path) -> None:
+def pack(out: Path, smoke: bool = False) -> None:
     """Everything but checkpoints, wheels and caches, in one file that is whole or not there."""
     kept = [
         path
@@ -26,6 +27,7 @@ def pack(out: Path) -> None:
     kept = [path for path in kept if not {"checkpoints", ".unfinished"} & {*path.relative_to(out).parts}]
     temporary = out / f".{PACKED}"
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.comment = SMOKE if smoke else b""
         for path in kept:
             archive.write(path, path.relative_to(out).as_posix())
     os.replace(temporary, out / PACKED)
@@ -50,6 +52,9 @@ def place(path: Path) -> None:
     """Put runs and tables where they belong; a run replaces the one of its name."""
     if not path.is_file():
         sys.exit(f"There is no file {path}: give the {PACKED} that the command packed.")
+    with zipfile.ZipFile(path) as archive:
+        if archive.comment == SMOKE:
+            sys.exit(f"{path} is of a smoke run, whose tiny runs and figures belong nowhere.")
     aside = path.with_name(f".{path.name}.unpacked")
     shutil.rmtree(aside, ignore_errors=True)
     unpacked(path, aside)

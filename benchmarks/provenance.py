@@ -1,5 +1,6 @@
 """Where a figure comes from: the command and the commit."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -11,8 +12,12 @@ def command(benchmark: str, arguments: list[str] | None) -> str:
     return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *given])
 
 
+COMMIT = "DEPTHSCOPE_COMMIT"
+
+
 def commit() -> str:
-    """The commit that runs, and whether files differ from it; "unknown" outside a repository or without git."""
+    """The commit that runs, and whether files differ from it; outside a repository or without git what the environment
+    says it is (`COMMIT`), else "unknown"."""
 
     def git(*words: str) -> str:
         root = Path(__file__).resolve().parent
@@ -22,4 +27,6 @@ def commit() -> str:
             return ""
 
     changed = git("status", "--porcelain", "--untracked-files=no")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + (", with changes" if changed else "")
+    return (git("rev-parse", "--short", "HEAD") or os.environ.get(COMMIT, "unknown")) + (
+        ", with changes" if changed else ""
+    )

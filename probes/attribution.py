@@ -92,7 +92,7 @@ def attribute(
     if loss is not None and not callable(loss):
         raise RunError(f"loss must be a function of what the model returns, not {loss!r}.")
     room = None if memory is None else bytes_in(memory, "memory")
-    sites = find_sites(model, stack, layers, norms)
+    sites = find_sites(model, stack, layers, norms, example=batch)
     gates = Gates(sites, mass)
     root = sites.root
     objective = next_token_losses if loss is None else lambda output, *_: loss(output)

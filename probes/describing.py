@@ -164,7 +164,7 @@ def describe(
     arguments) or on invented inputs; the model is left as it was. `stack`, `layers` and `norms` are those of
     `probes.record`. Raises RunError as `record` does for the model, and for a batch on which its forward fails.
     """
-    sites = find_sites(model, stack, layers, norms)
+    sites = find_sites(model, stack, layers, norms, example=batch)
     if any(parameter.is_meta for parameter in sites.root.parameters()):
         raise RunError(
             f"{type(sites.root).__name__} is on the meta device, without values: give it some first."

@@ -18,7 +18,10 @@ from probes.sites import LayerSite, Place, Sites, unwrap
 from probes.stacks import Stack, find_stacks, is_norm, is_read, stack_at
 from probes.symbols import Untraceable
 
-_BY_HAND = "name the modules yourself: layers=[patterns of sublayers], norms=[patterns of each layer's norm and the final norm]"
+_BY_HAND = (
+    "name the modules yourself: layers=[patterns of sublayers], norms=[patterns of each layer's norm and the final norm]; "
+    "where norms are functions, mark states and outputs with probes.mark and give layers= their number"
+)
 
 
 def find_sites(
@@ -27,12 +30,13 @@ def find_sites(
     layers: int | str | Sequence[str] | None = None,
     norms: str | Sequence[str] | None = None,
     staged: bool = False,
+    example: object = None,
 ) -> Sites:
     """The sites of `model`. Raises RunError, naming what was looked for, when none are recognised.
 
     `stack` chooses among several lists of transformer blocks. `layers` and `norms` are patterns over
     `named_modules()` that say what the sublayers are, and which modules receive each layer's state and the final one;
-    a number of `layers` is for a model that marks them itself (marks.py). With `staged`, the model is one stage of a pipeline,
+    a number of `layers` is for a model that marks them itself (marks.py). `example` is what the model may be called with. With `staged`, the model is one stage of a pipeline,
     which may end without a norm.
     """
     if not isinstance(model, nn.Module):
@@ -51,7 +55,7 @@ def find_sites(
         members = [_stack(root, *each) for each in matching(root, stack, "stack").items()]
         found = _joined(root, members, staged)
     else:
-        found = _only_stack(root, staged)
+        found = _only_stack(root, staged, example)
         if isinstance(found, Sites):
             return found
     reads = [module for module in root.modules() if is_read(module)]
@@ -116,7 +120,7 @@ def _one_device(root: nn.Module) -> None:
         )
 
 
-def _only_stack(root: nn.Module, staged: bool) -> Stack | Sites:
+def _only_stack(root: nn.Module, staged: bool, example: object) -> Stack | Sites:
     """The one stack of a model, or its sites where its states are depth reads."""
     if staged:
         return _followed_stack(root, staged)  # what it is given is not known, and so it cannot be run
@@ -125,7 +129,7 @@ def _only_stack(root: nn.Module, staged: bool) -> Stack | Sites:
         found = _followed_stack(root)
     except RunError as error:
         try:
-            return _called(foreign_sites(root))
+            return _called(foreign_sites(root, example))
         except Untraceable as other:
             reasons = f"As for depth reads: {other}."
             for what, find in (
@@ -139,7 +143,7 @@ def _only_stack(root: nn.Module, staged: bool) -> Stack | Sites:
             raise RunError(f"{error} {reasons}") from None
     if not own and (found.guessed or may_read(root, found)):
         with suppress(Untraceable):
-            sites = foreign_sites(root)
+            sites = foreign_sites(root, example)
             # What reads several streams is no depth read; it may look like one for some of the layers.
             alike = not found.change or len(sites.layers) <= len(found.layers)
             if alike:

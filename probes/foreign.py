@@ -11,10 +11,11 @@ from probes.columns import columns_of
 from probes.few_tokens import two_tapes
 from probes.found import FoundRead, FoundReads, Replay, Spot
 from probes.given import Given
+from probes.last_state import Ending, parameters_between
 from probes.layers import kind_by_name
 from probes.layout import Layer, Read
 from probes.mixes import Mixes, head_counts, widths
-from probes.naming import blocks_of, common_name, is_matrix, stem
+from probes.naming import blocks_of, common_name
 from probes.oddities import oddities
 from probes.replay import DrawsNumbers, Unreplayable, moment_of, replay_of, witness_of
 from probes.sites import LayerSite, Place, Sites, place_of
@@ -26,20 +27,20 @@ from probes.walks import Mix, name_of
 log = logging.getLogger("depthscope")
 
 
-def foreign_sites(root: nn.Module) -> Sites:
-    """The sites of `root`. Untraceable, with the reason, where it has no depth reads that can be seen."""
+def foreign_sites(root: nn.Module, example: object = None) -> Sites:
+    """The sites of `root`, which may be called with the `example`. Untraceable, with the reason, where it has no depth reads that can be seen."""
     devices = sorted({p.device for p in root.parameters() if p.is_cuda}, key=str)
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
-            return _found(root)
+            return _found(root, example)
     except Untraceable:
         raise
     except Exception as error:
         raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 
-def _found(root: nn.Module) -> Sites:
-    tape, twin = two_tapes(root)
+def _found(root: nn.Module, example: object) -> Sites:
+    tape, twin = two_tapes(root, example)
     reasons = []
     for width in list(widths(tape))[:2]:
         for heads in (1, *head_counts(tape, width)):
@@ -65,7 +66,7 @@ class _Finding:
             for mix in sorted(every.values(), key=lambda mix: mix.node.index)
             if len(mix.edges) > 1 or self._begins(mix)
         ]
-        self._final = self._find_final()
+        self._final = Ending(tape, mixes, self._embedding, self._reads).state()
         self._outputs = self._find_outputs()
         if not self._outputs:
             raise Untraceable("its depth reads mix nothing that layers make")
@@ -144,67 +145,6 @@ class _Finding:
         if looked_up and any(p.ndim > 1 for p in self._parameters(first, {looked_up[-1]}).values()):
             return looked_up[-1]
         return first if any(self._tape.made_from(term, first) for term in terms) else oldest
-
-    def _find_final(self) -> Node | None:
-        """The last state that a norm receives, or the last sum of what is known."""
-        last = max(mix.node.index for mix in self._reads)
-        received = [
-            (spot.moment, node)
-            for node, spots in self._tape.spots.items()
-            for spot in spots
-            if spot.before and is_norm(spot.module) and self._mixes.is_stream(node)
-        ]
-        if received:
-            node = self._mixes.bare(max(received, key=lambda each: each[0])[1])
-            if node.index >= last:
-                return self._behind_layer(node) if node in self._mixes.found else self._before_head(node)
-        known = {source for mix in self._reads for source in mix.sources}
-        for node in reversed(self._tape.nodes):
-            if self._mixes.is_stream(node) and self._mixes.plain(node):
-                bare = self._mixes.bare(node)
-                terms = self._mixes.terms(bare, self._embedding)
-                if bare in self._mixes.found:
-                    return self._behind_layer(bare)
-                if len(terms) > 1 and known & {bare, *terms}:
-                    return bare
-        return None
-
-    def _behind_layer(self, node: Node) -> Node:
-        """What a last layer that no read follows makes of the newest mix, handed to a head without a norm; else the mix."""
-        made = [each for each in self._tape.users if self._tape.made_from(each, node)]
-        streams = [each for each in made if self._mixes.is_stream(each)]
-        newest = max(streams, key=lambda each: each.index, default=node)
-        return self._before_head(self._mixes.bare(newest))
-
-    def _before_head(self, node: Node) -> Node:
-        """The state of which the head alone has made `node`: the newest mix, where no layer lies between."""
-        reads = {mix.node for mix in self._reads}
-        if node in reads or len(self._mixes.terms(node, self._embedding)) > 1:
-            return node
-        before = [each for each in reads if self._tape.made_from(node, each)]
-        newest = max(before, key=lambda each: each.index, default=None)
-        if newest is None:
-            return node
-        lists = {
-            stem(name) for mix in self._reads for s in mix.sources for name in self._parameters(s, reads)
-        }
-        matrices = {name for name, p in self._parameters(node, reads).items() if is_matrix(p)}
-        if not lists & set(map(stem, matrices)) or self._is_projected(node, reads):
-            return self._mixes.carried(newest, node)
-        behind = [each for each in self._tape.ancestors(node) if self._tape.made_from(each, newest)]
-        for each in filter(self._mixes.is_stream, behind):
-            if not lists & set(map(stem, self._parameters(node, {each, *reads}))):
-                return self._mixes.bare(each)
-        return node
-
-    def _is_projected(self, node: Node, reads: set[Node]) -> bool:
-        """Whether a projection alone has made it of a mix."""
-        while (node := self._mixes.bare(node)) not in reads:
-            slots = [slot for slot, s in enumerate(node.slots) if self._tape.made_from(s, self._embedding)]
-            if len(slots) != 1 or not self._mixes.projects(node, slots[0]):
-                return False
-            node = node.slots[slots[0]]
-        return True
 
     def _find_outputs(self) -> list[Node]:
         """What layers add, in order."""
@@ -300,17 +240,7 @@ class _Finding:
         return (whole and kind_by_name(type(module).__name__)) or kind_by_name(name) or kind_by_name(inside)
 
     def _parameters(self, node: Node, stops: set[Node]) -> dict[str, nn.Parameter]:
-        """The parameters between `stops` and a node, by name."""
-        leaves, waiting, done = set(), [node], set()
-        while waiting:
-            each = waiting.pop()
-            if each in done or (each in stops and each is not node):
-                continue
-            done.add(each)
-            if each.func is None:
-                leaves.add(id(each.tensor))
-            waiting += each.slots
-        return {name: p for name, p in self._tape.root.named_parameters() if id(p) in leaves}
+        return parameters_between(self._tape, node, stops)
 
     # Places
 

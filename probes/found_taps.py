@@ -56,7 +56,7 @@ class FoundTaps:
     ) -> None:
         if mix is not None and row in self._states:
             self._taps.values(mix, "state", self._states[row], error <= allowed)
-        self._taps.depth(row, weights, sources)
+        self._taps.depths.add(row, weights, sources)
         self._taps.read_errors.add(row, error, allowed)
         if not self._are_sources[row]:  # the gradient of a source carries every later read
             self._taps.edge_taps.read(row, state, weights, sources)

@@ -8,7 +8,7 @@ from torch import nn
 from probes.flow import Call, Flow, Term
 from probes.layout import Layer
 from probes.nodes import has_matrix
-from probes.recipes import Recipe
+from probes.recipes import Given, Recipe
 from probes.sites import LayerSite, Made, Place
 from probes.symbols import reseed, undisturbed
 
@@ -55,12 +55,14 @@ def layers_of(
         state = place_in(path, term.state, is_input=True) if term.state else (entry if term.begins else None)
         output = place_in(path, term.tail, is_input=False) if term.tail is not None else None
         sums = index == 0 or (term.sums and last.output is not None)
-        state_made = _made(path, module, term.state_made) if state is None and not (index and sums) else None
+        state_made = (
+            made_in(path, module, term.state_made) if state is None and not (index and sums) else None
+        )
         after = None
         if output is None and term.given == index and not term.scaled and (state or state_made or sums):
             is_last = index + 1 == len(flow.terms) and flow.ends
             after = place_in(path, term.after, is_input=True) if term.after else (end if is_last else None)
-        output_made = _made(path, module, term.made) if output is None and after is None else None
+        output_made = made_in(path, module, term.made) if output is None and after is None else None
         names = _sublayer(term)
         layer = Layer(before + index + 1, kind_of(names), block_of(term), named(path, names))
         modules = tuple(call.module for call in term.calls)
@@ -70,22 +72,25 @@ def layers_of(
         yield last
 
 
-def _made(path: str, module: nn.Module, recipe: Recipe | None) -> Made | None:
+def made_in(path: str, module: nn.Module, recipe: Recipe | None) -> Made | None:
     """A recipe of the forward of `module` as one of the model."""
     if recipe is None:
         return None
-    leaves = [
-        place_in(path, leaf, is_input=False)
-        if isinstance(leaf, Call)
-        else Place(path, module, is_input=True, key=leaf[0], keyword=leaf[1])
-        for leaf in recipe.leaves
-    ]
+    leaves = [_seen_at(path, module, leaf) for leaf in recipe.leaves]
     held = [(*name.rpartition("."), part) for name, part in recipe.held]
     return Made(
         recipe.run,
         tuple(leaves),
         tuple((module.get_submodule(within), key, part) for within, _, key, part in held),
     )
+
+
+def _seen_at(path: str, module: nn.Module, leaf: tuple[int, str] | Call | Given) -> Place:
+    if isinstance(leaf, Given):
+        return place_in(path, leaf.call, is_input=True)
+    if isinstance(leaf, Call):
+        return place_in(path, leaf, is_input=False)
+    return Place(path, module, is_input=True, key=leaf[0], keyword=leaf[1])
 
 
 def place_in(path: str, call: Call, is_input: bool) -> Place:

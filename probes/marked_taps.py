@@ -43,4 +43,4 @@ class MarkedTaps:
                 f"mark(weights, read={row + 1}) wants the weights [{row + 1}, B, T] of the embedding and the layers "
                 f"before, not {list(weights.shape)}"
             )
-        self._taps.depth(row, weights, [self._outputs.get(source) for source in range(row + 1)])
+        self._taps.depths.add(row, weights, [self._outputs.get(source) for source in range(row + 1)])

@@ -3,6 +3,7 @@ function. A state that a gate leaves and a norm that is no module reads, say."""
 
 import operator
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from probes.flow import Call
 from probes.nodes import keeps
-from probes.symbols import OTHER_TOKENS, TOKENS, Recording, Untraceable
+from probes.symbols import Recording, Untraceable
 
 _PURE = {
     operator.iadd: operator.add,
@@ -36,16 +37,25 @@ _CHEAP = {
     *("bfloat16", "double"),
 }  # fmt: skip
 """What may be computed a second time. Nothing random, and nothing that takes as long as a layer."""
+_PRODUCTS = {torch.einsum, torch.matmul, operator.matmul, "matmul"}
+_FEW = 64  # elements of a parameter, of which a product takes no time
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a call is given, as a leaf."""
+
+    call: Call
 
 
 @dataclass(frozen=True)
 class Recipe:
     """`run(*leaves, *held)` is the tensor. A leaf is an argument of the forward, by position and name, or what a call
-    returned; the last one to be seen is the last. `held` are parameters and buffers by name, each with the (size, stride,
+    returned or was given; the last one to be seen is the last. `held` are parameters and buffers by name, each with the (size, stride,
     offset) of the part of it that is used, or None."""
 
     run: Callable[..., Tensor]
-    leaves: tuple[tuple[int, str] | Call, ...]
+    leaves: tuple[tuple[int, str] | Call | Given, ...]
     held: tuple[tuple[str, tuple | None], ...]
 
 
@@ -63,25 +73,38 @@ class Recipes:
         self._position = {node: index for index, node in enumerate(self._nodes)}
         called = [node.target for node in self._nodes if node.op == "call_module"]
         self._once = {target for target in called if called.count(target) == 1}
+        self._receivers: dict[fx.Node, tuple[fx.Node, Call]] = {}
+        for node in (n for n in self._nodes if n.op == "call_module" and n.target in self._once):
+            for key, given in enumerate(node.args):
+                if isinstance(given, fx.Node):
+                    told = Call(node.target, self._modules[node.target], key)
+                    self._receivers.setdefault(given, (node, told))
         self._twin: list[fx.Node] | None = None
+        self._given_first = False  # whether what a call is given is a leaf, even if it could be computed
+        self._other = recording.shape  # that of the twin
 
     def of(self, node: fx.Node) -> Recipe | None:
         """That of a node; None where there is none."""
         try:
-            self._twin = self._twin or list(self._record_twin().graph.nodes)
+            if self._twin is None:
+                twin = self._record_twin()
+                self._twin, self._other = list(twin.graph.nodes), twin.shape
             if [n.target for n in self._twin] != [n.target for n in self._nodes]:
                 return None
-            return self._made(node)
-        except (_Unmade, Untraceable):
+        except Untraceable:
             return None
+        for self._given_first in (False, True):
+            with suppress(_Unmade):
+                return self._made(node)
+        return None
 
     def _made(self, node: fx.Node) -> Recipe:
         inside = self._inside(node)
-        leaves = [n for n in inside if self._is_leaf(n)]
+        leaves = sorted((n for n in inside if self._is_leaf(n) or self._is_given(n)), key=self._seen)
         held = [n for n in inside if n.op == "get_attr"]
         if not leaves:
             raise _Unmade
-        self._check_writes(set(inside), self._position[leaves[-1]])
+        self._check_writes(set(inside), self._seen(leaves[-1]))
         graph = fx.Graph()
         copies = {leaf: graph.placeholder(f"leaf_{i}") for i, leaf in enumerate(leaves)}
         copies |= {each: graph.placeholder(f"held_{i}") for i, each in enumerate(held)}
@@ -118,10 +141,33 @@ class Recipes:
             found.add(each)
             if self._is_leaf(each) or each.op == "get_attr":
                 continue
-            if not self._hands_on(each) and each.target not in _CHEAP | set(_PURE):
+            if self._is_given(each):
+                continue
+            if not self._is_cheap(each):
                 raise _Unmade
             waiting += each.all_input_nodes
         return sorted(found, key=self._position.get)
+
+    def _is_cheap(self, node: fx.Node) -> bool:
+        few = node.target in _PRODUCTS and any(map(self._is_small, node.all_input_nodes))
+        return few or self._hands_on(node) or node.target in _CHEAP | set(_PURE)
+
+    def _is_small(self, node: fx.Node) -> bool:
+        if node.op != "get_attr":
+            return False
+        known = {name: x for x, name in self._recording.tensor_attrs.items()}
+        known |= dict(self._recording.root.named_parameters())
+        return node.target in known and known[node.target].numel() <= _FEW
+
+    def _is_given(self, node: fx.Node) -> bool:
+        """Whether it is a leaf that a call is given."""
+        if node.op == "get_attr" or self._is_leaf(node):
+            return False
+        return node in self._receivers and (self._given_first or not self._is_cheap(node))
+
+    def _seen(self, node: fx.Node) -> int:
+        """When a leaf is seen."""
+        return self._position[self._receivers[node][0] if self._is_given(node) else node]
 
     def _hands_on(self, node: fx.Node) -> bool:
         """Whether it is the call of a module that only hands on what it is given."""
@@ -137,7 +183,9 @@ class Recipes:
             raise _Unmade
         return call is node or key is not None
 
-    def _leaf(self, node: fx.Node) -> tuple[int, str] | Call:
+    def _leaf(self, node: fx.Node) -> tuple[int, str] | Call | Given:
+        if self._is_given(node):
+            return Given(self._receivers[node][1])
         if node.op == "placeholder":
             return self._recording.positions.index(node.target), node.target
         call, key = _part(node)
@@ -167,7 +215,8 @@ class Recipes:
                 return slice(*(mapped(getattr(value, part), getattr(other, part)) for part in parts))
             if value == other:
                 return value
-            axes = [axis for axis in (-1, 0, 1) if (value, other) == (TOKENS[axis], OTHER_TOKENS[axis])]
+            sizes = self._recording.shape, self._other
+            axes = [axis for axis in (-1, 0, 1) if (value, other) == tuple(shape[axis] for shape in sizes)]
             if not axes:
                 raise _Unmade
             return graph.call_method("size", (like, axes[0]))

@@ -67,6 +67,7 @@ def record(
     stack: str | Sequence[str] | None = None,
     layers: int | str | Sequence[str] | None = None,
     norms: str | Sequence[str] | None = None,
+    example: object = None,
     ranks: str = MERGED,
     strict: bool = False,
 ) -> "Recorder":
@@ -86,7 +87,9 @@ def record(
     The layers are found by themselves (`probes.describe` shows how). Where a model has several stacks of transformer
     blocks, `stack` names the one to record; where none is found, `layers` and `norms` are patterns over
     `named_modules()` for the sublayers, and for the modules that receive each layer's state and the final one. A
-    number of `layers` is for a model that names its tensors itself with `probes.mark`.
+    number of `layers` is for a model that names its tensors itself with `probes.mark`. Where what a model reads is found by
+    running it (docs/foreign-models.md), `example` is what it is called with: a tensor, a tuple of positional or a mapping
+    of keyword arguments, such as a batch; by default tokens, vectors or images are invented.
 
     `scaler`: the GradScaler of mixed-precision training; gradients are recorded unscaled.
     `mask`: which tokens count. The name of an argument of the model's forward, or a function of its
@@ -115,7 +118,10 @@ def record(
         vectors, matrices = schedule_of("every", every), schedule_of("matrices_every", matrices_every)
         for module in modules:
             judge_wrappers(module)
-        each_sites = [find_sites(module, stack, layers, norms, staged=bool(stages)) for module in modules]
+        each_sites = [
+            find_sites(module, stack, layers, norms, staged=bool(stages), example=example)
+            for module in modules
+        ]
         sites = each_sites[0]
         following = None if tokens_every is None else schedule_of("tokens_every", tokens_every)
         if following is not None and not sites.has_reads:

@@ -12,7 +12,7 @@ from torch import nn
 from probes.dataflow import follow, follow_within
 from probes.feeding import feeding
 from probes.flow import Call, Flow, Term
-from probes.layers import kind_of, layers_of, named, place_in, working
+from probes.layers import kind_of, layers_of, made_in, named, place_in, working
 from probes.layout import Layer
 from probes.sites import LayerSite, Place
 from probes.symbols import Untraceable
@@ -152,12 +152,16 @@ def _fed(path: str, members: dict[str, nn.Module]) -> Stack | None:
         for fed in each.layers:
             index, calls = len(layers) + 1, working(fed.fed)
             layer = Layer(index, kind_of(calls), block, named(name, calls))
-            state, output = (
-                place_in(name, fed.norm, is_input=True),
-                place_in(name, fed.fed[-1], is_input=False),
-            )
-            modules = tuple(call.module for call in (fed.norm, *fed.fed))
-            layers.append(LayerSite(layer, state, output, None, index, modules))
+            output = place_in(name, fed.fed[-1], is_input=False)
+            modules = tuple(call.module for call in (fed.norm, *fed.fed) if call is not None)
+            site = LayerSite(layer, None, output, None, index, modules, sums=False)
+            if fed.norm is not None:
+                site = replace(site, state=place_in(name, fed.norm, is_input=True))
+            elif isinstance(fed.state, Call):
+                site = replace(site, state=place_in(name, fed.state, is_input=False))
+            else:
+                site = replace(site, state_made=made_in(name, members[name], fed.state))
+            layers.append(site)
     entry = entry_of(*next(iter(members.items())))
     return Stack(path, len(members), tuple(layers), None, "mixed by its blocks", entry, mixes=True)
 

@@ -26,6 +26,7 @@ TOKENS = torch.Size((2, 8, 64))
 OTHER_TOKENS = torch.Size((3, 10, 96))
 STREAMS = torch.Size((2, 8, 4, 64))
 """Of blocks that are given several streams, [B, T, n, D]."""
+OTHER_STREAMS = torch.Size((3, 10, 4, 96))
 
 
 class _Symbol(fx.Proxy):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.backwards import in_backward
+from probes.depth_taps import DepthTaps
 from probes.edge_taps import EdgeTaps
 from probes.expert_taps import ExpertTaps
 from probes.faults import Faults
@@ -19,13 +20,13 @@ from probes.hooks import Hook, tap_gradient_in_graph
 from probes.made_taps import MadeTaps
 from probes.marked_taps import MarkedTaps
 from probes.masks import Masks, fitting
-from probes.parallel import is_split
+from probes.parallel import is_split, local
 from probes.pipeline import Stage
 from probes.rows import reads_after_blocks
 from probes.sampled import SAMPLED_METRICS
 from probes.scaling import half_precision
 from probes.sites import Sites
-from probes.statistics import DEPTH_METRICS, add_moments, add_nonfinite, token_mean_square
+from probes.statistics import DEPTH_METRICS, add_moments, add_nonfinite
 from probes.sum_taps import SumTaps
 from probes.tally import ACTIVATIONS, Tally
 
@@ -65,8 +66,8 @@ class Taps(Hanging):
         self.mask: Tensor | None = None
         self._parameter = next(sites.root.parameters())
         self.edge_taps = EdgeTaps(sites, self)
+        self.depths = DepthTaps(sites, self)
         self._tally_up()
-        self._mean_squares: dict[int, tuple[Tensor, Tensor]] = {}
         self._sums = SumTaps(sites, self)
         self.finals = FinalTaps(sites, self)
         self._marks = MarkedTaps(sites, self)
@@ -112,7 +113,7 @@ class Taps(Hanging):
         self._autocasts = torch.amp.is_autocast_available(self._device.type)
         live = self._tally.live
         self._forward, self._backward = live.forward, live.backward
-        self._nonfinite, self._depth, self.experts = live.nonfinite, live.depth, live.experts
+        self._nonfinite, self.depths.sums, self.experts = live.nonfinite, live.depth, live.experts
         self.state_counts = live.forward["state"].count
         self.read_errors = self._tally.errors
         self.edges = live.edges.rows if live.edges is not None else []
@@ -192,8 +193,7 @@ class Taps(Hanging):
         for module in sites.outputs:
             self.before(module, lambda args, kwargs, row=module.depth_output - 1: self._output(args[0], row))
         self.finals.attach()
-        for row, read in enumerate(sites.reads):
-            self.after(read, lambda args, kwargs, output, row=row: self._read(row, args[0], *output))
+        self.depths.attach()
         if self._found is not None:
             self._found.attach()
         ExpertTaps(sites.experts, self).attach()
@@ -256,7 +256,7 @@ class Taps(Hanging):
         self._forget()
 
     def _forget(self) -> None:
-        self._mean_squares.clear()
+        self.depths.forget()
         self.edge_taps.end()
         self._sums.forget()
         self.finals.forget()
@@ -386,39 +386,9 @@ class Taps(Hanging):
         elif self.recomputing and self.gradients.owes("output", 0):
             self.tap(x, "output", 0, streams, turned)
 
-    def _read(self, row: int, sources: list[Tensor], mix: Tensor, weight: Tensor) -> None:
-        if not self.matrices:
-            return
-        self.edge_taps.read(row, mix, weight, sources)
-        if self.recomputing:
-            return
-        if torch.compiler.is_compiling():
-            self.depth(row, weight, sources)
-        else:
-            self.eagerly(lambda: self.depth(row, weight, sources), *DEPTH_METRICS)
-
-    def depth(self, row: int, weight: Tensor, sources: list[Tensor | None]) -> None:
-        """The weights [S, B, T] of a read of S sources [B, T, D]; None is one that nobody has seen."""
-        squares = [
-            torch.full_like(weight[0], torch.nan, dtype=torch.float32)
-            if source is None
-            else self.mean_square(source)
-            for source in sources
-        ]
-        self._depth.add(row, weight, squares, fitting(self.mask, weight.movedim(0, -1)))
-
-    def mean_square(self, source: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # the compiler removes the repeated computation by itself
-            return token_mean_square(source)
-        # A source is read many times in one forward; keeping the tensor beside its result keeps its id from
-        # reuse.
-        if id(source) not in self._mean_squares:
-            self._mean_squares[id(source)] = source, token_mean_square(source)
-        return self._mean_squares[id(source)][1]
-
 
 def _both(mask: Tensor | None, known: Tensor | None, x: Tensor) -> Tensor | None:
     """The tokens in `mask` [B, T], where all are `known`."""
     if known is None:
         return mask
-    return known.expand(x.shape[:-1]) if mask is None else mask & known
+    return known.expand(local(x).shape[:-1]) if mask is None else mask & known

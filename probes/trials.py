@@ -18,7 +18,12 @@ _MIXING_CHANNELS = {
     "gelu",
     "relu",
 }
-_MIXING_AXIS = {"linear": -1, "conv1d": -2}  # these mix what stands along one axis
+_MIXING_AXIS = {
+    "linear": -1,
+    "conv1d": -2,
+    "conv2d": -3,
+    "conv3d": -4,
+}  # these mix what stands along one axis
 
 
 class Trials:

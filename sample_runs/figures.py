@@ -10,6 +10,7 @@ import app  # noqa: E402
 import probes  # noqa: E402
 
 DECODERS = ("prenorm", "deepnorm", "full", "block")
+TWINS = ("prenorm-24", "block-24")
 DEEP = ("deep-prenorm", "deep-block")
 KIMI = ("kimi-prenorm", "kimi-block")
 SCALE = 1.25  # pixels a point: sharp enough for a page, small enough for a repository
@@ -38,6 +39,7 @@ def figures(runs: Path) -> dict:
         "block": plot("block").depth_attention(),
         "prenorm-share": plot("prenorm").depth_attention("mixing_share"),
         "full-share": plot("full").depth_attention("mixing_share"),
+        "twins-dilution": plot(*TWINS).dilution("hidden_rms", scale="log"),
         "deep-dilution": plot(*DEEP).dilution("hidden_rms", scale="log"),
         "deep-gradients": plot(*DEEP).gradients(),
         "deep-block": plot("deep-block").depth_attention(),

@@ -80,8 +80,11 @@ class Cells {
     const [left, right] = ends("left", "right", width, x);
     const [top, bottom] = ends("top", "bottom", height, y);
     const seam = Math.max(1, Math.round(ratio / 2));
-    for (let i = 0; i < left.length; i++) {
-      if (Math.min(right[i] - left[i], bottom[i] - top[i]) < 8 * ratio) continue;
+    // All of them or none: cells of seven and a half pixels are of seven and of eight.
+    const sizes = left.map((x, i) => Math.min(right[i] - x, bottom[i] - top[i])).sort();
+    const wide = sizes[sizes.length >> 1] >= 8 * ratio;
+    for (let i = 0; wide && i < left.length; i++) {
+      if (Math.min(right[i] - left[i], bottom[i] - top[i]) <= 2 * seam) continue;
       right[i] -= seam;
       bottom[i] -= seam;
     }

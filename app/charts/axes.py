@@ -29,7 +29,9 @@ FLAT = {
 }
 
 # Small numbers as 2e-4, not as a row of zeros.
-SMALL = "datum.value > 0 && datum.value < 0.001 ? format(datum.value, '.0e') : format(datum.value, ',~g')"
+SMALL = (
+    "datum.value != 0 && abs(datum.value) < 0.001 ? format(datum.value, '.0e') : format(datum.value, ',~g')"
+)
 
 # A million steps as 1M, not as a row of zeros.
 LARGE = "datum.value >= 1e5 ? format(datum.value, '~s') : format(datum.value, ',d')"

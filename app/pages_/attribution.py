@@ -130,7 +130,9 @@ def _file(one: room.Shown, found: Attribution) -> None:
 def _edges(one: room.Shown, frame: pd.DataFrame, unit: str, step: int) -> None:
     """Weight and attribution of every edge, of one read, read by read, and against each other."""
     frame = frame.assign(row=frame["number"] - 1)
-    plain = causes.all_one(frame["weight"])
+    unknown = not frame["weight"].notna().any()
+    # In a deep baseline no state may be solved: its weights are one nevertheless.
+    plain = causes.all_one(frame["weight"]) or (unknown and "depth_weight" not in one.run)
     if plain:  # a plain sum: weights of one all over tell nothing
         frame = frame.assign(weight=float("nan"), even=float("nan"))
     st.subheader("Which edges matter?" if plain else "Does the weight go to what matters?", anchor=False)
@@ -168,8 +170,6 @@ def _edges(one: room.Shown, frame: pd.DataFrame, unit: str, step: int) -> None:
     if "weight" not in columns:
         st.caption(
             "The weights were not recorded at this step, so there is nothing to compare the attribution with."
-            if "depth_weight" in one.run
-            else PLAIN
         )
         return
     _one_read(one, frame, unit)
@@ -268,7 +268,7 @@ def _layers(one: room.Shown, found: Attribution) -> None:
     with right:
         if frame["share"].notna().any():
             top = frame.loc[frame["share"].idxmax()]
-            told = f"{words.capital(str(top['place']))} makes up most of the final state, {words.percent(top['share'])}"
+            told = f"{words.capital(str(top['place']))} is the largest part of the final state, {words.percent(top['share'])}"
             chart = ranked(frame, "share", "Share of the final state", order, told)
             draw.show(chart, key=f"shares {one.name}", data=frame)
         else:

@@ -10,6 +10,7 @@ from app.charts.profile import profile
 from probes.vocabulary import BLOCK, LAYER, OUTPUT, READ, STATE, metric
 
 DEPTH = (STATE, OUTPUT, LAYER, READ, BLOCK)
+ALIKE = 1e-3  # of the largest: a difference that is none
 ROOM = palette.filling(580, 210, 420)  # both charts at the top
 LIKED = ("hidden_rms", "output_rms", "output_grad_rms", "param_grad_norm")
 
@@ -120,6 +121,12 @@ def _weights(a: room.Shown, b: room.Shown, at: match.Pair) -> None:
     picture = st.container()
     name = pick.choice("matrix", "Matrix", {n: metric(n).title for n in found})
     frame = found[name]
+    largest = frame[["first", "second"]].abs().max().max()
+    if frame["difference"].abs().max() <= ALIKE * largest:  # rounding has no pattern worth a look
+        picture.caption(
+            f"{metric(name).title} is the same {labels[0]} and {labels[1]}, to a thousandth of the largest."
+        )
+        return
     most, *others = difference.changes(frame, name, labels, 9)
     left, right = picture.columns([9, 5], gap="medium")
     with left:

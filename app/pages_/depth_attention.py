@@ -151,7 +151,9 @@ def _trusted(one: room.Shown, frame: pd.DataFrame, name: str) -> str:
     if cells.R2 in frame and frame[cells.R2].notna().any():
         worst = frame.loc[frame[cells.R2].idxmin()]
         part = "all" if worst[cells.R2] > 0.9995 else f"at least {worst[cells.R2]:.1%}"
-        told = f"In {one.name} the sources explain {part} of every state."
+        seen = frame[frame[cells.R2].notna()]["read"].nunique() == frame["read"].nunique()
+        states = "every state" if seen else "every state that could be solved"
+        told = f"In {one.name} the sources explain {part} of {states}."
     blank = int(frame[name].isna().sum())
     if blank:
         told += f" {blank} of {len(frame)} cells are striped: they could not be told apart from the tokens sampled."

@@ -59,21 +59,34 @@ def _growth(shown: list[room.Shown], step: int | None) -> None:
     st.subheader("How fast does it grow with depth?", anchor=False)
     frame = pd.concat(parts, ignore_index=True)
     lines = fits.fitted(frame)
-    left, right = st.columns(2, gap="medium", vertical_alignment="bottom")
+    left, right = st.columns(2, gap="medium", vertical_alignment="bottom" if len(lines) else "top")
     with left:
-        chart = growth(frame, lines, HIDDEN, room.colours(have), fits.finding(lines, HIDDEN))
-        draw.show(chart, key="growth", data=frame)
+        if len(lines):
+            chart = growth(frame, lines, HIDDEN, room.colours(have), fits.finding(lines, HIDDEN))
+            draw.show(chart, key="growth", data=frame)
+        else:
+            st.caption(
+                f"At step {words.step(step)} fewer than three states are finite: there is nothing to fit."
+            )
     with right:
         course = pd.concat([fits.over_training(one.run, one.name, HIDDEN) for one in have], ignore_index=True)
         last = course.dropna(subset=["exponent"]).groupby("run", sort=False)["exponent"].last()
         told = words.joined(f"{value:.2f} in {run}" for run, value in last.items())
-        title = f"Growth exponent at the last step: {told}" if told else "Growth exponent: nothing to fit"
+        when = _when(course, "exponent")
+        title = f"Growth exponent {when}: {told}" if told else "Growth exponent: nothing to fit"
         chart = curves(
             course, "exponent", "Growth exponent", room.colours(have), title, zero=True, height=300
         )
         draw.show(chart, key="growth course", data=course)
         if told := reading.looked_at((one.run for one in have), HIDDEN, frames.POINTS):
             st.caption(told)
+
+
+def _when(course: pd.DataFrame, column: str) -> str:
+    """Of which step the last values of all runs are."""
+    known = course.dropna(subset=[column]).groupby("run", sort=False)["step"].last()
+    last = course.groupby("run", sort=False)["step"].last()
+    return "at the last step" if known.equals(last) else "at the last step that is finite"
 
 
 def _composition(shown: list[room.Shown], step: int | None) -> None:
@@ -83,7 +96,20 @@ def _composition(shown: list[room.Shown], step: int | None) -> None:
     if not have or step is None:
         return
     st.subheader("What is the final state made of?", anchor=False)
-    left, right = st.columns(2, gap="medium", vertical_alignment="bottom")
+    blank = [one for one in have if not frames.over_training(one.run, FINAL_SHARE)["value"].notna().any()]
+    if blank:
+        sources = words.joined(f"the {len(one.run.layers) + 1} sources of {one.name}" for one in blank)
+        st.caption(
+            words.plain(
+                f"It cannot be told of {sources}: recovered shares take a width of at least four times as many, and sources "
+                "that are not alike."
+            )
+        )
+    have = [one for one in have if one not in blank]
+    if not have:
+        return
+    drawn = any(frames.profile(one.run, one.name, FINAL_SHARE, step)["value"].notna().any() for one in have)
+    left, right = st.columns(2, gap="medium", vertical_alignment="bottom" if drawn else "top")
     with left:
         over_depth.profiles(have, FINAL_SHARE, step, "linear", findings.composition)
     with right:
@@ -98,7 +124,7 @@ def _composition(shown: list[room.Shown], step: int | None) -> None:
             "value",
             "Share of the embedding",
             room.colours(have),
-            f"The embedding’s share of the final state at the last step: {told}",
+            f"The embedding’s share of the final state {_when(course, 'value')}: {told}",
             zero=True,
         )
         draw.show(chart, key="embedding share", data=course)

@@ -81,6 +81,9 @@ def _updates(shown: list[room.Shown], step: int) -> None:
     if not parts:
         return
     st.subheader("How far does one step move a layer?", anchor=False)
+    parts = over_depth.finite(parts, "update_ratio", step)
+    if not parts:
+        return
     frame = pd.concat(parts.values(), ignore_index=True)
     title = findings.unevenness(frame, "update_ratio")
     chart = profile(frame, "update_ratio", room.colours(list(parts)), title, "log", 280)

@@ -40,9 +40,10 @@ class Machine(SFTPFileSystem):
         told = _config(self.host)
         host, given = told["hostname"], {**self.ssh_kwargs}
         given.setdefault("port", int(told.get("port", 22)))
-        for ours, theirs in (("username", "user"), ("key_filename", "identityfile")):
-            if theirs in told:
-                given.setdefault(ours, told[theirs])
+        if "user" in told:
+            given.setdefault("username", told["user"])
+        # ssh passes over keys that are not there, and paramiko does not.
+        given.setdefault("key_filename", [key for key in told.get("identityfile", ()) if Path(key).exists()])
         if told.get("proxyjump", "none") != "none":
             told["proxycommand"] = _by_way_of(told["proxyjump"], host, given["port"])
         if told.get("proxycommand", "none") != "none":

@@ -7,7 +7,7 @@ from app import cells, explained, links, reads
 from app.frames import profile, series
 from probes import open_run
 from probes.vocabulary import SCALAR, metric
-from tests.app.test_pages import mounted, opened, plotted, said
+from tests.app.test_pages import SAMPLE_RUNS, mounted, opened, plotted, said
 
 
 def test_cells_are_exactly_those_that_exist(tiny):
@@ -92,7 +92,7 @@ def test_the_share_compares_a_plain_residual_with_attnres(recovered):
 
 def test_dilution_shows_what_the_final_state_is_made_of(recovered):
     at = opened(recovered, "pages_/dilution.py", runs=["prenorm", "full"])
-    assert not at.exception and "Most of the final state at step 12 is" in said(at)
+    assert not at.exception and "The largest part of the final state at step 12 is" in said(at)
     frame = next(rows[0] for spec, rows in plotted(at) if "Share of the final state" in str(spec))
     for name in ("prenorm", "full"):
         shown = frame.loc[frame["run"] == name, "value"].to_numpy()
@@ -115,3 +115,43 @@ def test_every_recorded_metric_over_depth_is_explained(recovered):
         assert reading and explained.told(name).count("$") == (2 if equation else 0)
     at = opened(recovered, "pages_/dilution.py")
     assert "PreNorm dilution" in said(at) and "displaystyle" in said(at)
+
+
+def test_states_of_more_sources_than_can_be_told_apart_are_not_claimed():
+    """24 transformer blocks of width 128: states of up to 32 sources are solved, and the final one has 49."""
+    at = opened(SAMPLE_RUNS / "prenorm-24", "pages_/depth_attention.py")
+    told = said(at)
+    assert (
+        "every source has weight 1.00 in the 32 of 49 states that could be solved, as in a plain sum" in told
+    )
+    assert (
+        "the sources explain all of every state that could be solved. 715 of 1225 cells are striped" in told
+    )
+    at = opened(SAMPLE_RUNS / "prenorm-24", "pages_/dilution.py")
+    assert "It cannot be told of the 49 sources of prenorm-24" in said(at) and "nan" not in said(at)
+    titles = [data["alt"] for data in mounted(at, "depthscope_chart")]
+    assert titles and not any("share of the final state" in title.lower() for title in titles)
+
+
+def test_a_baseline_too_deep_to_be_solved_is_no_less_a_plain_sum():
+    told = said(opened(SAMPLE_RUNS / "deep-prenorm", "pages_/attribution.py"))
+    assert "**The final read: layer 4 (MLP) has the largest effect**" in told
+    assert "A plain residual gives every source weight one" in told
+
+
+def test_rounding_is_no_difference():
+    told = said(opened(SAMPLE_RUNS / "prenorm-24", "pages_/compare.py"))
+    assert (
+        "Recovered mixing weight is the same at step 0 and at step 399, to a thousandth of the largest."
+        in told
+    )
+    assert "Further differences" not in told
+    assert "Further differences" in said(opened(SAMPLE_RUNS / "block-24", "pages_/compare.py"))
+
+
+def test_of_a_run_that_broke_the_last_finite_step_is_told():
+    told = said(opened(SAMPLE_RUNS / "unhealthy", "pages_/dilution.py"))
+    assert "Growth exponent at the last step that is finite: 2.35" in told
+    assert "At step 99 fewer than three states are finite: there is nothing to fit." in told
+    told = said(opened(SAMPLE_RUNS / "unhealthy", "pages_/gradients.py"))
+    assert "**unhealthy** has no finite update ratio (estimate) at step 99." in told

@@ -37,17 +37,22 @@ def test_a_port_that_is_none(port):
     assert ran("dash", "--port", port).exit_code == 2
 
 
-def test_it_serves_this_machine_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [["--no-browser"], []])
+def test_it_serves_this_machine_only(tmp_path, monkeypatch, options):
     from streamlit.web import cli as streamlit
 
-    given = []
+    given, opened = [], []
     monkeypatch.setattr(streamlit, "main", lambda args, **kwargs: given.extend(args))
-    result = ran("dash", str(tmp_path), "--port", "8765", "--no-browser")
+    monkeypatch.setattr("app.server.open_browser", opened.append)
+    result = ran("dash", str(tmp_path), "--port", "8765", *options)
     assert result.exit_code == 0
+    assert result.output == "Dashboard: http://127.0.0.1:8765  (Ctrl-C ends it)\n"
+    assert opened == ([] if options else [8765])
     settings = dict(zip(given[2:-2:2], given[3:-2:2], strict=True))
     assert settings["--server.address"] == "127.0.0.1"
     assert settings["--browser.gatherUsageStats"] == "false"
-    assert settings["--server.headless"] == "true"
+    # With a browser too: Streamlit's own way to open one comes with its advertisements, in the terminal and on the pages.
+    assert settings["--server.headless"] == settings["--logger.hideWelcomeMessage"] == "true"
     assert given[-2:] == ["--", str(tmp_path)]
 
 

@@ -71,3 +71,13 @@ def test_wide_grids_are_averaged(tmp_path):
     grid = frames.over_training(open_run(path), "hidden_rms")
     assert grid["step"].nunique() == frames.COLUMNS
     assert grid["until"].max() >= 250
+
+
+def test_steps_beyond_what_32_bits_hold_keep_their_place(tmp_path):
+    told = Manifest(made.layout("full", 1), 0.0, 1, 1)
+    writer, steps = RunWriter(tmp_path / "run", told), (0, 1 << 40, 1 << 41)
+    values = np.ones(len(told.layout.states), np.float32)
+    writer.put(lambda: [("hidden_rms", step, values) for step in steps], steps[-1])
+    writer.close("finished")
+    grid = frames.over_training(open_run(tmp_path / "run"), "hidden_rms")
+    assert grid["step"].unique().tolist() == list(steps) and grid["step"].dtype != np.int64

@@ -9,7 +9,7 @@ import torch
 
 import attnres
 from attnres import definition
-from attnres.watching import first_tensor
+from attnres.trying import first_tensor
 from tests.attnres.converted import (
     EPS,
     RESIDUALS,

@@ -74,6 +74,19 @@ def test_a_norm_without_gain_or_eps():
     torch.testing.assert_close(full_attn_res(sources, proj, norm), defined)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_norm_without_eps_has_the_one_that_torch_gives_it(dtype):
+    """In every dtype; seen where sources are so small that it counts."""
+    torch.manual_seed(0)
+    sources = [scale * torch.randn(1, 2, 64, dtype=dtype) for scale in (1.0, 1e-3)]
+    proj, norm = nn.Linear(64, 1, bias=False).to(dtype), nn.RMSNorm(64).to(dtype)
+    called = full_attn_res(sources, proj, lambda x: norm(x))
+    torch.testing.assert_close(full_attn_res(sources, proj, norm), called)
+    small = nn.RMSNorm(64, eps=torch.finfo(dtype).eps).to(dtype)
+    if dtype in (torch.bfloat16, torch.float16):
+        assert not torch.allclose(full_attn_res(sources, proj, small), called)
+
+
 @pytest.mark.parametrize("any_norm", [False, True])
 def test_bfloat16_sources_have_logits_of_float32(any_norm):
     sources, proj, norm = made(4)
@@ -137,3 +150,15 @@ def test_blocks_swapped_into_a_model_of_ones_own(size, checkpointed):
 def test_the_extra_state_is_a_tensor_that_safetensors_can_keep():
     state = lively_decoder(residual="full").state_dict()
     assert all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_partial_sums_under_autocast_are_kept_in_the_dtype_of_the_embedding(size):
+    linear = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+    parts = nn.RMSNorm(WIDTH), linear[0], nn.RMSNorm(WIDTH), linear[1]
+    block = AttnResBlock(*parts, width=WIDTH, index=0, layers_per_block=size)
+    with torch.autocast("cpu", torch.bfloat16):
+        blocks, partial = block([], torch.randn(1, 2, WIDTH))
+    # With Full an output is no sum: it stays as small as it came.
+    assert partial.dtype == (torch.bfloat16 if size == 1 else torch.float32)
+    assert blocks[0].dtype == torch.float32

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import attnres
-from tests.attnres.converted import EPS, assert_same_gradients
+from tests.attnres.converted import EPS, assert_same_gradients, checkpointed
 from tests.attnres.families import (
     NEGLIGIBLE_EPS,
     SIZES,
@@ -79,6 +79,7 @@ def heard() -> dict:
 TAKEN = {
     "Phi-3": (lambda: causal("Phi3"), token_inputs),
     "Qwen2-MoE": (lambda: causal("Qwen2Moe", **EXPERTS, shared_expert_intermediate_size=8), token_inputs),
+    "Gemma 2": (lambda: causal("Gemma2", head_dim=8), token_inputs),
     "Granite": (lambda: causal("Granite", residual_multiplier=0.2, pad_token_id=None), token_inputs),
     "Mixtral": (lambda: causal("Mixtral", **EXPERTS), token_inputs),
     "Llama 4": (
@@ -183,9 +184,11 @@ TWINS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("size", "way"), [(1, "plain"), (2, "plain"), (3, "plain"), (3, "checkpointed"), (1, "checkpointed")]
+)
 @pytest.mark.parametrize("name", TWINS)
-def test_with_random_queries_it_is_the_definition(name, size):
+def test_with_random_queries_it_is_the_definition(name, size, way):
     family = TWINS[name]
     original = family.seeded().double()
     inputs = {key: x.double() if x.is_floating_point() else x for key, x in family.inputs().items()}
@@ -194,7 +197,8 @@ def test_with_random_queries_it_is_the_definition(name, size):
     with torch.no_grad():
         for read in model.attnres.reads:
             read.query.normal_()
-    loss = states_of(model(**inputs)).square().mean()
+    run = checkpointed(model) if way == "checkpointed" else model
+    loss = states_of(run.train()(**inputs)).square().mean()
     assert_same_gradients(family, original, model, inputs, loss)
 
 

@@ -183,8 +183,10 @@ def test_every_part_runs_where_only_torch_and_a_few_are_installed(tmp_path):
     )
     assert "FAILED" not in done.stdout and "left:" not in done.stdout, done.stdout + done.stderr
     assert "left out: attnres, fused kernels, width 1024, for it needs fla or liger_kernel" in done.stdout
-    with zipfile.ZipFile(out / "gpu.zip") as archive:
+    with zipfile.ZipFile(out / "smoke" / "gpu.zip") as archive:
         archive.extractall(tmp_path / "back")
+    with pytest.raises(SystemExit, match="is of a smoke run"):
+        gpu.main(["--place", str(out / "smoke" / "gpu.zip")])
     back = tmp_path / "back"
     assert {path.name for path in (back / "runs").iterdir()} == {"full", "unhealthy", "kimi-block"}
     full = probes.open_run(back / "runs" / "full")

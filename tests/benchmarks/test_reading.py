@@ -34,3 +34,22 @@ def test_the_writer_compares_what_can_be_read_back(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| TensorBoard |" in printed and "| 60 | " in printed
     assert rivals.size(tmp_path) == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_the_dashboards_benchmark_tells_a_table_and_why_there_is_no_server(tmp_path):
+    pytest.importorskip("playwright")
+    from benchmarks import dashboard
+
+    found = {
+        "start": 2.0,
+        "pages": {dashboard.title(name): {"open": 1.0, "turn": 0.5} for name in dashboard.PAGES},
+        "playback": [{"layers": 24, "ms": 17.0, "frames": 30}],
+        "live": [1.0, 3.0],
+    }
+    told = "\n".join(dashboard.table(found))
+    assert "| Depth attention | 1.00 | 0.50 |" in told and "2.00 s, 3.00 s at most of 2." in told
+    with (
+        pytest.raises(SystemExit, match=r"server ended\. It said:\n(?s:.*)There is no folder"),
+        dashboard.served(tmp_path / "none"),
+    ):
+        pass

@@ -38,6 +38,31 @@ class HyperBlock(nn.Module):
         return x
 
 
+class ByFunction(HyperBlock):
+    """Its norms are functions."""
+
+    def __init__(self, streams: int, width: int):
+        super().__init__(streams, width)
+        self.attn_norm = self.mlp_norm = None
+
+    def forward(self, x):
+        for hc, layer in ((self.attn_hc, self.attn), (self.mlp_hc, self.mlp)):
+            pre, post, comb = hc(x)
+            output = layer(nn.functional.rms_norm((pre.unsqueeze(-1) * x).sum(2), x.shape[-1:]))
+            x = post.unsqueeze(-1) * output.unsqueeze(2) + comb.transpose(-1, -2) @ x
+        return x
+
+
+class Opened(ByFunction):
+    """The matrices of its MLP are called in the block."""
+
+    def forward(self, x):
+        pre, post, comb = self.attn_hc(x)
+        hidden = self.mlp[0](nn.functional.rms_norm((pre.unsqueeze(-1) * x).sum(2), x.shape[-1:]))
+        output = self.mlp[2](hidden.tanh())
+        return post.unsqueeze(-1) * output.unsqueeze(2) + comb.transpose(-1, -2) @ x
+
+
 class Reading(nn.Module):
     """The same, reading by itself, for streams that are added to and not mixed."""
 

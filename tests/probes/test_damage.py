@@ -11,6 +11,7 @@ import probes
 from probes import manifest as files
 from probes import writer as writer_module
 from probes.jsonfile import write_json
+from probes.lost import Lost
 from tests.probes.models import decoder, recorded, sgd, shards, train, wait_for
 
 
@@ -271,3 +272,17 @@ def test_a_place_that_another_run_has_taken_is_left_alone(tmp_path, caplog, hast
     begun, ended = [record.getMessage() for record in caplog.records]
     assert f"records no more at {path}: another run was begun at {path}. Training goes on." in begun
     assert re.search(rf"not recorded: \d steps, from \d to 4 \(another run was begun at {path}\)\.$", ended)
+
+
+def test_what_was_let_go_is_told_by_cause_each_step_once():
+    lost = Lost(near=10)
+    assert str(lost) == ""
+    lost.add([10, 10, 20], "full", rows=3)
+    lost.add([20, 30], "full", rows=2)  # what was logged of step 20 came later
+    lost.add([-1], "full")  # of no step
+    lost.add([50], "slow")
+    assert str(lost) == "3 steps, from 10 to 30 (full); step 50 (slow)" and lost.count == 7
+    for number in range(200):
+        lost.add([100 + number], f"device lost at {number}")
+    assert str(lost).endswith("; step 100 (device lost at 0); 199 more for other reasons")
+    assert len(lost.gaps()) == 100

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import probes
-from tests.probes.hyper import Adding, Branching, Connection, Hyper, HyperBlock
+from tests.probes.hyper import Adding, Branching, ByFunction, Connection, Hyper, HyperBlock, Opened
 from tests.probes.models import batches, loss_of, sgd, train
 from tests.probes.recovering import WORDS, assert_recovers
+from tests.probes.test_made import rms_norm
 
 
 def coefficients(connections: list[tuple[Tensor, Tensor, Tensor]]) -> np.ndarray:
@@ -38,6 +39,7 @@ BY_NAME = {
         (HyperBlock, BY_NAME, False),
         (Branching, BY_NAME, False),
         (Adding, {}, False),
+        (ByFunction, {}, False),
     ],
 )
 def test_hyper_connections_against_their_own_coefficients(block, options, compiled, tmp_path, caplog):
@@ -73,6 +75,53 @@ def test_hyper_connections_against_their_own_coefficients(block, options, compil
         run["output_grad_rms"][0, 0], embedding.grad.square().mean().sqrt().item(), rtol=1e-4
     )
     assert options or not [record for record in caplog.records if record.name == "depthscope"]
+
+
+class Static(nn.Module):
+    """Coefficients are parameters, norms functions: no module is given a state or the streams."""
+
+    def __init__(self, streams: int, width: int):
+        super().__init__()
+        self.attn, self.mlp = (nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(2))
+        self.pre, self.post = (nn.Parameter(torch.rand(2, streams)) for _ in range(2))
+        self.comb = nn.Parameter(torch.rand(2, streams, streams))
+
+    def forward(self, x):
+        for row, layer in enumerate((self.attn, self.mlp)):
+            output = layer(rms_norm((self.pre[row][:, None] * x).sum(2)))
+            mixed = torch.einsum("ij,btid->btjd", self.comb[row], x)
+            x = mixed + self.post[row][:, None] * output.unsqueeze(2)
+        return x
+
+    def connections(self, tokens):
+        shape = *tokens.shape, *self.pre.shape[1:]
+        for pre, post, comb in zip(self.pre, self.post, self.comb, strict=True):
+            yield tuple(
+                each.detach().clone()
+                for each in (pre.expand(shape), post.expand(shape), comb.expand(*shape, len(pre)))
+            )
+
+
+def test_static_coefficients_and_norms_that_are_functions(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = Hyper(Static)
+    (tokens,) = batches(0, [(2, 8)])
+    last = []
+    hook = model.last_hc.register_forward_hook(lambda m, args, out: last.append(out))
+    model(tokens)
+    hook.remove()
+    truth = [each for block in model.blocks for each in block.connections(tokens)] + last
+    optimizer = sgd(model)
+    with probes.record(model, tmp_path / "run", optimizer=optimizer, strict=True):
+        loss_of(model(tokens), tokens).backward()
+        optimizer.step()
+    assert_recovers(probes.open_run(tmp_path / "run"), coefficients(truth))
+    assert not [record for record in caplog.records if record.name == "depthscope"]
+
+
+def test_what_a_layer_makes_is_not_taken_for_a_part_of_it():
+    with pytest.raises(probes.RunError, match="No transformer layers"):
+        probes.describe(Hyper(Opened))
 
 
 @torch.no_grad()

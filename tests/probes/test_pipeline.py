@@ -35,6 +35,8 @@ def test_a_pipeline_in_one_process_is_the_model(kind, alone, tmp_path):
     models = [made("") if count == 1 else cut(made(""), index) for index in range(count)]
     stages = [PipelineStage(model, i, count, torch.device("cpu")) for i, model in enumerate(models)]
     optimizers, schedule = [sgd(model) for model in models], scheduled(kind, stages)
+    if kind == "looped":  # one of all
+        optimizers = [sgd(torch.nn.ModuleList(models))]
     hooks, own = [hooks_on(model) for model in models], [set(vars(stage)) for stage in stages]
     with probes.record(
         schedule, tmp_path / "run", optimizer=optimizers, every=2, matrices_every=2, strict=True

@@ -71,6 +71,7 @@ def machine(tmp_path, apart, monkeypatch):
     (home / "known_hosts").write_text(machine.known())
     (home / "config").write_text(
         f"Host gpu-box\n  HostName 127.0.0.1\n  Port {machine.port.number}\n  User me\n  IdentityFile {home / 'its-key'}\n"
+        f"Host *\n  IdentityFile {home / 'none'}\n"
     )
     monkeypatch.setenv("HOME", str(home.parent))
     for name, seconds in (("PASS_SECONDS", 0.1), ("BEAT_SECONDS", 0.2), ("_LAST_WAIT", 0.5)):
