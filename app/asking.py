@@ -90,6 +90,7 @@ def files(asked: Asked, given: Path | None) -> list[Path]:
     found = checkpoints.checkpoints(run.path)
     if not found:
         raise RunError(
-            f"{run.name} has saved no checkpoint: give one with --checkpoint, or train with --checkpoint-every."
+            f"{run.name} has saved no checkpoint: give the file of the model's parameters with --checkpoint "
+            "(depthscope demo saves its own with --checkpoint-every)."
         )
     return found[-1:]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from app import words
 from app.places import Here, nothing_in
 
 ELSEWHERE = (
@@ -47,5 +48,7 @@ def compact(folders: tuple[Path, ...]) -> None:
                 raise click.ClickException(str(error)) from error
             except OSError as error:
                 raise click.ClickException(f"{path} has no digest: {error.strerror or error}.") from error
-            said = f"{len(made)} files made, {sum(made):,} bytes" if made else "nothing to do"
+            said = (
+                f"{words.counted(len(made), 'file')} made, {sum(made):,} bytes" if made else "nothing to do"
+            )
             click.echo(f"{path}: {said}{f'; {len(gone)} that did not fit deleted' if gone else ''}.")

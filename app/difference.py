@@ -162,10 +162,14 @@ def table(a: Run, b: Run, at: match.Pair, names: tuple[str, str]) -> pd.DataFram
         x, y = told[0][name], told[1].get(name, np.nan)
         if np.isfinite(x) or np.isfinite(y):
             write = _count if name in whole else words.number
-            ratio = words.factor(y / x if x else np.nan)
+            ratio = words.factor(y / x if x and name != "Step" else np.nan)
             rows.append((name, write(x), write(y), write(y - x), ratio))
-    second = names[1] if names[0] != names[1] else f"{names[1]} (second)"
-    return pd.DataFrame(rows, columns=["Measure", names[0], second, "Difference", "Ratio"])
+    first, second = names
+    if first == second:
+        first, second = (f"{names[0]}, step {words.step(step)}" for step in (at.first, at.second))
+    if first == second:
+        second = f"{second} (again)"
+    return pd.DataFrame(rows, columns=["Measure", first, second, "Difference", "Ratio"])
 
 
 def _measures(run: Run, step: int) -> dict[str, float]:
@@ -173,7 +177,9 @@ def _measures(run: Run, step: int) -> dict[str, float]:
     for name in ("loss", "val_loss", "tokens", "wall_time", "grad_norm"):
         steps, values = frames.series(run, name)
         index = frames.nearest(steps, step)
-        found[metric(name).title] = float(values[index]) if index is not None else np.nan
+        told = metric(name)
+        label = f"{told.title} ({told.unit})" if name == "wall_time" else told.title
+        found[label] = float(values[index]) if index is not None else np.nan
     for name, label in (("hidden_rms", "Hidden-state RMS"), ("output_rms", "Output RMS")):
         row = _row(run, name, step)
         found[f"{label}, last over first layer"] = row[-1] / row[0] if len(row) and row[0] > 0 else np.nan
@@ -215,7 +221,9 @@ def finding(frame: pd.DataFrame, name: str, names: tuple[str, str]) -> str:
         else (f"{words.factor(times)} as large", "as")
     )
     more, less = (names[1], names[0]) if most["value"] > 0 else names
-    where = str(most["place"]) if metric(name).axes != STATE else str(most["place"]).removeprefix("into ")
+    where = words.the(
+        str(most["place"]).removeprefix("into ") if metric(name).axes == STATE else str(most["place"])
+    )
     return f"{noun[:1].upper()}{noun[1:]} differs most at {where}: {told} in {more} {than} in {less}"
 
 

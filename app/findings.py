@@ -55,10 +55,12 @@ def doubling(frame: pd.DataFrame) -> str:
     """In which layer the state first is twice what the first layer received, run by run; "" where nothing is recorded."""
     found: dict[str, list[str]] = {}
     for run, part in by_run(frame.dropna(subset=["value"])):
-        layer = doubled(part)
-        found.setdefault(f"in {layer}" if layer else "nowhere", []).append(run)
-    told = words.joined(f"{where} of {words.joined(runs)}" for where, runs in found.items())
-    return f"The hidden state first doubles {told}." if told else ""
+        found.setdefault(doubled(part), []).append(run)
+    never = words.joined(found.pop("", []))
+    told = words.joined(f"by {layer} in {words.joined(runs)}" for layer, runs in found.items())
+    if not told:
+        return f"The hidden state nowhere comes to twice its first size in {never}." if never else ""
+    return f"The hidden state has doubled {told}" + (f"; in {never} it never does." if never else ".")
 
 
 def doubled(part: pd.DataFrame) -> str:

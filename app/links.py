@@ -15,7 +15,7 @@ STILL = 0.02  # a weight that stays within this of its present value has not mov
 
 @dataclass(frozen=True)
 class Link:
-    """One strong read: its value, how far it is above the read's even average, and its trend."""
+    """One strong read: its value, how far it is above the read's even average (in size, where it is signed), and its trend."""
 
     read: str
     source: str
@@ -61,6 +61,8 @@ def strongest(
         if counts[row] < 2:
             continue
         line = finite(values[index, row, : counts[row]].astype(np.float64))
+        if name == "depth_attribution":  # signed: an effect is large on either side of zero
+            line = np.abs(line)
         if not np.isfinite(line).any():
             continue
         mean = np.nanmean(line)

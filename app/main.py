@@ -22,6 +22,12 @@ st.html(
     ".stPageLink a:focus-visible,.depthscope-chart:focus-visible{outline:2px solid #1f7a85;outline-offset:-2px}"
     ".st-key-player{padding:.3rem 0 .6rem}"
     "[data-testid='stBaseButton-tertiary'] p{text-align:left}"
+    # In a narrow window charts stand below each other, and no control is cut off.
+    "@media (max-width:1000px){.stMainBlockContainer [data-testid=stColumn]:has(.depthscope-chart){min-width:100%}"
+    ".st-key-player [data-testid=stColumn]:first-child{min-width:20rem}"
+    ".st-key-player [data-testid=stColumn]:first-child:nth-last-child(n+3){min-width:100%}}"
+    "@media (max-width:1150px){.stMainBlockContainer [data-testid=stColumn]:has(.stButtonGroup){min-width:min(28rem,100%)}"
+    ".stMainBlockContainer [data-testid=stColumn]:has(.stSelectbox){min-width:11rem}}"
     # While a run grows the page is drawn anew all the time: what stands does not fade before it is really late.
     "[data-stale=true]{transition:opacity .5s ease-in 2s !important}"
     # A run's name is read in full, however long; its colour stands beside it (app/room.py).

@@ -58,7 +58,7 @@ def pair(a: Run, b: Run, way: str, step: int | None, other: int | None, names: t
         at = nearest(measure_a[0], step)
         target = measure_a[1][at] if at is not None else np.nan
     second = reached(*measure_b, target, way)
-    what = {"loss": "training loss", "tokens": "tokens", "time": "seconds"}[way]
+    what = {"loss": "a mean training loss of", "tokens": "tokens", "time": "seconds"}[way]
     value = words.number(float(target)) if way == "loss" else f"{target:,.0f}"
     steps = f"{names[0]} at step {words.step(first)}, {names[1]} at step"
     if second is None:

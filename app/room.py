@@ -165,7 +165,7 @@ def _state(shown: Sequence[Shown]) -> None:
     for one in shown:
         last, status = one.run.last_step, one.run.status
         far = f"step {words.step(last)}" if last >= 0 else "nothing recorded" + " yet" * (status == "running")
-        how = "live" if status == "running" else status
+        how = status
         if status == "stopped":
             how += f" {words.age(time.time() - one.run.last_seen.timestamp())} ago"
         dot = "border-radius:50%" if status == "running" else "border-radius:2px"
@@ -220,9 +220,9 @@ with probes.record(model, "{folder}/first", optimizer=optimizer) as recorder:
     for batch in batches:
         loss = model(batch)
         loss.backward()
-        recorder.log(loss=loss)
         optimizer.step()
-        optimizer.zero_grad()''',
+        optimizer.zero_grad()
+        recorder.log(loss=loss)''',
         language="python",
     )
     st.markdown("Each run is a folder of small files; the pages follow it while it trains.")

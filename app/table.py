@@ -66,7 +66,7 @@ def rows(entries: list[Entry]) -> pd.DataFrame:
                 "Status": now.status,
                 "Last step": now.last_step if now.last_step >= 0 else math.nan,
                 "Loss": math.nan if now.loss is None else now.loss,
-                "Residual": entry.residual or "–",
+                "Residual": entry.residual or None,
                 "Layers": len(run.layers),
                 "Parameters": run.manifest.versions.get("parameters", math.nan),
                 "Started": run.created,
@@ -87,7 +87,7 @@ def rows(entries: list[Entry]) -> pd.DataFrame:
     frame["Configuration"] = [text if len(text) <= _TOLD else f"{text[:_TOLD]} …" for text in told]
     frame["Parameters"] = pd.to_numeric(frame["Parameters"], errors="coerce")
     return frame.drop(
-        columns=[c for c in ("Why", "Tags", "Configuration", "Parameters") if not _any(frame[c])]
+        columns=[c for c in ("Residual", "Why", "Tags", "Configuration", "Parameters") if not _any(frame[c])]
     )
 
 
@@ -105,6 +105,7 @@ def _columns() -> dict:
         "Why": st.column_config.TextColumn(width="medium", help="Why a run stopped."),
         "Last step": count(format="localized"),
         "Loss": count(format="%.3f", help="The last logged training loss."),
+        "Residual": st.column_config.TextColumn(help="The entry `residual` of the run's configuration."),
         "Parameters": count(format="compact"),
         "Size": st.column_config.TextColumn(help="Of the run's files."),
         "Configuration": st.column_config.TextColumn(

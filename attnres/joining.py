@@ -1,4 +1,4 @@
-"""Before a conversion: do a block's layers run one after the other, or side by side?
+"""Before a conversion: do a block's layers run one after the other, or side by side? And does the state go on beside them?
 
 One more forward pass in training mode differentiates nothing but the blocks' own code: what their children give stands
 there as if it fell from the sky. A gradient then says which children's outputs join the stream directly, and what each

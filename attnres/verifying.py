@@ -47,13 +47,14 @@ def verify(
     except ConversionError as error:
         if all(plan.slots == 1 for plan in plans_of(blocks, layers_per_block)):
             raise
+        counts = [len(block.layers) for block in blocks]
         try:
             # In one depth block of all layers every transformer block adds up by itself.
-            _verify(model, args, kwargs, blocks, sum(len(block.layers) for block in blocks))
+            _verify(model, args, kwargs, blocks, sum(counts))
         except ConversionError:
             raise error from None
-        what, multiple = str(error).partition(":")[0], max(len(block.layers) for block in blocks)
-        raise ConversionError(INSIDE.format(what, multiple)) from error
+        whole = counts[0] if len({*counts}) == 1 else sum(counts)
+        raise ConversionError(INSIDE.format(str(error).partition(":")[0], whole)) from error
 
 
 def _verify(

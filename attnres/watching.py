@@ -5,6 +5,7 @@ output does not change when its input doubles. All that runs after it, up to the
 layer's *tail* is the last child in it, whose output joins the stream.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -92,25 +93,25 @@ def watch(model: nn.Module, args: tuple, kwargs: dict) -> list[WatchedBlock]:
 
     ConversionError where there are none, or where they are not PreNorm.
     """
-    stacks = [
+    lists = [
         (path, container)
         for path, container in model.named_modules()
         if isinstance(container, nn.ModuleList | nn.ModuleDict | nn.Sequential) and len(container) > 0
     ]
     members = {
-        member: f"{path}.{key}" if path else key for path, c in stacks for key, member in c.named_children()
+        member: f"{path}.{key}" if path else key for path, c in lists for key, member in c.named_children()
     }
     visits: dict[nn.Module, list[_Visit]] = {member: [] for member in members}
     handles = [handle for member in members for handle in _watch_member(member, visits[member])]
     run_watched(model, args, kwargs, handles)
-    blocks = [list(container.children()) for _, container in stacks]
-    for each in blocks:
-        _check_all_ran(each, members, visits)
-    found = _joined([run for each in blocks for run in _runs(each, visits)], visits)
+    for _, container in lists:
+        _check_all_ran(list(container.children()), members, visits)
+    found = _joined([stack for _, container in lists for stack in _stacks(container, visits)], visits)
     longest = max(found, key=len, default=None)
     if longest is None:
-        raise ConversionError(_nothing_found(model, blocks, members, visits))
-    _check_only([members[each[0]].rpartition(".")[0] for each in found if not _is_inside(each, longest)])
+        contents = [list(container.children()) for _, container in lists]
+        raise ConversionError(_nothing_found(model, contents, members, visits))
+    _check_only([members[each[0]] for each in found if not _is_inside(each, longest)], members[longest[0]])
     ran = {call.module for each in visits.values() for visit in each for call in visit.calls}
     found_blocks = [
         _block(members[member], member, visits[member], ran, member is longest[0]) for member in longest
@@ -123,15 +124,13 @@ def watch(model: nn.Module, args: tuple, kwargs: dict) -> list[WatchedBlock]:
     return found_blocks
 
 
-def _runs(members: list[nn.Module], visits: dict[nn.Module, list[_Visit]]) -> list[list[nn.Module]]:
-    """The transformer blocks of a list, without what stands before or after them: the embedding and the last norm, say."""
-    runs: list[list[nn.Module]] = [[]]
-    for member in members:
-        if _is_stack([member], visits):
-            runs[-1].append(member)
-        elif runs[-1]:
-            runs.append([])
-    return [run for run in runs if run]
+def _stacks(container: nn.Module, visits: dict[nn.Module, list[_Visit]]) -> list[list[nn.Module]]:
+    """The stack that a list of modules is, or those in a Sequential, where an embedding, a norm and a head may stand too."""
+    members = list(container.children())
+    if not isinstance(container, nn.Sequential):
+        return [members] if _is_stack(members, visits) else []
+    groups = itertools.groupby(members, lambda member: _is_stack([member], visits))
+    return [list(group) for are_blocks, group in groups if are_blocks]
 
 
 def _joined(stacks: list[list[nn.Module]], visits: dict[nn.Module, list[_Visit]]) -> list[list[nn.Module]]:
@@ -164,12 +163,13 @@ def _nothing_found(
     names: dict[nn.Module, str],
     visits: dict[nn.Module, list[_Visit]],
 ) -> str:
-    """Why not, by the name of the first block of the longest list that has the state passed along it."""
+    """Why not, by the name of a block without a norm in the longest list that has the state passed along it."""
     lists = [each for each in stacks if all(_keeps_shape(visits[member]) for member in each)]
     longest = max(lists, key=len, default=[])
     if len(longest) > 1 and any(longest[0].children()):
+        bare = next(member for member in longest if not _is_stack([member], visits))
         return (
-            f"{names[longest[0]]} has no norm among its children, as in a post-norm model, or where norms are inside the "
+            f"{names[bare]} has no norm among its children, as in a post-norm model, or where norms are inside the "
             "sublayers: only PreNorm models whose blocks hold norms and sublayers side by side can be converted."
         )
     return (
@@ -183,9 +183,14 @@ def _is_inside(stack: list[nn.Module], outer: list[nn.Module]) -> bool:
     return any(module is stack[0] for member in outer for module in member.modules())
 
 
-def _check_only(others: list[str]) -> None:
-    """An encoder beside a decoder, stages, or blocks that are lists: the rest would stay as it was, without a word."""
+def _check_only(others: list[str], first: str) -> None:
+    """An encoder beside a decoder, or stages: the rest would stay as it was, without a word.
+
+    Stacks have the name of their list, or that of their first block where they are in the list of the longest.
+    """
     if others:
+        held = first.rpartition(".")[0]
+        others = [name if name.rpartition(".")[0] == held else name.rpartition(".")[0] for name in others]
         raise ConversionError(
             f"{', '.join(others)} {'is a stack' if len(others) == 1 else 'are stacks'} of transformer blocks beside the "
             "longest one, and convert changes a single stack: pass the module that holds the one you mean alone."

@@ -50,7 +50,7 @@ DRAWN = """() => {
     const seen = charts.filter(chart => chart.getBoundingClientRect().top < innerHeight);
     return seen.length > 0 && seen.every(chart => chart.querySelector('canvas, svg'));
 }"""
-LIVE = "Number(document.body.innerText.match(/live, step ([\\d,]+)/)?.[1].replace(/,/g, ''))"
+LIVE = "Number(document.body.innerText.match(/running, step ([\\d,]+)/)?.[1].replace(/,/g, ''))"
 
 
 @contextlib.contextmanager

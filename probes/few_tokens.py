@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from probes.parallel import parts_of
 from probes.symbols import Untraceable
 from probes.tape import Tape, mapped, record_tape
 from probes.target import arguments
@@ -45,8 +46,11 @@ def _tries(
 ) -> Iterator[tuple[Callable[[nn.Module, int, int], Input], Sequence]]:
     """What to try, the likeliest first: inputs of so many items and tokens, and how many."""
     embedded = any(isinstance(m, nn.Embedding) for m in root.modules())
+    # Where processes cut sequences up among themselves, a part of another size might raise in some of them, and the others would
+    # wait for them.
+    cut = parts_of(root)
     for pair, numbers in product(_SIZES, (_numbers,) if embedded else (_vectors, _numbers)):
-        yield numbers, pair
+        yield numbers, tuple((items, tokens * cut) for items, tokens in pair)
     if example is not None:
         args, kwargs = arguments(example)
         yield from _of_example((args, dict(kwargs)))

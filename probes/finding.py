@@ -12,6 +12,7 @@ from probes.inline import find_inline, find_sublayers
 from probes.layout import Layer
 from probes.manifest import RunError
 from probes.names import matching
+from probes.parallel import is_parallel
 from probes.pipeline import reads_in
 from probes.queries import may_read
 from probes.sites import LayerSite, Place, Sites, unwrap
@@ -141,7 +142,8 @@ def _only_stack(root: nn.Module, staged: bool, example: object) -> Stack | Sites
                 except Untraceable as another:
                     reasons += f" As for {what}: {another}."
             raise RunError(f"{error} {reasons}") from None
-    if not own and (found.guessed or may_read(root, found)):
+    # A forward of a model that is spread over processes takes all of them, and is for those that need it.
+    if not own and ((found.guessed and not is_parallel(root)) or may_read(root, found)):
         with suppress(Untraceable):
             sites = foreign_sites(root, example)
             # What reads several streams is no depth read; it may look like one for some of the layers.

@@ -7,15 +7,17 @@ from torch import Tensor
 
 from probes.edges import add_edges, few, taken
 from probes.statistics import add_moments
+from probes.torn import note
 
 
 @torch._dynamo.allow_in_graph
-def tap_gradient_in_graph(x: Tensor, row: Tensor, mask: Tensor | None = None, streams: bool = False) -> None:
+def tap_gradient_in_graph(x: Tensor, row: Tensor, mask: Tensor | None, streams: bool, name: str) -> None:
     # Opaque to dynamo on purpose: where it traces `register_hook` itself, torch 2.13 forgets what the model
     # assigned to attributes of Python objects, and the compiled model computes something else.
     def tap(gradient: Tensor) -> None:
         add_moments(gradient.sum(-2) if streams else gradient, row[0], row[1], mask)
 
+    note(x, name)
     x.register_hook(tap)
 
 

@@ -31,6 +31,13 @@ def oddities(
         notes.append(f"zero sources: {len(zero)} reads weigh a tensor of zeros")
     if any(set(a) < set(b) for a, b in pairwise(members) if a):
         notes.append("cumulative sources: a later source sums an earlier one again")
+    mixes = {mix.node for mix in reads}
+    holding = {s for mix in reads for s in mix.sources if s not in mixes and mixes & {*terms(s)}}
+    if holding:
+        notes.append(
+            f"sources that hold a read: {len(holding)} are an earlier read's mix with what layers added to it; their "
+            "column names these layers alone"
+        )
     columns = zip_longest(*([members_of(source) for source in mix.sources] for mix in reads), fillvalue=())
     if not all(map(agree, columns)):
         notes.append("reads of different sources: a column counts places among the sources of its read")
@@ -53,7 +60,8 @@ def oddities(
         )
     if final is not None and final not in {*states, *states.values()}:
         count = len(terms(final))
-        notes.append(f"no final read: the final state is a plain sum of {count}")
+        made = f"a plain sum of {count}" if count > 1 else "what the last layer makes"
+        notes.append(f"no final read: the final state is {made}")
     again = {m.name for m in tape.moments if m.turn and any(p.ndim > 1 for p in m.module.parameters())}
     outer = [name for name in sorted(again) if not any(name.startswith(f"{other}.") for other in again)]
     if outer:
@@ -67,7 +75,7 @@ def oddities(
         and not isinstance(module, nn.ModuleList | nn.ModuleDict)
     ]
     if silent:
-        notes.append(f"never called, only what is in it: {', '.join(silent[:4])}")
+        notes.append(f"never called themselves, only the modules in them: {', '.join(silent[:4])}")
     if any(mix.law is not None and mix.law.gain is not None for mix in reads):
         notes.append("reads fused with the norm after them: the states are those behind it")
     if any(mix.normalised for mix in reads):

@@ -83,6 +83,11 @@ def is_parallel(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
+def parts_of(module: nn.Module) -> int:
+    """Over how many processes the parameters of a module are spread, 1 where each has all."""
+    return max((p.device_mesh.size() for p in module.parameters() if isinstance(p, DTensor)), default=1)
+
+
 class Parallel:
     """Of the model of one recording, among `world` processes. `model` is what the user handed over, `root` what is in it;
     of a pipeline it is one `stage`. `first` is the rank that tells of what all hold that train the same layers."""

@@ -126,7 +126,7 @@ def record(
         following = None if tokens_every is None else schedule_of("tokens_every", tokens_every)
         if following is not None and not sites.has_reads:
             raise RunError(
-                f"tokens_every asks for depth weights, and no module of this {type(sites.root).__name__} tells any: leave it out."
+                f"tokens_every follows depth weights, and this {type(sites.root).__name__} has none that can be seen: leave it out."
             )
         created = time.time()
         optimizers, found = _optimizers(optimizer)

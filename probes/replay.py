@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from probes.found import Moment, Replay, Spot
 from probes.kernels import by_definition, certain
 from probes.tape import Node, Tape
-from probes.walks import Edge, Mix
+from probes.walks import Edge, Mix, name_of
 
 _METHODS = {
     method: name
@@ -175,7 +175,7 @@ class _Cutting:
             self._real[node] = self._called(node, [self._emit(each) for each in node.slots])
         return self._real[node]
 
-    def _called(self, node: Node, slots: list[fx.Node]) -> fx.Node:
+    def _called(self, node: Node, slots: list[fx.Node], func: Callable | None = None) -> fx.Node:
         if _drops(node):
             return slots[0]  # the weights before it; no random number may be drawn here
         _refuse_drawing(node)
@@ -191,14 +191,15 @@ class _Cutting:
             copy = graph.call_method("clone", args[:1])
             graph.call_method(name or node.func.__name__, (copy, *args[1:]), kwargs)
             return copy
+        func = func or node.func
         if node.cast is not None:
-            made = graph.call_function(_within(node.cast, node.func), args, kwargs)
+            made = graph.call_function(_within(node.cast, func), args, kwargs)
         elif name is not None:
             # What is put in the place of a source may lie in memory in another order.
             shaped = name == "view" and "dtype" not in kwargs and not isinstance(node.args[1], torch.dtype)
             made = graph.call_method("reshape" if shaped else name, args, {} if shaped else kwargs)
         else:
-            made = graph.call_function(node.func, args, kwargs)
+            made = graph.call_function(func, args, kwargs)
         return made if node.pick is None else graph.call_function(_item, (made, node.pick))
 
     def _with_sizes(self, tree: object, other: object, given):
@@ -271,7 +272,8 @@ class _Cutting:
                 self._done[node] = next(iter(carried.values()))
             else:
                 slots = [carried.get(slot) or self._emit(each) for slot, each in enumerate(node.slots)]
-                self._done[node] = self._called(node, slots)
+                kernel = name_of(node) == "scaled_dot_product_attention"
+                self._done[node] = self._called(node, slots, _in_float32(node.func) if kernel else None)
         return self._done[node]
 
     def _operand(self, node: Node, slot: int, axis: int) -> fx.Node:
@@ -306,6 +308,25 @@ def _within(cast: tuple, func: Callable) -> Callable:
             return func(*args, **kwargs)
 
     return within
+
+
+def _in_float32(kernel: Callable) -> Callable:
+    """An attention kernel, whose weights are float32 within: what it returns of one-hot vectors is not rounded to the type
+    of its operands."""
+
+    def unrounded(*args, **kwargs):
+        device = args[0].device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+        def wide(x):
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return x
+            return (x if low is None else x.to(low)).float()
+
+        with torch.autocast(device, enabled=False):
+            return kernel(*map(wide, args), **{key: wide(x) for key, x in kwargs.items()})
+
+    return unrounded
 
 
 def _with_item(x: Tensor, key: object, value: object) -> Tensor:

@@ -56,6 +56,13 @@ class SelfCheck:
                 f"depthscope: what layers= and norms= name does not run in that order: the {state} comes when its layer has "
                 "run. Rows of the two do not belong together, and no mixing is recovered."
             )
+        if taps.torn:
+            labels = {"state": self._layout.states, "output": self._layout.outputs}
+            rows = ", ".join(labels[place][row] for place, row in sorted(taps.torn))
+            self._say(
+                f"depthscope leaves the gradients blank of {rows}: the compiler ends a graph within a layer that this goes by, and "
+                "each graph sees a part of its gradient. torch.compile with fullgraph=True says where that is."
+            )
         if taps.matrices and taps.edge_taps.unknown:
             text = (
                 "depthscope leaves the depth attribution blank of what no RMSNorm or LayerNorm of its own feeds: "

@@ -53,6 +53,8 @@ class Tally:
         """Whether the final state is made of what leaves the last transformer block and more, and is seen nowhere."""
         self.split: set[int] = set()
         """States of which this process sees a part of what others see too (sequence parallelism)."""
+        self.torn: set[tuple[str, int]] = set()
+        """Rows of gradients that are seen but in part (torn.py)."""
         self.given = torch.tensor([*(site.given for site in sites.layers), rows], device=device)
         """How many sources each state sums: all before it, but for layers side by side."""
         self.calls = torch.zeros(2, dtype=torch.int64, device=device)
@@ -82,9 +84,15 @@ class Tally:
             self.errors.reset()
         self.passes.reset()
 
+    def settle(self) -> None:
+        """The step is complete, and its sums are."""
+        self.passes.settle()
+        for place, row in self.torn:
+            self._counted.backward[place].rows[row].zero_()
+
     def finish(self, matrices: bool) -> dict[str, Tensor]:
         """Metrics of the step just taken, float32 on the device, by name of the vocabulary."""
-        self.passes.settle()
+        self.settle()
         metrics = {}
         for suffix, table in (("rms", self._counted.forward), ("grad_rms", self._counted.backward)):
             done = {place: moments.finish() for place, moments in table.items()}

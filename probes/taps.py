@@ -29,6 +29,7 @@ from probes.sites import Sites
 from probes.statistics import DEPTH_METRICS, add_moments, add_nonfinite
 from probes.sum_taps import SumTaps
 from probes.tally import ACTIVATIONS, Tally
+from probes.torn import names_of, torn
 
 OFF, VECTORS, MATRICES = 0, 1, 2
 
@@ -68,6 +69,7 @@ class Taps(Hanging):
         self.edge_taps = EdgeTaps(sites, self)
         self.depths = DepthTaps(sites, self)
         self._tally_up()
+        self._names = names_of({place: len(rows.rows) for place, rows in self._backward.items()})
         self._sums = SumTaps(sites, self)
         self.finals = FinalTaps(sites, self)
         self._marks = MarkedTaps(sites, self)
@@ -129,6 +131,7 @@ class Taps(Hanging):
     def commit(self) -> None:
         self.gradients.forget_newest()
         self.passes.commit()
+        self._tally.torn = torn(self._names, self._sites.has_reads)
 
     def drop(self) -> None:
         self.gradients.forget_newest()
@@ -146,6 +149,11 @@ class Taps(Hanging):
         """Names of layers that ran more than once in one forward."""
         rows = {row for place, row in self.passes.repeated if place == "output"}
         return [site.layer.name for row, site in enumerate(self._sites.layers, 1) if row in rows]
+
+    @property
+    def torn(self) -> set[tuple[str, int]]:
+        """Rows whose gradients are blank, for the compiler has ended a graph within a layer."""
+        return self._tally.torn
 
     @property
     def misplaced(self) -> int | None:
@@ -365,7 +373,8 @@ class Taps(Hanging):
         sums = self._backward[place].rows[row]
         if torch.compiler.is_compiling():
             if x.requires_grad:
-                tap_gradient_in_graph(x, sums, _both(fitting(self.mask, x), known, x), streams)
+                mask = _both(fitting(self.mask, x), known, x)
+                tap_gradient_in_graph(x, sums, mask, streams, self._names[place][row])
             return
         metrics = self._tally.metrics_of(place, "grad_rms")
         with self._faults.guard(*metrics):

@@ -97,7 +97,7 @@ class Together:
         parts = {}
         for i, each in enumerate(watched):
             tally = each.taps.tally
-            tally.passes.settle()
+            tally.settle()
             sums = each.gradients.sums() | each.updates.sums(step.number)
             vectors = [*tally.sums(False), *_present(sums, shapes[i]), wrong.to(tally.device)]
             parts["vectors", i] = packed(vectors)

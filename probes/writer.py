@@ -186,7 +186,8 @@ class RunWriter:
         if not marked and not self._disk.gone:
             said.append("its end could not be marked, so that it will be shown as stopped")
         if said:
-            self._warn("end", f"The run at {self.path} has ended; {'; and '.join(said)}.")
+            where = self.path if self._upload is None else self._upload.address.shown
+            self._warn("end", f"The run at {where} has ended; {'; and '.join(said)}.")
         if not self._disk.refused:
             self._behind.work(lambda: True)
 

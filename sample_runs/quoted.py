@@ -66,9 +66,9 @@ def passages(runs: Runs) -> Iterator[str]:
 
 def table(runs: Runs) -> Iterator[str]:
     """The end of each row of the table of runs."""
-    for plan in plans("cpu"):
-        if "unhealthy" in plan.tags:
-            continue
+    for name in [plan.name for plan in plans("cpu") if "unhealthy" not in plan.tags]:
+        device = runs[name].config["training"]["device"]
+        plan = next(plan for plan in plans(device) if plan.name == name)
         value = runs.last(plan.name, "val_loss")
         steps = plan.training.steps
         at = (
@@ -204,6 +204,15 @@ def twins(runs: Runs) -> Iterator[str]:
     yield f"adds {100 * added:.0f} % of the size of the state it reads, in Block {100 * block[1]:.0f} %"
     yield f"the final state is {state:.1f} against {block[2]:.1f}"
     yield f"the largest output gradient is {gradient:.0f} times the smallest, against {block[3]:.1f}"
+    ((plain,), (routed,)) = (runs[name].attributions() for name in ("prenorm-24", "block-24"))
+    assert plain.about.data == routed.about.data and plain.about.tokens == routed.about.tokens
+    removal = plain.layers[REMOVAL]
+    yield f"without layer {int(removal.argmax()) + 1} PreNorm's loss rises by {removal.max():.1f}"
+    yield f"and {_number(len(verdicts.ballast(plain)))} layers are surely ballast"
+    none = "and none is" if verdicts.ballast(routed).empty else "and some are"
+    yield f"in Block the most that a layer is worth is {routed.layers[REMOVAL].max():.2f}, {none}"
+    rise = [verdicts.area(each.curves[LAYERS], SHARE) for each in (plain, routed)]
+    yield f"the loss rises by {rise[0]:.3f} on average in PreNorm, by {rise[1]:.3f} in Block"
 
 
 def experts(runs: Runs) -> Iterator[str]:

@@ -15,7 +15,7 @@ from probes.attributed import EDGES, GRADIENT, INTEGRATED, KEPT, LAYERS, MASS, M
 LIVE = "live"
 PLAIN = "A plain residual gives every source weight one: there is no routing to compare the attribution with, edge by edge."
 HOW = (
-    "has no attribution yet: `depthscope attribute RUN --checkpoint FILE --data FILE` measures it for a saved model and "
+    "no attribution yet: `depthscope attribute RUN --checkpoint FILE --data FILE` measures it for a saved model and "
     "writes it into the run."
 )
 MEANING = (
@@ -52,7 +52,8 @@ def body(shown: list[room.Shown]) -> None:
     if able:
         _look(able)
     if lacking:
-        st.info(f"**{words.joined(lacking)}** {HOW}", icon=":material/info:")
+        verb = "has" if len(lacking) == 1 else "have"
+        st.info(f"**{words.joined(lacking)}** {verb} {HOW}", icon=":material/info:")
     room.explain([causes.LIVE, "depth_weight", "mixing_share"], MEANING + _methods())
 
 
@@ -247,7 +248,10 @@ def _peak(frame: pd.DataFrame, unit: str) -> str:
     if known.empty:
         return "nothing was attributed"
     top = known.loc[known["value"].abs().idxmax()]
-    return f"most changes without {words.the(top['from'])} in {words.the(top['read'])}, by {top['value']:+.2g} {unit}"
+    return (
+        f"the largest effect has {words.the(top['from'])} in {words.the(top['read'])}: "
+        f"{top['value']:+.2g} {unit} without it"
+    )
 
 
 def _layers(one: room.Shown, found: Attribution) -> None:
@@ -349,6 +353,6 @@ def _over_training(one: room.Shown, found: Attribution) -> None:
 
 room.enter(
     "Does the weight say what matters?",
-    "A bright cell says where the weight goes; only taking it away says what it does.",
+    "The weight says where a layer reads; only taking a source away says what that does to the loss.",
     body,
 )

@@ -46,7 +46,7 @@ def _doubling(shown: list[room.Shown], step: int) -> None:
     parts = [part for one in have if len(part := frames.profile(one.run, one.name, HIDDEN, step))]
     told = findings.doubling(pd.concat(parts, ignore_index=True)) if parts else ""
     if told:
-        st.caption(words.plain(told))
+        st.caption(words.plain(words.replaced(told, st.session_state.get(draw.SHORT, {}))))
 
 
 def _growth(shown: list[room.Shown], step: int | None) -> None:

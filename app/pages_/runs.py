@@ -28,7 +28,7 @@ def body(shown: list[room.Shown]) -> None:
     picture = st.container()
     names = frames.scalars(one.run for one in shown)
     if names:
-        scalar, along, smooth, scale = st.columns([2, 2, 2, 3], gap="medium")
+        scalar, along, smooth, scale = st.columns([2, 2, 2, 4], gap="medium")
         name = pick.one("scalar", "Scalar", {n: metric(n).title for n in names}, where=scalar)
         against = {
             x: title for x, title in ALONG.items() if x == "step" or any(x in one.run for one in shown)

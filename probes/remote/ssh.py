@@ -8,13 +8,17 @@ import io
 import logging
 import os
 import platform
+import queue
 import shlex
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import paramiko
 from fsspec.implementations.sftp import SFTPFileSystem
 
 _CONNECT, _ANSWER, _ALIVE = 10.0, 30.0, 15.0  # seconds
+_CHANNELS = 8  # at once, of the ten that OpenSSH lets one connection have
 _PIECE = 32 << 10  # bytes that one answer holds
 _GLOBAL_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
@@ -24,16 +28,26 @@ logging.getLogger(_LOG).setLevel(logging.CRITICAL)
 
 
 class Machine(SFTPFileSystem):
-    """The files of one machine. Raises OSError, paramiko.SSHException."""
+    """The files of one machine, for several threads: each asks within a `session`. Raises OSError, paramiko.SSHException."""
 
     cachable = False  # each has a connection of its own, which it may close
+
+    def __init__(self, host: str, **options):
+        self._lock, self._mine = threading.RLock(), threading.local()
+        super().__init__(host, **options)
+
+    @property
+    def ftp(self) -> paramiko.SFTPClient:
+        """The channel of this thread's session."""
+        return self._mine.ftp
 
     @classmethod
     def at(cls, url: str) -> tuple["Machine", str]:
         """The machine of an address like ssh://me@host:22/home/me/runs, and the path there; ~ is the home of who logs in."""
         machine, path = cls(**cls._get_kwargs_from_urls(url)), cls._strip_protocol(url)
         if path == "/~" or path.startswith("/~/"):
-            path = machine.ftp.normalize(".").rstrip("/") + path[2:]
+            with machine.session():
+                path = machine.ftp.normalize(".").rstrip("/") + path[2:]
         return machine, path
 
     def _connect(self) -> None:
@@ -56,7 +70,9 @@ class Machine(SFTPFileSystem):
         careless = told.get("stricthostkeychecking") in ("no", "off", "accept-new")
         client.set_missing_host_key_policy(paramiko.AutoAddPolicy() if careless else paramiko.RejectPolicy())
         try:
-            client.connect(host, **{"timeout": _CONNECT, "banner_timeout": _CONNECT, **given})
+            client.connect(
+                host, **{"timeout": _CONNECT, "banner_timeout": _CONNECT, "channel_timeout": _ANSWER, **given}
+            )
         except paramiko.BadHostKeyException:
             raise OSError(
                 "its key is another than the one in ~/.ssh/known_hosts: it may not be that machine"
@@ -70,20 +86,24 @@ class Machine(SFTPFileSystem):
                 ) from None
             raise
         client.get_transport().set_keepalive(int(_ALIVE))
-        self.client, self.ftp = client, client.open_sftp()
-        self.ftp.get_channel().settimeout(_ANSWER)
+        self.client, self._channels = client, _Channels(client)
 
-    def revive(self) -> None:
-        """Connect again where the connection is gone."""
-        transport = self.client.get_transport()
-        if transport is None or not transport.is_active() or self.ftp.get_channel().closed:
-            self.drop()
-            self._connect()
-
-    def drop(self) -> None:
-        """Let the connection go: it answered no more."""
-        with contextlib.suppress(Exception):
-            self.client.close()
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """A channel for this thread; the connection is made again where it is gone, and let go where it answers no more."""
+        with self._lock:
+            if not self._channels.alive:
+                self.client.close()
+                self._connect()
+            channels = self._channels
+        self._mine.ftp = channels.take()
+        try:
+            yield
+        except (TimeoutError, EOFError, ConnectionError, paramiko.SSHException):
+            channels.client.close()
+            raise
+        finally:
+            channels.give(self.ftp)
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs) -> bytes:
         """A file, or its bytes from `start` to `end`: many requests at once, for a far machine answers late."""
@@ -137,6 +157,52 @@ class Machine(SFTPFileSystem):
         except OSError:
             if not self.exists(path):
                 raise
+
+
+class _Channels:
+    """What several threads ask one connection through, each through one of its own."""
+
+    def __init__(self, client: paramiko.SSHClient):
+        self.client = client
+        self._lock, self._free = threading.Lock(), queue.LifoQueue()
+        self._made, self._most = 0, _CHANNELS
+
+    @property
+    def alive(self) -> bool:
+        transport = self.client.get_transport()
+        return transport is not None and transport.is_active()
+
+    def take(self) -> paramiko.SFTPClient:
+        """One that is free, a new one, or the next to become free. Raises OSError, paramiko.SSHException."""
+        while self.alive:
+            with self._lock:  # of several that open at once paramiko mixes up what went wrong
+                if self._free.empty() and self._made < self._most and (ftp := self._new()):
+                    return ftp
+            try:
+                ftp = self._free.get(timeout=1)
+            except queue.Empty:
+                continue
+            if not ftp.get_channel().closed:
+                return ftp
+            with self._lock:
+                self._made -= 1
+        raise ConnectionResetError("the connection broke")
+
+    def give(self, ftp: paramiko.SFTPClient) -> None:
+        self._free.put(ftp)
+
+    def _new(self) -> paramiko.SFTPClient | None:
+        """None where the machine lets nobody have so many."""
+        try:
+            ftp = self.client.open_sftp()
+        except paramiko.SSHException:
+            if not self._made or not self.alive:
+                raise
+            self._most = self._made
+            return None
+        ftp.get_channel().settimeout(_ANSWER)
+        self._made += 1
+        return ftp
 
 
 def _by_way_of(jumps: str, host: str, port: int) -> str:

@@ -1,5 +1,6 @@
 """A store: what lists, reads and writes the files of an address, through fsspec. Each failure is an OSError in plain words."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -55,18 +56,18 @@ class Store:
             raise RunError(
                 f'{address.shown} needs fsspec: pip install "depthscope[remote]"{_driver(address.protocol)}.'
             ) from None
+        options = {}
+        if address.protocol in ("s3", "s3a") and "config_kwargs" not in fsspec.config.conf.get("s3", {}):
+            options["config_kwargs"] = _PATIENCE
+        self._turn = contextlib.nullcontext  # within which one thing is asked
         try:
             if address.protocol in ("sftp", "ssh"):
                 from probes.remote.ssh import Machine
 
                 self._files, self._root = Machine.at(address.url)
+                self._turn = self._files.session
             else:
-                s3 = address.protocol in ("s3", "s3a") and "config_kwargs" not in fsspec.config.conf.get(
-                    "s3", {}
-                )
-                self._files, self._root = url_to_fs(
-                    address.url, **({"config_kwargs": _PATIENCE} if s3 else {})
-                )
+                self._files, self._root = url_to_fs(address.url, **options)
         except ImportError:
             package = PACKAGES.get(address.protocol)
             raise RunError(
@@ -80,12 +81,11 @@ class Store:
         except Exception as error:  # some connect at once
             raise Unreachable(address.hide(_why(error))) from None
         self._root = self._root.rstrip("/")
-        # Of a driver that holds one connection: to make it again before it is used, and to let it go after a failure.
-        self._revive = getattr(self._files, "revive", lambda: None)
-        self._drop = getattr(self._files, "drop", lambda: None)
-        self._one_by_one = None if getattr(self._files, "async_impl", False) else threading.RLock()
-        if address.protocol == "memory":
-            self._one_by_one = None
+        self._hosted = not getattr(self._files, "async_impl", False) and address.protocol != "memory"
+        self._one_by_one = self._hosted and self._turn is contextlib.nullcontext
+        if self._one_by_one:
+            lock = threading.RLock()
+            self._turn = lambda: lock
 
     @property
     def root(self) -> tuple[str, ...]:
@@ -95,7 +95,7 @@ class Store:
     @property
     def key(self) -> str:
         """The same for all addresses in one place, and of no other; nothing can be learned from it."""
-        host = self.address.shown.split("://")[1].split("/")[0] if self._one_by_one else ""
+        host = self.address.shown.split("://")[1].split("/")[0] if self._hosted else ""
         endpoint = [
             str(getattr(self._files, "endpoint_url", "") or ""),
             *(os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")),
@@ -140,7 +140,7 @@ class Store:
     def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
         """Whole files, several at once; those that cannot be read are missing from what comes back."""
         paths = list(paths)
-        if self._one_by_one is not None or len(paths) < 2:
+        if self._one_by_one or len(paths) < 2:
             return {path: content for path in paths if (content := self._tried(path)) is not None}
         with ThreadPoolExecutor(_TOGETHER) as pool:
             found = pool.map(self._tried, paths)
@@ -149,7 +149,7 @@ class Store:
     def together(self, act, these: Iterable) -> None:
         """`act` on each of these, several at once where the store can; it raises nothing."""
         these = list(these)
-        if self._one_by_one is not None or len(these) < 2:
+        if self._one_by_one or len(these) < 2:
             for each in these:
                 act(each)
             return
@@ -202,18 +202,13 @@ class Store:
 
     def _do(self, act):
         try:
-            if self._one_by_one is None:
-                return act()
-            with self._one_by_one:
-                self._revive()
+            with self._turn():
                 return act()
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{self.address.shown} has no such file") from None
         except FileExistsError:
             raise
         except Exception as error:
-            if not isinstance(error, PermissionError):
-                self._drop()
             raise Unreachable(self.address.hide(_why(error))) from None
 
 

@@ -48,6 +48,22 @@ def test_a_link_and_the_slider_meet_in_the_url(static, watched):
     watched.wait_for_url("**/gradients?*step=90*")
 
 
+@pytest.mark.parametrize("name", ["", "compare", "dilution"])
+def test_a_narrow_window_cuts_nothing_off(static, watched, name):
+    watched.set_viewport_size({"width": 900, "height": 900})
+    watched.goto(f"{static}/{name}")
+    watched.wait_for_selector("[data-testid=stExpander]", timeout=30_000)
+    watched.wait_for_selector(CHART)
+    groups = watched.locator(".stMainBlockContainer [role=radiogroup]")
+    groups.first.wait_for()
+    for at in range(groups.count()):
+        assert groups.nth(at).evaluate("group => group.scrollWidth <= group.clientWidth + 1")
+    # Side by side each would have half of the room.
+    room = watched.locator(".stMainBlockContainer").evaluate("e => e.clientWidth")
+    for width in watched.locator(".depthscope-chart").evaluate_all("all => all.map(e => e.clientWidth)"):
+        assert width > 0.6 * room
+
+
 def test_a_chart_is_saved(static, watched):
     watched.goto(f"{static}/dilution?runs=full")
     watched.wait_for_selector(CHART)
@@ -116,7 +132,7 @@ def test_a_growing_run_grows_on_screen(serve, watched, tmp_path):
 
 PICTURE = "document.querySelector('.depthscope-chart canvas').toDataURL()"
 TICKS = "[...document.querySelectorAll('.role-axis-label text')].map(t => t.textContent).slice(0, 4)"
-LIVE = "Number(document.body.innerText.match(/live, step ([\\d,]+)/)?.[1].replace(/,/g, ''))"
+LIVE = "Number(document.body.innerText.match(/running, step ([\\d,]+)/)?.[1].replace(/,/g, ''))"
 
 
 def test_zooming_into_a_long_run_shows_more_of_its_steps(serve, watched, tmp_path):

@@ -82,6 +82,11 @@ def test_a_run_without_any(folder):
     assert "full has no attribution yet" in said(at).replace("**", "")
 
 
+def test_what_lacks_it_is_told_of_several_runs(folder):
+    at = opened(folder, PAGE)
+    assert "have no attribution yet" in said(at)
+
+
 def test_a_broken_file_is_told_and_the_others_shown(attributed, tmp_path):
     shutil.copytree(attributed / "full", tmp_path / "full")
     first, second = sorted((tmp_path / "full" / FOLDER).iterdir())

@@ -61,7 +61,10 @@ def test_in_which_layer_does_the_hidden_state_double(name):
     above = np.flatnonzero(values >= 2 * values[0])
     seen = frame["place"].iloc[above[0] - 1].removeprefix("into ") if len(above) else None
     assert seen == right
-    assert f"The hidden state first doubles in {right} of {name}." in said(at) or right is None
+    expected = (
+        f"has doubled by {right} in {name}." if right else f"nowhere comes to twice its first size in {name}."
+    )
+    assert f"The hidden state {expected}" in said(at)
 
 
 @pytest.mark.parametrize("name", CHOOSING)

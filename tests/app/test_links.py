@@ -50,6 +50,21 @@ def test_the_strongest_link_as_a_sentence(tmp_path, weights):
     assert links[0].excess == pytest.approx(0.36, abs=1e-6)
 
 
+def test_an_effect_is_strong_on_either_side_of_zero(tmp_path):
+    shape = made.layout("full", 2)
+    writer = RunWriter(tmp_path / "run", Manifest(shape, 0.0, 10, 10))
+    effects = np.zeros((5, 5))
+    effects[4] = [0.003, -0.05, 0.002, 0.045, 0.0]
+    effects[2] = [0.02, -0.02, 0.0, 0, 0]
+    writer.put(lambda: [("depth_attribution", 0, shape.pack(effects))], 0)
+    writer.close("finished")
+    links = strongest(open_run(tmp_path / "run"), 0, "depth_attribution")
+    assert [(link.row, link.column) for link in links] == [(5, 1), (5, 3), (3, 0), (3, 1)]
+    assert links[0].sentence("depth_attribution") == (
+        "Without layer 1 (attention) in the final read the loss changes by -0.05"
+    )
+
+
 def test_rounding_is_no_preference(tmp_path):
     """Zero queries give an even average, up to the last bits of float32."""
     even = np.tril(np.ones((5, 5), np.float32))

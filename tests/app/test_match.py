@@ -34,7 +34,9 @@ def test_a_loss_is_matched_by_the_first_step_that_came_as_low(tmp_path):
     assert at[found.second] <= losses[30] < at[found.second - 1]
     latest = match.pair(fast, slow, "loss", None, None, NAMES)
     assert latest.second == 40 and at[latest.first] <= losses[40] < at[latest.first - 1]
-    assert match.pair(fast, slow, "loss", 40, None, NAMES).told.startswith("b never came to training loss")
+    assert match.pair(fast, slow, "loss", 40, None, NAMES).told.startswith(
+        "b never came to a mean training loss of "
+    )
 
 
 def test_a_spike_does_not_undo_a_loss(tmp_path):
@@ -60,7 +62,7 @@ def test_ratios_are_those_of_matched_rows_and_relative_depths(tmp_path):
     last = grid[grid["step"] == 3]
     assert last["value"].tolist() == pytest.approx([1, 0, 3])
     told = difference.finding(grid, "hidden_rms", NAMES)
-    assert told == "Hidden-state RMS differs most at final state: 8.0× as large in b as in a"
+    assert told == "Hidden-state RMS differs most at the final state: 8.0× as large in b as in a"
 
 
 def test_the_page_overlays_matched_profiles(folder):
@@ -138,3 +140,12 @@ def test_other_depths_are_aligned(tmp_path):
     assert not at.exception
     _, (frame,) = plotted(at)[0]
     assert frame["depth"].min() == 0 and frame["depth"].max() == 1
+
+
+def test_the_table_of_one_run_names_its_two_steps(folder):
+    run = open_run(folder / "full")
+    table = difference.table(run, run, match.Pair(200, 0, ""), ("full", "full"))
+    assert list(table) == ["Measure", "full, step 200", "full, step 0", "Difference", "Ratio"]
+    assert table.iloc[0].tolist() == ["Step", "200", "0", "-200", "–"]
+    same = difference.table(run, run, match.Pair(200, 200, ""), ("full", "full"))
+    assert list(same)[1:3] == ["full, step 200", "full, step 200 (again)"]

@@ -128,6 +128,16 @@ def test_a_second_stack_is_refused_as_it_would_stay_as_it_was():
     ):
         attnres.convert(model, "full", example=example())
     attnres.convert(model.parts[0], "full", example=example())
+    model = Holding(Block(), Block(), nn.Tanh(), Block())
+    with pytest.raises(attnres.ConversionError, match=r"^parts\.3 is a stack .* beside the longest one"):
+        attnres.convert(model, "full", example=example())
+
+
+def test_a_list_with_a_block_of_another_kind_is_refused_as_it_would_stay_as_it_was():
+    model = stack(Block, Block, Block)
+    model.blocks[2] = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU())
+    with pytest.raises(attnres.ConversionError, match=r"^blocks\.2 has no norm among its children"):
+        attnres.convert(model, "full", example=example())
 
 
 def test_dropout_that_no_hook_sees_is_taken_where_the_block_adds_up_by_itself_and_else_refused():

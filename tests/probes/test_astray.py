@@ -7,7 +7,7 @@ from torch import nn
 
 import probes
 from tests.probes import zoo
-from tests.probes.models import batches, loss_of, sgd
+from tests.probes.models import batches, decoder, loss_of, sgd, train
 from tests.probes.test_zoo import noted
 
 
@@ -138,3 +138,39 @@ def test_compiled_in_several_graphs(way, block, tmp_path):
     run = compiled_in_parts(way, block, tmp_path / "run")
     for metric, values in expected.items():
         np.testing.assert_allclose(run[metric][0], values, rtol=1e-5, err_msg=metric)
+
+
+class Untraceable(nn.Module):
+    """A sublayer that no graph holds whole."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *given):
+        torch._dynamo.graph_break()
+        return self.inner(*given)
+
+
+@pytest.mark.parametrize(("kind", "torn"), [("prenorm", ("hidden_grad_rms", "output_grad_rms")), ("full", ("output_grad_rms",))])  # fmt: skip
+def test_a_gradient_that_no_graph_sees_whole_is_blank(kind, torn, tmp_path, caplog):
+    runs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = decoder(kind, blocks=2)
+        for block in model.blocks:
+            block.attention = Untraceable(block.attention)
+        optimizer = sgd(model)
+        with probes.record(model, tmp_path / f"{compiled}", optimizer=optimizer, every=1):
+            if compiled:
+                model.compile(backend="aot_eager")
+            train(model, optimizer, 2)
+        runs.append(probes.open_run(tmp_path / f"{compiled}"))
+    eager, run = runs
+    blank = {"hidden_grad_rms": [0, 2], "output_grad_rms": [0]}
+    for name in ("hidden_grad_rms", "output_grad_rms", "hidden_rms", "param_grad_norm"):
+        expected = eager[name].copy()
+        if name in torn:
+            expected[:, blank[name]] = np.nan
+        np.testing.assert_allclose(run[name], expected, rtol=1e-5, err_msg=name)
+    assert "depthscope leaves the gradients blank of " in caplog.text and "fullgraph=True" in caplog.text

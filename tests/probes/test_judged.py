@@ -97,6 +97,36 @@ def test_what_is_recorded_is_the_models_own(name, tmp_path):
     assert kinds == ["attention", "mlp"] * (len(kinds) // 2)
 
 
+def test_sources_that_hold_a_read_are_named():
+    assert "sources that hold a read: 3 are" in str(probes.describe(JUDGED["plain residual inside"]()))
+
+
+class InHalf(Model):
+    """Within autocast the kernel is given queries and keys in bfloat16, and keeps its weights in float32."""
+
+    def __init__(self):
+        super().__init__(RoundedForKernel)
+
+    def forward(self, idx, targets):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(idx, targets)
+
+
+class RoundedForKernel(ByKernel):
+    def forward(self, sources):
+        values = torch.stack(sources, 2)
+        keys = self.norm(values)
+        query = self.query.expand(*values.shape[:2], 1, WIDTH)
+        scores = (query.bfloat16().float() * keys.bfloat16().float()).sum(-1) * WIDTH**-0.5
+        weight(scores.softmax(2).movedim(2, 0))
+        return F.scaled_dot_product_attention(query, keys, values).squeeze(2)
+
+
+def test_weights_of_a_kernel_are_not_rounded_with_what_it_returns(tmp_path):
+    torch.manual_seed(1)
+    judged(InHalf(), tmp_path / "run", tokens(), tokens())
+
+
 class Gumbel(Read):
     def weights(self, values):
         return F.gumbel_softmax(self.norm(values) @ self.query, dim=0)

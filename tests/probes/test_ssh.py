@@ -123,6 +123,14 @@ def test_what_is_written_is_whole_or_not_there(machine, monkeypatch):
     assert store.read("a/data", len(content) - 3, len(content) + 10) == content[-3:]
     store.write("a/data", b"other")
     assert store.read("a/data") == b"other"
+    # More at once than one connection has channels; and again, when it was cut with all of them.
+    written = {f"many/{number}": bytes([number]) * 70_000 for number in range(20)}
+    store.together(lambda path: store.write(path, written[path]), written)
+    assert store.read_many(written) == written
+    machine.port.close()
+    machine.port.open()
+    wait_for(lambda: not store._files._channels.alive)
+    assert store.read_many(written) == written
     store.write("a/run.json", b"first", new=True)
     # Of two that make one file exactly one does, though both saw none.
     exists, saw = store._files.exists, [False]

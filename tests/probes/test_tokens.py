@@ -235,7 +235,7 @@ def test_a_loop_without_an_optimizer(tmp_path):
 
 def test_a_model_without_reads_is_refused(tmp_path):
     model = decoder("prenorm", blocks=1)
-    with pytest.raises(probes.RunError, match="no module of this Decoder tells any: leave it out"):
+    with pytest.raises(probes.RunError, match="this Decoder has none that can be seen: leave it out"):
         probes.record(model, tmp_path / "run", optimizer=sgd(model), tokens_every=10)
     with pytest.raises(probes.RunError, match="tokens_every is 0"):
         probes.record(decoder("full"), tmp_path / "run", tokens_every=0)
