@@ -53,7 +53,7 @@ def attribute_one(asked: Asked, path: Path) -> float:
     model, own_batch, own_loss = _model(asked)
     if asked.device is not None:
         model, own_batch = _on(asked.device, model, own_batch)
-    layout = find_sites(model, **asked.choice).layout
+    layout = find_sites(model, **asked.choice, example=own_batch).layout
     if other := difference(run.layout, layout):
         raise RunError(f"The model is not the one that {run.name} was recorded of: {other}.")
     checkpoints.take(model, checkpoint)

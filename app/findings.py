@@ -7,6 +7,10 @@ from app import words
 from app.derived import metric
 from probes.vocabulary import STATE
 
+COUNTED = (
+    "*From layer 3*: the embedding starts tiny and the first transformer block leaps from it in every architecture, so "
+    "growth is counted from behind that block, where there is more than one."
+)
 TAIL = 10  # recorded losses that a compared loss averages
 
 

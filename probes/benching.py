@@ -69,7 +69,14 @@ def bench(
             run = torch.compile(model) if compile else model
             step = _Step(run.train(), batch, loss or loss_of, optimizer or _adamw(model))
             seconds, hooks, per_call, held = _measured(
-                model, step, pairs, path=Path(folder) / "run", stack=stack, layers=layers, norms=norms
+                model,
+                step,
+                pairs,
+                path=Path(folder) / "run",
+                stack=stack,
+                layers=layers,
+                norms=norms,
+                example=batch,
             )
         finally:
             if compiled:  # a graph would remember hooks that are gone

@@ -38,7 +38,7 @@ def body(shown: list[room.Shown]) -> None:
         with heatmaps:
             over_depth.heatmaps(shown, name)
     shared = [FINAL_SHARE, "mixing_share"] if any(has(one.run, FINAL_SHARE) for one in shown) else []
-    room.explain([*MEASURES, *shared], fits.MEANING)
+    room.explain([*MEASURES, *shared], f"{fits.MEANING} {findings.COUNTED}")
 
 
 def _doubling(shown: list[room.Shown], step: int) -> None:

@@ -117,9 +117,12 @@ def _text(
         fields=("token",),
         on_click=lambda told: _clicked(one, read, source, told),
     )
-    note = over_depth.nearest({one.name: told.step}, step)
+    note = words.plain(over_depth.nearest({one.name: told.step}, step))
+    if told.texts is None:
+        what = "ids" if told.ids is not None else "places in the sequence"
+        note += f" Tokens are shown as {what}: `probes.record(…, decode=…)` records their texts."
     if note:
-        st.caption(words.plain(note))
+        st.caption(note.strip())
 
 
 def _domain(course: np.ndarray) -> tuple[float, float]:

@@ -93,6 +93,7 @@ def test_other_reads_and_the_second_sequence_are_a_choice_away(followed):
     at.selectbox(key="pick sequence").set_value(2).run()
     (_, (frame, _)), *_ = plotted(at)
     assert frame["weight"].to_numpy() == pytest.approx(open_run(followed).tokens(100).weight[1, :, 4, 1])
+    assert "Tokens are shown as" not in said(at)
     assert "What the final read of full reads from layer 1 (attention) at step 100" in str(
         [data["alt"] for data in mounted(at, "depthscope_chart")]
     )
@@ -109,6 +110,7 @@ def test_tokens_without_texts_are_their_ids(followed):
     write_tokens(followed / RANK_FOLDER, 50, layout.pack(weight), np.array([[7, 70, 700]]), None)
     at = opened(followed, "pages_/tokens.py")
     assert not at.exception and "Only step 50 is recorded so far" in said(at)
+    assert "Tokens are shown as ids" in said(at) and "decode=…" in said(at)
     (_, (frame, _)), *_ = plotted(at)
     assert frame["shown"].tolist() == ["7", "70", "700"] and frame["start"].tolist() == [0, 2, 5]
 

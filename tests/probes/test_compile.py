@@ -144,7 +144,7 @@ def test_gradient_taps_do_not_make_dynamo_forget_assignments(monkeypatch):
     sums = torch.zeros(2)
     wrong = {}
     for name, hook in {
-        "ours": lambda x: tap_gradient_in_graph(x, sums),
+        "ours": lambda x: tap_gradient_in_graph(x, sums, None, False, "one"),
         "naive": lambda x: x.register_hook(lambda gradient: None),
     }.items():
         torch._dynamo.reset()
