@@ -4,9 +4,11 @@ They meet over torch.distributed's store, which waits no longer than it is told 
 host: a collective of ours cannot come between those of the training, on its device or in its order.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -110,6 +112,11 @@ class Meeting:
             self._tell({"error": str(error)})
             if self.rank == 0:
                 self._answer({"error": str(error)})
+        # The store of torchrun outlives processes that it starts again, and they are not to hear what was said to these.
+        with contextlib.suppress(Exception):  # it may be gone
+            if self._store.add("left", 1) == self.world:
+                for key in ("answer", "left", *(f"rank {rank}" for rank in range(self.world))):
+                    self._store.delete_key(key)
 
     def begin(
         self,
@@ -139,6 +146,7 @@ class Meeting:
         if self.rank == 0:
             try:
                 answer = self._judge([self._hear(f"rank {rank}", WAIT) for rank in range(self.world)])
+                answer["group"] = secrets.token_hex(8)  # its addresses are those of living processes alone
                 if "apart" not in answer:
                     answer |= dict(zip(("attempt", "created"), claim(answer["stages"]), strict=True))
             except BaseException as error:
@@ -154,7 +162,7 @@ class Meeting:
         group = None
         if self.values == MERGED:
             group = dist.ProcessGroupGloo(
-                dist.PrefixStore("sums", self._store), self.rank, self.world, _TOGETHER
+                dist.PrefixStore(f"sums {answer['group']}", self._store), self.rank, self.world, _TOGETHER
             )
         return Agreed(
             self.rank,

@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import os
+import platform
 import queue
 import shlex
 import threading
@@ -113,7 +114,26 @@ class Machine(SFTPFileSystem):
             return b"".join(file.readv(pieces)) if pieces else b""
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs) -> None:
-        """Write a file, and the folders it lies in where they are missing; look whether all of it is there."""
+        """Put a file there, whole or not at all, and the folders it lies in where they are missing. With the mode "create"
+        raises FileExistsError where one of that name is; of two that try at once, for one of them."""
+        new = mode == "create"
+        if new and self.exists(path):
+            raise FileExistsError(path)
+        folder, _, name = path.rpartition("/")
+        aside = f"{folder}/.{name}.tmp-{platform.node()}-{os.getpid()}"
+        self._put(aside, value)
+        try:
+            # The newer of the two replaces a file that is there, and the older one refuses to.
+            (self.ftp.rename if new else self.ftp.posix_rename)(aside, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.ftp.remove(aside)
+            if new and self.exists(path):
+                raise FileExistsError(path) from None
+            raise
+
+    def _put(self, path: str, value: bytes) -> None:
+        """Write a file in its place, and look whether all of it is there."""
         try:
             try:
                 self.ftp.putfo(io.BytesIO(value), path, len(value))
@@ -137,19 +157,6 @@ class Machine(SFTPFileSystem):
         except OSError:
             if not self.exists(path):
                 raise
-
-    def replace(self, before: str, path: str) -> None:
-        """Rename a file, in one piece, also where one of that name is."""
-        self.ftp.posix_rename(before, path)
-
-    def settle(self, before: str, path: str) -> None:
-        """Rename a file where none of that name is. Raises FileExistsError; of two that try at once, for one of them."""
-        try:
-            self.ftp.rename(before, path)
-        except OSError:
-            if self.exists(path):
-                raise FileExistsError(path) from None
-            raise
 
 
 class _Channels:

@@ -1,5 +1,6 @@
 """A store: what lists, reads and writes the files of an address, through fsspec. Each failure is an OSError in plain words."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,9 +17,8 @@ PACKAGES = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "ssh": "paramiko",
     "sftp": "paramiko", "az": "adlfs", "abfs": "adlfs", "smb": "smbprotocol", "http": "aiohttp", "https": "aiohttp",
 }  # fmt: skip
-_SSH = ("sftp", "ssh")
 # Where a file that is being written could be seen half; the others show it when it is whole.
-_IN_PLACE = (*_SSH, "ftp", "smb", "hdfs", "arrow_hdfs", "webhdfs")
+_IN_PLACE = ("ftp", "smb", "hdfs", "arrow_hdfs", "webhdfs")
 # A connection that is gone is to be noticed before somebody wonders.
 _PATIENCE = {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 1}}
 _STAMPS = (
@@ -59,11 +59,13 @@ class Store:
         options = {}
         if address.protocol in ("s3", "s3a") and "config_kwargs" not in fsspec.config.conf.get("s3", {}):
             options["config_kwargs"] = _PATIENCE
+        self._turn = contextlib.nullcontext  # within which one thing is asked
         try:
-            if address.protocol in _SSH:
+            if address.protocol in ("sftp", "ssh"):
                 from probes.remote.ssh import Machine
 
                 self._files, self._root = Machine.at(address.url)
+                self._turn = self._files.session
             else:
                 self._files, self._root = url_to_fs(address.url, **options)
         except ImportError:
@@ -79,9 +81,11 @@ class Store:
         except Exception as error:  # some connect at once
             raise Unreachable(address.hide(_why(error))) from None
         self._root = self._root.rstrip("/")
-        self._one_by_one = None if getattr(self._files, "async_impl", False) else threading.RLock()
-        if address.protocol in ("memory", *_SSH):
-            self._one_by_one = None
+        self._hosted = not getattr(self._files, "async_impl", False) and address.protocol != "memory"
+        self._one_by_one = self._hosted and self._turn is contextlib.nullcontext
+        if self._one_by_one:
+            lock = threading.RLock()
+            self._turn = lambda: lock
 
     @property
     def root(self) -> tuple[str, ...]:
@@ -91,8 +95,7 @@ class Store:
     @property
     def key(self) -> str:
         """The same for all addresses in one place, and of no other; nothing can be learned from it."""
-        hosted = self._one_by_one is not None or self.address.protocol in _SSH
-        host = self.address.shown.split("://")[1].split("/")[0] if hosted else ""
+        host = self.address.shown.split("://")[1].split("/")[0] if self._hosted else ""
         endpoint = [
             str(getattr(self._files, "endpoint_url", "") or ""),
             *(os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")),
@@ -137,7 +140,7 @@ class Store:
     def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
         """Whole files, several at once; those that cannot be read are missing from what comes back."""
         paths = list(paths)
-        if self._one_by_one is not None or len(paths) < 2:
+        if self._one_by_one or len(paths) < 2:
             return {path: content for path in paths if (content := self._tried(path)) is not None}
         with ThreadPoolExecutor(_TOGETHER) as pool:
             found = pool.map(self._tried, paths)
@@ -146,7 +149,7 @@ class Store:
     def together(self, act, these: Iterable) -> None:
         """`act` on each of these, several at once where the store can; it raises nothing."""
         these = list(these)
-        if self._one_by_one is not None or len(these) < 2:
+        if self._one_by_one or len(these) < 2:
             for each in these:
                 act(each)
             return
@@ -167,17 +170,9 @@ class Store:
             if new and self._files.exists(place):
                 raise FileExistsError(place)
             folder, _, name = place.rpartition("/")
-            if self.address.protocol not in _SSH:
-                self._files.makedirs(folder, exist_ok=True)
+            self._files.makedirs(folder, exist_ok=True)
             aside = f"{folder}/.{name}.tmp-{platform.node()}-{os.getpid()}"
             self._files.pipe_file(aside, content)
-            if self.address.protocol in _SSH:
-                try:
-                    (self._files.settle if new else self._files.replace)(aside, place)
-                except FileExistsError:
-                    self._files.rm_file(aside)
-                    raise
-                return
             if self._files.exists(place):
                 self._files.rm_file(place)  # not all of them replace
             self._files.mv(aside, place)
@@ -207,12 +202,7 @@ class Store:
 
     def _do(self, act):
         try:
-            if self.address.protocol in _SSH:
-                with self._files.session():
-                    return act()
-            if self._one_by_one is None:
-                return act()
-            with self._one_by_one:
+            with self._turn():
                 return act()
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{self.address.shown} has no such file") from None
