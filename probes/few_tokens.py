@@ -9,7 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from probes.parallel import parts_of
+from probes.parallel import is_parallel, parts_of
 from probes.symbols import Untraceable
 from probes.tape import Tape, mapped, record_tape
 from probes.target import arguments
@@ -89,6 +89,8 @@ def _tensors(tree: object) -> list[Tensor]:
 def _tapes(
     root: nn.Module, sizes: Sequence[tuple[int, int]], of_size: Callable[[nn.Module, int, int], Input]
 ) -> tuple[Tape, Tape]:
+    if is_parallel(root):  # in a first forward more is done than the model says
+        record_tape(root, *of_size(root, *sizes[0]), *sizes[0])
     one, two = (record_tape(root, *of_size(root, *size), *size) for size in sizes)
     counts = _lengths(one), _lengths(two)
     for tape, here, there in ((one, *counts), (two, *reversed(counts))):

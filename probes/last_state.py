@@ -100,6 +100,6 @@ def parameters_between(
             continue
         done.add(each)
         if each.func is None:
-            leaves.add(id(each.tensor))
+            leaves.add(id(each.parameter))
         waiting += each.slots
     return {name: p for name, p in tape.root.named_parameters() if id(p) in leaves}

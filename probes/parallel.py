@@ -64,6 +64,11 @@ def reshard(root: nn.Module) -> None:
             module.reshard()
 
 
+def is_let_go(x: Tensor) -> bool:
+    """Whether the memory of a tensor was given back, as that of parameters which were brought together for a forward."""
+    return bool(x.numel()) and not isinstance(x, DTensor) and x.untyped_storage().size() == 0
+
+
 def judge_wrappers(model: object) -> None:
     """Raises RunError for a model in a wrapper that cannot be followed."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []

@@ -69,12 +69,6 @@ class _Cutting:
         self._graph = fx.Graph()
         self._stream = tape.items * tape.tokens * mix.node.tensor.shape[-1]
         self._real: dict[Node, fx.Node] = {}
-        self._names = {
-            id(tensor): (module, name)
-            for module in tape.root.modules()
-            for name, tensor in (*module._parameters.items(), *module._buffers.items())
-            if tensor is not None
-        }
         self._inputs: dict[Node, None] = {}
         self._collect()
 
@@ -161,8 +155,8 @@ class _Cutting:
         return next((spot for spot in spots if spot.moment <= self._until), None)
 
     def _holder(self, node: Node) -> tuple[nn.Module, str] | Tensor:
-        if id(node.tensor) in self._names:
-            return self._names[id(node.tensor)]
+        if node.held is not None:
+            return node.held
         if node.tensor.shape != self._twin.nodes[node.index].tensor.shape:
             raise Unreplayable("it needs a tensor that comes from nowhere")
         return node.tensor.detach()
@@ -311,7 +305,7 @@ def _within(cast: tuple, func: Callable) -> Callable:
 
 
 def _in_float32(kernel: Callable) -> Callable:
-    """An attention kernel, whose weights are float32 within: what it returns of one-hot vectors is not rounded to the type
+    """An attention kernel, whose weights are float32 within, or finer: what it returns of one-hot vectors is not rounded to the type
     of its operands."""
 
     def unrounded(*args, **kwargs):
@@ -321,7 +315,8 @@ def _in_float32(kernel: Callable) -> Callable:
         def wide(x):
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 return x
-            return (x if low is None else x.to(low)).float()
+            x = x if low is None else x.to(low)
+            return x.to(torch.promote_types(x.dtype, torch.float32))
 
         with torch.autocast(device, enabled=False):
             return kernel(*map(wide, args), **{key: wide(x) for key, x in kwargs.items()})

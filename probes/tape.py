@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from probes.found import Moment, Spot
-from probes.parallel import reshard
+from probes.parallel import is_let_go, is_parallel, reshard
 from probes.symbols import undisturbed
 
 
@@ -41,6 +41,7 @@ class Node:
     cast: tuple | None = (
         None  # of the autocast region of the model's own that it was made in: device, type, enabled
     )
+    held: tuple[nn.Module, str] | None = None  # which module had it, under what name, when it was used
 
     def __post_init__(self):
         self.slots: list[Node] = []
@@ -48,7 +49,22 @@ class Node:
 
     @property
     def value(self) -> Tensor:
-        return self.tensor.detach() if self.kept is None else self.kept
+        """Its values. Of a parameter that was brought together for the forward alone, as by `fully_shard`, these are gone: others
+        take their place, always the same."""
+        if self.kept is not None:
+            return self.kept
+        if not is_let_go(self.tensor):
+            return self.tensor.detach()
+        if self.func is not None:  # a view of one
+            return self.call([each.value for each in self.slots]).detach()
+        numbers = torch.randn(self.tensor.shape, generator=torch.Generator().manual_seed(self.index))
+        return numbers.to(self.tensor)
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The parameter it is; where each process has a part of that, the part that is here."""
+        found = None if self.held is None else getattr(*self.held)
+        return found if isinstance(found, nn.Parameter) else None
 
     def call(self, values: list[Tensor]) -> Tensor:
         """What it would be, had the nodes in `slots` these values."""
@@ -114,6 +130,7 @@ class _Running(TorchFunctionMode):
         self.spots: dict[Node, list[Spot]] = {}
         self.moments: list[Moment] = []
         self._names = names
+        self._holders: dict[int, tuple[nn.Module, str]] = {}
         self._turns: dict[nn.Module, int] = {}
         self._newest: dict[int, Node] = {}
         self.casts: list[tuple] = []  # autocast regions that the forward itself has entered
@@ -168,10 +185,22 @@ class _Running(TorchFunctionMode):
 
     def node_of(self, tensor: Tensor) -> Node:
         if id(tensor) not in self._newest:
-            node = Node(len(self.nodes), tensor)
+            node = Node(len(self.nodes), tensor, held=self._holder(tensor))
             self.nodes.append(node)
             self._newest[id(tensor)] = node
         return self._newest[id(tensor)]
+
+    def _holder(self, tensor: Tensor) -> tuple[nn.Module, str] | None:
+        module, name = self._holders.get(id(tensor), (None, ""))
+        if module is None or getattr(module, name, None) is not tensor:
+            # Some are there while their module runs, and others in their place before and after.
+            self._holders = {
+                id(each): (module, name)
+                for module in self._names
+                for name, each in (*module._parameters.items(), *module._buffers.items())
+                if each is not None
+            }
+        return self._holders.get(id(tensor))
 
     def visit(self, real: Callable, module: nn.Module, args: tuple, kwargs: dict) -> object:
         if module not in self._names:
@@ -194,7 +223,8 @@ def record_tape(root: nn.Module, args: tuple, kwargs: dict, items: int, tokens: 
     """Run `root` once in training mode and leave it as it was. Whatever its forward raises is raised."""
     running = _Running({module: name for name, module in root.named_modules()})
     real = nn.Module.__call__
-    with _as_before(root), torch.enable_grad():
+    # Where processes share the model, each forward with gradients waits for its backward pass.
+    with _as_before(root), torch.set_grad_enabled(not is_parallel(root)):
         root.train()
         nn.Module.__call__ = lambda module, *args, **kwargs: running.visit(real, module, args, kwargs)
         # Below `Function.apply`, which many keep under a name of their own.

@@ -35,10 +35,9 @@ class Trials:
         self.part = width // heads
         self._linear: dict[tuple[Node, int], list[tuple[int, int]] | None] = {}
         self._weighted: dict[Node, bool] = {}
-        own = {id(p) for p in tape.root.parameters()}
         given = {id(each.tensor) for each in tape.given}
         leaves = [each for each in tape.nodes if each.func is None]
-        self._parameters = sum(1 << each.index for each in leaves if id(each.tensor) in own)
+        self._parameters = sum(1 << each.index for each in leaves if each.parameter is not None)
         self._sources = self._parameters | sum(1 << n.index for n in leaves if id(n.tensor) in given)
 
     def axes_of(self, node: Node) -> list[int]:

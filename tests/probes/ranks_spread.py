@@ -83,8 +83,8 @@ def hsdp(model):
 def _sharded(model, mesh, **options):
     core = getattr(model, "inner", model)
     for block in core.blocks:  # layer by layer, for a block takes a stream, in which FSDP finds no tensors
-        fully_shard(block.attention, mesh=mesh, **options)
-        fully_shard(block.mlp, mesh=mesh, **options)
+        for layer in (getattr(block, "attention", None) or block.attn, block.mlp):
+            fully_shard(layer, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
 

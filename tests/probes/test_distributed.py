@@ -20,7 +20,7 @@ from tests.probes.ranks_played import assert_alike, play, told
 SHORT = [
     *("ddp", "inner", "fsdp-masked-accumulate", "one_group-accumulate", "tp", "sp"),
     *("views", "unused-found", "one_group-experts", "1f1b-plain-experts", "interleaved-plain-experts"),
-    *("checkpointed_fsdp-accumulate", "offloaded-scaled"),
+    *("checkpointed_fsdp-accumulate", "offloaded-scaled", "one_group-found", "fsdp-found"),
 ]
 BROKEN = ["ddp-inf", "tp-inf", "sp-inf", "gpipe-plain-inf"]
 SCENES = [

@@ -250,7 +250,7 @@ def test_a_forward_that_fails_leaves_nothing_behind(tmp_path):
             train(model, optimizer, 1)
         handle.remove()
         model.eval()(batches(0)[0])
-        assert not recorder._watch.first.taps._mean_squares
+        assert not recorder._watch.first.taps.depths._mean_squares
 
 
 # Copies of the model
