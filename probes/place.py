@@ -22,9 +22,17 @@ from probes.ranks import rank_folder
 
 
 class Place:
-    """Where one attempt writes. `begin` and `resume` give one."""
+    """Where one attempt writes. `begin` and `resume` give one; one that is not `claimed` is when it is first restored."""
 
-    def __init__(self, run: Path, number: int, about: dict[Path, dict], rank: int = 0, created: float = 0.0):
+    def __init__(
+        self,
+        run: Path,
+        number: int,
+        about: dict[Path, dict],
+        rank: int = 0,
+        created: float = 0.0,
+        claimed: bool = True,
+    ):
         self.run, self.number, self.rank = run, number, rank
         self.shards = rank_folder(attempt_folder(run, number), rank)
         self.folder = self.shards if rank else attempt_folder(run, number)  # of heartbeat and end marker
@@ -33,6 +41,7 @@ class Place:
         self.admit: Callable[[], None] = lambda: None  # raises OSError where no more shards are to be sealed
         self._device = os.stat(_there(run)).st_dev
         self._stamp: object = None
+        self._claimed, self._begun = claimed, False
 
     @property
     def resumed(self) -> bool:
@@ -50,16 +59,30 @@ class Place:
             there = read_json(manifest, MOST_BYTES)
             if there is not None and there.get("created") != self.created:
                 raise RunError(f"another run was begun at {self.run}")
-        lost = [path for path in self._about if not path.exists()]
+        if not self._claimed:
+            self._claim()
+        begun, lost = self._begun, [path for path in self._about if not path.exists()]
         if not lost and self.shards.is_dir():
-            self._stamp = stamp(manifest)
+            self._stamp, self._begun = stamp(manifest), True
             return False
         if os.stat(_there(self.run)).st_dev != self._device:
             raise FileNotFoundError(f"{self.run} is gone, and its disk with it")
         self.shards.mkdir(parents=True, exist_ok=True)
         for path in lost:
             write_json(path, self._about[path])
-        return True
+        self._begun = True
+        return begun
+
+    def _claim(self) -> None:
+        """Take the attempt. Raises RunError when somebody else has, OSError when the disk refuses."""
+        try:
+            self.folder.mkdir()
+        except FileExistsError:
+            raise RunError(_recorded(self.run, self.folder)) from None
+        self._claimed = True
+        with contextlib.suppress(OSError):  # it is made with what else is lost
+            (self.folder / files.RANK_FOLDER).mkdir()
+            beat(self.folder, -1)
 
 
 def begin(run: Path, manifest: Manifest) -> Place:
@@ -88,7 +111,8 @@ def begin(run: Path, manifest: Manifest) -> Place:
 def resume(run: Path, manifest: Manifest, alive: Callable[[Path], bool] | None = None) -> Place:
     """Claim the next attempt of `run`, or begin the run where there is none; `alive` tells whether somebody still records, by the heartbeat unless given.
 
-    Raises RunError when the run is of another model, when somebody still records it, or when the disk refuses.
+    A disk that refuses is asked again by the writer: a job that is started again at night is to go on. Raises RunError when the
+    run is of another model, or when somebody still records it.
     """
     if not (run / files.MANIFEST).exists():
         return begin(run, manifest)
@@ -98,20 +122,14 @@ def resume(run: Path, manifest: Manifest, alive: Callable[[Path], bool] | None =
     number = max(claimed(run), default=0)
     if (alive or beating)(attempt_folder(run, number)):
         raise RunError(_recorded(run, attempt_folder(run, number)))
-    folder = attempt_folder(run, number + 1)
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        raise RunError(_recorded(run, folder)) from None
-    except OSError as error:
-        raise _refused(run, error) from error
-    try:
-        (folder / files.RANK_FOLDER).mkdir()
-        beat(folder, -1)
-        about = {run / files.MANIFEST: read_json(run / files.MANIFEST, MOST_BYTES) or recorded.to_json()}
-        return _made(Place(run, number + 1, {**about, folder / files.ATTEMPT: manifest.to_json()}))
-    except OSError as error:
-        raise _refused(run, error) from error
+    about = {
+        run / files.MANIFEST: read_json(run / files.MANIFEST, MOST_BYTES) or recorded.to_json(),
+        attempt_folder(run, number + 1) / files.ATTEMPT: manifest.to_json(),
+    }
+    place = Place(run, number + 1, about, claimed=False)
+    with contextlib.suppress(OSError):
+        place.restore()
+    return place
 
 
 def join(run: Path, number: int, rank: int, created: float, manifest: Manifest | None) -> Place:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from probes import manifest as files
 from probes.attempts import attempt_folder
 from probes.layout import Layer, Layout, difference
 from tests.probes.models import decoder, recorded, sgd, shards, train, wait_for
+
+ROOT = Path(__file__).parents[2]
 
 
 def adam(model):
@@ -319,3 +322,66 @@ def test_shards_that_vanished_are_a_gap(tmp_path, hasty):
         run = probes.open_run(copy)
         assert [(each.first, each.last) for each in run.gaps] == [gap]
         assert "gone from the folder" in run.problems[0]
+
+
+RESTARTED = """
+import logging, sys
+from pathlib import Path
+import probes
+from tests.probes.crashes import may_mount, mount
+from tests.probes.models import decoder, sgd, train, wait_for
+
+said = []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+logging.getLogger("depthscope").addHandler(handler)
+place = Path(sys.argv[1])
+if not may_mount(place):
+    sys.exit("may not mount")
+mount("-t", "tmpfs", "tmpfs", place)
+
+def attempt(resume, *middle):
+    model = decoder("full", blocks=1)
+    optimizer = sgd(model)
+    with probes.record(model, place / "run", optimizer=optimizer, every=1, resume=resume) as recorder:
+        for start, act in zip((resume, resume + 2), (*middle, lambda: None)):
+            train(model, optimizer, 2, start=start)
+            act()
+
+attempt(0, lambda: None)
+mount("-o", "remount,ro", place)
+sealed = lambda: list((place / "run" / "attempt-00001").glob("*/*.safetensors"))
+
+def back():
+    wait_for(lambda: said)
+    mount("-o", "remount,rw", place)
+    wait_for(sealed)
+
+attempt(4, back)
+run = probes.open_run(place / "run")
+print(*said, sep="\\n")
+print(len(run.attempts), run.steps("hidden_rms").tolist(), run.status, run.gaps)
+"""
+
+
+def test_a_job_started_again_on_a_disk_that_refuses_trains_and_records_later(tmp_path):
+    command = [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        sys.executable,
+        "-c",
+        RESTARTED,
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if "may not mount" in done.stderr or "unshare failed" in done.stderr:
+        pytest.skip("this process may not mount")
+    assert done.returncode == 0, done.stderr
+    warned, read = done.stdout.splitlines()
+    assert warned == (
+        f"depthscope cannot write to {tmp_path / 'run'}: Read-only file system. Training goes on; recording does too when "
+        "the place is back."
+    )
+    assert read == "2 [0, 1, 2, 3, 4, 5, 6, 7] finished []"
