@@ -18,10 +18,9 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dashboard import CHART, PAGES, ROOT, served
-
+from benchmarks.dashboard import CHART, PAGES, ROOT, served
 from probes import RunError, open_run
 
 SIZES = ("1280x800", "1920x1080")
