@@ -8,7 +8,9 @@ from pathlib import Path
 
 
 def command(benchmark: str, arguments: list[str] | None) -> str:
+    """As it was given; of a path on this machine the name alone."""
     given = sys.argv[1:] if arguments is None else arguments
+    given = [Path(each).name if Path(each).is_absolute() else each for each in given]
     return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *given])
 
 

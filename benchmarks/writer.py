@@ -158,9 +158,8 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n".join(lines))
     if told.save:
         told.out.parent.mkdir(parents=True, exist_ok=True)
-        told.out.write_text(
-            json.dumps({"rows": alone, "against": found, "told": vars(told)}, indent=1, default=str)
-        )
+        sizes_told = {name: getattr(told, name) for name in ("layers", "rows", "steps", "tags", "rounds")}
+        told.out.write_text(json.dumps({"rows": alone, "against": found, "told": sizes_told}, indent=1))
         told.out.with_suffix(".md").write_text("\n".join(["# Writing", "", *lines, ""]))
 
 

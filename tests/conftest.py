@@ -1,5 +1,6 @@
 """What all tests share: how thorough the laws are tried, and the browser."""
 
+import os
 import re
 import shutil
 
@@ -19,7 +20,8 @@ FLAGS = [
 
 
 def pytest_collection_modifyitems(items):
-    if CHROMIUM is None:
+    # A user without root cannot install one; in CI its absence is a fault, and the tests fail.
+    if CHROMIUM is None and not os.environ.get("CI"):
         skip = pytest.mark.skip(reason="no chromium here: install one to drive the pages in a browser")
         for item in items:
             if item.get_closest_marker("browser"):
