@@ -9,7 +9,7 @@ from torch import nn
 
 from probes.columns import columns_of
 from probes.few_tokens import two_tapes
-from probes.found import FoundRead, FoundReads, Replay, Spot
+from probes.found import FoundRead, FoundReads, Replay
 from probes.given import Given
 from probes.last_state import Ending, parameters_between
 from probes.layers import kind_by_name
@@ -18,7 +18,8 @@ from probes.mixes import Mixes, head_counts, widths
 from probes.naming import blocks_of, common_name
 from probes.oddities import oddities
 from probes.replay import DrawsNumbers, Unreplayable, moment_of, replay_of, witness_of
-from probes.sites import LayerSite, Place, Sites, place_of
+from probes.seen import Seen
+from probes.sites import LayerSite, Place, Sites
 from probes.stacks import is_norm
 from probes.symbols import Untraceable
 from probes.tape import Node, Tape
@@ -56,7 +57,6 @@ class _Finding:
 
     def __init__(self, tape: Tape, twin: Tape, mixes: Mixes):
         self._tape, self._twin, self._mixes = tape, twin, mixes
-        self._runs = {moment.module: moment.turn + 1 for moment in tape.moments}
         wide = [mix for mix in mixes.found.values() if len(mix.edges) > 1]
         self._embedding = self._find_embedding(wide)
         first = min(wide, key=lambda mix: mix.node.index).node
@@ -71,14 +71,17 @@ class _Finding:
         if not self._outputs:
             raise Untraceable("its depth reads mix nothing that layers make")
         shapes = [output.tensor.shape[:2] for output in self._outputs]
-        self._tokens_first = 2 * shapes.count((tape.tokens, tape.items)) > len(shapes)
+        self._seen = Seen(tape, mixes, 2 * shapes.count((tape.tokens, tape.items)) > len(shapes))
         self._stops = {source for mix in self._reads for source in mix.sources}
         self._stops |= {self._embedding, *self._outputs}
         mixed = [*self._reads, *(m for m in mixes.found.values() if all(map(self._is_known, m.sources)))]
         given = Given(tape, mixes, self._embedding, self._outputs, [m.node for m in mixed], self._stops)
         self._states = [given.to(output) for output in self._outputs]
-        seen = set(self._embedding_spots())
-        self._turned = any(seen & set(tape.spots[node]) and self._is_turned(node) for node in tape.spots)
+        self._entries = self._seen.at_parts(self._embedding)
+        entries = set(self._entries)
+        self._turned = any(
+            entries & set(tape.spots[node]) and self._seen.is_turned(node) for node in tape.spots
+        )
 
     def sites(self) -> Sites:
         layers = self._layers()
@@ -90,8 +93,7 @@ class _Finding:
             if not all(isinstance(error, DrawsNumbers) for _, error in failed):
                 raise Untraceable(f"its depth reads cannot be computed from what hooks see: {notes[0]}")
             log.warning("depthscope: %s is mixed by %s.", type(self._tape.root).__name__, change)
-            spots = self._embedding_spots()
-            entry = self._as_place(spots[0]) if len(spots) == 1 else None
+            entry = self._seen.place(self._entries[0]) if len(self._entries) == 1 else None
             return Sites(self._tape.root, layers, final, [], change=f"mixed by {change}", entry=entry)
         constant = max(sum(self._mixes.is_constant(s) for s in mix.sources) for mix in self._reads)
         columns = columns_of(
@@ -111,9 +113,9 @@ class _Finding:
             tuple(reads),
             tuple(rows),
             columns,
-            tuple(map(self._as_place, self._embedding_spots())),
+            tuple(map(self._seen.place, self._entries)),
             tuple([*odd, *notes]),
-            self._tokens_first,
+            self._seen.tokens_first,
             self._turned,
         )
         return Sites(self._tape.root, layers, final, [], change="mixed by depth reads", found=found)
@@ -182,26 +184,6 @@ class _Finding:
         )
         return node if towards is None else self._mixes.carried(node, towards)
 
-    def _embedding_spots(self) -> tuple[Spot, ...]:
-        """Where the embedding is seen; where nowhere, the parts that it sums, in order."""
-        spot = self._seen_at(self._embedding)
-        if spot is not None:
-            return (spot,)
-        node = self._embedding
-        parts = [node.slots[slot] for slot, _ in self._mixes.linear(node, node.value.ndim - 1) or ()]
-        spots = [self._seen_at(part) for part in parts]
-        if (
-            len(parts) < 2
-            or None in spots
-            or not torch.allclose(sum(p.value for p in parts), node.value, rtol=1e-2)
-        ):
-            return ()
-        if not any(
-            p.tensor.shape == node.tensor.shape and len(self._tape.users.get(p, ())) == 1 for p in parts
-        ):
-            return ()
-        return tuple(sorted(spots, key=lambda spot: spot.moment))
-
     # Layers
 
     def _layers(self) -> list[LayerSite]:
@@ -242,41 +224,12 @@ class _Finding:
     def _parameters(self, node: Node, stops: set[Node]) -> dict[str, nn.Parameter]:
         return parameters_between(self._tape, node, stops)
 
-    # Places
-
-    def _seen_at(self, node: Node, before: bool | None = None) -> Spot | None:
-        """Where hooks meet a tensor, or the same behind a view or cast; best with items and tokens in the order of
-        what layers make, and where its module runs once."""
-        spots = [
-            (self._is_turned(each), self._runs[spot.module], spot.moment, spot)
-            for each in (node, *self._same(node))
-            for spot in self._tape.spots.get(each, ())
-            if spot.name and before in (None, spot.before)
-        ]
-        return min(spots, key=lambda each: each[:3], default=(None,))[-1]
-
-    def _is_turned(self, node: Node) -> bool:
-        """Whether it has items first where what layers make has tokens first."""
-        return self._tokens_first and node.tensor.shape[:2] == (self._tape.items, self._tape.tokens)
-
-    def _as_place(self, spot: Spot) -> Place:
-        return place_of(spot, self._runs[spot.module])
-
-    def _same(self, node: Node, bare: Node | None = None) -> Iterator[Node]:
-        for user in self._tape.users.get(node, ()):
-            alike = user.tensor.numel() == node.tensor.numel() and user.tensor.is_floating_point()
-            if alike and self._mixes.bare(user) is (bare or node):
-                if self._mixes.is_stream(user):
-                    yield user
-                yield from self._same(user, bare or node)
-
     def _place(self, node: Node | None) -> Place | None:
         """A state is seen best where it is received."""
         if node is None:
             return None
         is_state = node in self._mixes.found or node in self._states
-        spot = (self._seen_at(node, before=True) if is_state else None) or self._seen_at(node)
-        return self._as_place(spot) if spot is not None else None
+        return self._seen.place(self._seen.received(node) if is_state else self._seen.at(node))
 
     # Reads
 
@@ -327,19 +280,19 @@ class _Finding:
         """Whether a norm, or a layer without one in it, is given the embedding, and not something made of it."""
         return any(
             spot.before and (is_norm(spot.module) or not any(map(is_norm, spot.module.modules())))
-            for node in (self._embedding, *self._same(self._embedding))
+            for node in (self._embedding, *self._seen.same(self._embedding))
             for spot in self._tape.spots.get(node, ())
             if spot.name
             and any(self._tape.made_from(self._outputs[0], n) for n in self._tape.users.get(node, ()))
         )
 
     def _read(self, mix: Mix, head: int) -> FoundRead:
-        spot = self._seen_at(mix.node, before=True) or self._seen_at(mix.node)
+        spot = self._seen.received(mix.node)
         if not mix.edges:
             if spot is None:
                 raise Unreplayable("no hook sees the embedding")
             # The embedding where it is made, so that what the layer receives is compared with it.
-            made = [each for each in self._embedding_spots() if each.moment <= spot.moment]
+            made = [each for each in self._entries if each.moment <= spot.moment]
             turned = self._turned and bool(made)
             replay = Replay(_of_one_turned if turned else _of_one, tuple(made) or (spot,), (), False)
             moment = self._tape.moments[spot.moment]

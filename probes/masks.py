@@ -81,3 +81,10 @@ def fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
     if x.ndim == 2 and x.shape[0] == mask.numel():
         return fitting(mask, x.unflatten(0, mask.shape)).flatten()
     return None
+
+
+def where_known(mask: Tensor | None, known: Tensor | None, x: Tensor) -> Tensor | None:
+    """The tokens of `x` in `mask` (None: all), where `known` (bool [], None: true) says that they are any."""
+    if known is None:
+        return mask
+    return known.expand(local(x).shape[:-1]) if mask is None else mask & known

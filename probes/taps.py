@@ -19,8 +19,8 @@ from probes.hanging import Hanging
 from probes.hooks import Hook, tap_gradient_in_graph
 from probes.made_taps import MadeTaps
 from probes.marked_taps import MarkedTaps
-from probes.masks import Masks, fitting
-from probes.parallel import is_split, local
+from probes.masks import Masks, fitting, where_known
+from probes.parallel import is_split
 from probes.pipeline import Stage
 from probes.rows import reads_after_blocks
 from probes.sampled import SAMPLED_METRICS
@@ -339,7 +339,7 @@ class Taps(Hanging):
     def values(self, x: Tensor, place: str, row: int, known: Tensor | None = None) -> None:
         """Add the values of `x`; where `known` (bool []) is false, of no token."""
         if torch.compiler.is_compiling():
-            mask = _both(fitting(self.mask, x), known, x)
+            mask = where_known(fitting(self.mask, x), known, x)
             self._add_values(x, place, row, mask)
             self._keep(x, place, row, mask)
         elif not self.recomputing:
@@ -349,7 +349,7 @@ class Taps(Hanging):
             if mask is None and self.passes.now.mask is not None and place == "state":
                 # It may be that of another stack, or leave out tokens that the model adds.
                 self.masks.odd = True
-            mask = _both(mask, known, x)
+            mask = where_known(mask, known, x)
             self.eagerly(lambda: self._add_values(x, place, row, mask), *self._tally.metrics_of(place, "rms"))
             self.eagerly(lambda: self._keep(x, place, row, mask), "identity_error", *SAMPLED_METRICS)
 
@@ -373,12 +373,12 @@ class Taps(Hanging):
         sums = self._backward[place].rows[row]
         if torch.compiler.is_compiling():
             if x.requires_grad:
-                mask = _both(fitting(self.mask, x), known, x)
+                mask = where_known(fitting(self.mask, x), known, x)
                 tap_gradient_in_graph(x, sums, mask, streams, self._names[place][row])
             return
         metrics = self._tally.metrics_of(place, "grad_rms")
         with self._faults.guard(*metrics):
-            mask = _both(fitting(self.passes.now.mask, x), known, x)
+            mask = where_known(fitting(self.passes.now.mask, x), known, x)
             if not self.recomputing or self.gradients.owes(place, row):
                 self.gradients.tap(x, sums, mask, self.passes, (place, row), metrics, streams)
 
@@ -394,10 +394,3 @@ class Taps(Hanging):
             self.tap(x, "output", 0, streams, turned)
         elif self.recomputing and self.gradients.owes("output", 0):
             self.tap(x, "output", 0, streams, turned)
-
-
-def _both(mask: Tensor | None, known: Tensor | None, x: Tensor) -> Tensor | None:
-    """The tokens in `mask` [B, T], where all are `known`."""
-    if known is None:
-        return mask
-    return known.expand(local(x).shape[:-1]) if mask is None else mask & known
